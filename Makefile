@@ -1,0 +1,54 @@
+# Every habit is one command, the same by hand and in CI. `make help` lists them.
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+MODEL := demo/smollm2-135m
+TEXT := demo/text
+PRUNED := demo/pruned
+
+.DEFAULT_GOAL := help
+.PHONY: help setup inputs demo test verify check bench clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(INSTALLED)  ## make .venv with everything that development needs
+
+# Built anew where the interpreter is gone; installed anew where a requirement changed.
+$(INSTALLED): pyproject.toml constraints-dev.txt
+	@test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) (about a minute)"
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt -e ".[dev]"
+	@touch $@
+
+inputs: setup  ## make the real model and texts in demo/ (downloads about 100 MB once)
+	@test -d $(MODEL) -a -d $(TEXT) || $(RUN) examples/real_inputs.py demo
+
+demo: setup inputs  ## compress, verify and evaluate SmolLM2-135M; prints one table
+	$(RUN) examples/demo.py
+
+test: setup inputs  ## run the tests
+	$(RUN) -m pytest
+
+verify: setup  ## check the demo's output, layer by layer, against its source
+	@test -e $(PRUNED)/config.json || { echo 'there is no finished $(PRUNED) yet: run "make demo" first' >&2; exit 2; }
+	$(RUN) -m streamprune verify $(PRUNED) --source $(MODEL)
+
+# mypy follows kernels/ by the name it is imported under only through a link: an editable install maps names at run time
+check: setup  ## formatting, lint, types; prints the line count
+	$(RUN) -m ruff format --check
+	$(RUN) -m ruff check
+	mkdir -p .mypy_cache/links && ln -sfn ../../kernels .mypy_cache/links/streamprune_kernels
+	$(RUN) -m mypy
+	@echo 'lines of code:' && git ls-files -co --exclude-standard '*.py' '*.cu' '*.cuh' | xargs wc -l | awk \
+	  '$$2 != "total" { split($$2, part, "/"); lines[part[1]] += $$1; lines["all"] += $$1 } \
+	  END { for (room in lines) printf "%7d %s\n", lines[room], room }' | sort -n
+
+bench: setup inputs  ## time compress against two plain forward passes
+	$(RUN) examples/benchmarks/bench_compress.py
+
+clean:  ## remove the demo's output and all caches, not .venv nor the downloaded inputs
+	rm -rf $(PRUNED) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,128 @@
+"""The packed format, version 1: names and layout of a pruned layer's tensors. docs/format.md is its specification."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamprune.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from streamprune.config import NMPattern
+from streamprune.errors import CheckpointError, SettingsError
+from streamprune_kernels import pack_mask, pack_values
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "streamprune"
+PERMUTATIONS_FILE = "streamprune_permutations.safetensors"
+STATISTICS_FILE = "streamprune_statistics.safetensors"
+MANIFEST_FILE = "streamprune_manifest.json"
+MANIFEST_DIGEST_FILE = "streamprune_manifest.sha256"
+TIMINGS_FILE = "timings.json"
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One pruned linear layer as it lies on disk.
+
+    values [out, in*N/M] in the source's dtype; mask uint8 [out, ceil(in/8)]; permutation int32 [in] or None.
+    """
+
+    values: torch.Tensor
+    mask: torch.Tensor
+    permutation: torch.Tensor | None
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.numel() * t.itemsize for t in (self.values, self.mask, self.permutation) if t is not None)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """The layer's tensors under their names in a shard."""
+        tensors = {f"{name}.weight_values": self.values, f"{name}.weight_mask": self.mask}
+        if self.permutation is not None:
+            tensors[f"{name}.input_permutation"] = self.permutation
+        return tensors
+
+
+def pack_layer(weight: torch.Tensor, keep: torch.Tensor, permutation: torch.Tensor | None) -> PackedLayer:
+    """Pack a weight [out, in] in permuted channel order by its mask; `permutation` only where it is not folded."""
+    stored = permutation.to(torch.int32) if permutation is not None else None
+    return PackedLayer(pack_values(weight, keep), pack_mask(keep), stored)
+
+
+def layer_from_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> PackedLayer:
+    """The inverse of `PackedLayer.tensors`."""
+    return PackedLayer(
+        tensors[f"{name}.weight_values"], tensors[f"{name}.weight_mask"], tensors.get(f"{name}.input_permutation")
+    )
+
+
+def tensor_names(checkpoint: Checkpoint, layer: str) -> list[str]:
+    """Names of the tensors that hold a pruned layer in an opened packed checkpoint."""
+    names = [f"{layer}.weight_values", f"{layer}.weight_mask"]
+    stored = f"{layer}.input_permutation"
+    return [*names, stored] if stored in checkpoint.tensors else names
+
+
+def quantization_config(layers: Mapping[str, NMPattern], dense: Mapping[str, str]) -> dict[str, Any]:
+    """The entry of config.json: each pruned layer's pattern, and the reason for each linear layer left dense."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "layers": {name: {"pattern": str(pattern)} for name, pattern in layers.items()},
+        "dense_layers": dict(dense),
+    }
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder says that it is a packed checkpoint."""
+    if not (folder / "config.json").exists():
+        return False
+    entry = read_json(folder / "config.json").get("quantization_config")
+    return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
+
+
+def open_packed(folder: Path) -> tuple[Checkpoint, dict[str, NMPattern], dict[str, str]]:
+    """An opened packed folder, its pruned layers' patterns, and its dense layers' reasons.
+
+    Raises CheckpointError for another format, a version this code does not know, or layers without their tensors.
+    """
+    if not is_packed(folder):
+        raise CheckpointError(f"{folder}: is not a finished streamprune output (no quantization_config in config.json)")
+    entry = read_json(folder / "config.json")["quantization_config"]
+    if entry.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder}: has packed format {entry.get('format_version')}; this streamprune reads {FORMAT_VERSION}"
+        )
+    checkpoint = open_checkpoint(folder)
+    try:
+        layers = {str(name): NMPattern.parse(value["pattern"]) for name, value in entry["layers"].items()}
+        dense = {str(name): str(reason) for name, reason in entry["dense_layers"].items()}
+    except (KeyError, TypeError, AttributeError, SettingsError) as error:
+        raise CheckpointError(f"{folder}/config.json: quantization_config is malformed ({error})") from error
+    for name, pattern in layers.items():
+        check_layer(checkpoint, name, pattern)
+    return checkpoint, layers, dense
+
+
+def check_layer(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> None:
+    """Raise CheckpointError unless the headers give the layer the dtypes and shapes of its pattern."""
+    tensors = checkpoint.tensors
+    for part in ("weight_values", "weight_mask"):
+        if f"{name}.{part}" not in tensors:
+            raise CheckpointError(f"{checkpoint.folder}: layer {name} has no {part}")
+    values, mask = tensors[f"{name}.weight_values"], tensors[f"{name}.weight_mask"]
+    fits = len(values.shape) == 2 and len(mask.shape) == 2 and values.shape[0] == mask.shape[0]
+    if not fits or values.shape[1] % pattern.kept or mask.dtype != torch.uint8:
+        raise CheckpointError(f"{checkpoint.folder}: layer {name}: values and mask do not fit the pattern {pattern}")
+    in_features = values.shape[1] // pattern.kept * pattern.group_size
+    if mask.shape[1] != -(-in_features // 8):
+        raise CheckpointError(f"{checkpoint.folder}: layer {name}: the mask does not have {in_features} channels")
+    permutation = tensors.get(f"{name}.input_permutation")
+    if permutation is not None and (permutation.dtype != torch.int32 or permutation.shape != (in_features,)):
+        raise CheckpointError(f"{checkpoint.folder}: layer {name}: input_permutation is not int32 [{in_features}]")
+
+
+def in_features_of(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> int:
+    """Input channels of a pruned layer, from its header."""
+    return checkpoint.tensors[f"{name}.weight_values"].shape[1] // pattern.kept * pattern.group_size

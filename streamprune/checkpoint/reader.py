@@ -1,0 +1,211 @@
+"""A Hugging Face checkpoint folder, read tensor by tensor.
+
+Only headers are read when a checkpoint is opened. Safetensors are read by `pread` into fresh memory (a memory map of a
+truncated file is SIGBUS, which no error message survives); `.bin` shards by torch.load with mmap and weights_only, one
+shard at a time, copied and released.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamprune.checkpoint.safetensors_header import TensorEntry, read_header
+from streamprune.errors import CheckpointError, NumericsError
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor of a checkpoint: the file it lies in, its dtype and shape; `entry` for safetensors only."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    entry: TensorEntry | None
+
+    @property
+    def size_bytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: what lies where. `tensors` maps the checkpoint's own names."""
+
+    folder: Path
+    tensors: dict[str, TensorSource]
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors on the CPU in their stored dtypes, each in memory of its own.
+
+        Raises CheckpointError for a missing tensor or a file that ends early, NumericsError for NaN or infinity.
+        """
+        wanted = list(names)
+        for name in wanted:
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.folder}: tensor {name} is missing; the checkpoint is incomplete")
+        result: dict[str, torch.Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in wanted:
+            by_file.setdefault(self.tensors[name].path, []).append(name)
+        for path, in_file in by_file.items():
+            first = self.tensors[in_file[0]]
+            result.update(self._read_bin(path, in_file) if first.entry is None else self._read_raw(path, in_file))
+        for name, tensor in result.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NumericsError(f"{self.folder}: tensor {name} holds NaN or infinity; it cannot be pruned")
+        return {name: result[name] for name in wanted}
+
+    def _read_raw(self, path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+        result = {}
+        with path.open("rb", buffering=0) as file:
+            for name in sorted(names, key=lambda name: _entry_of(self.tensors[name]).offset_bytes):
+                entry = _entry_of(self.tensors[name])
+                tensor = torch.empty(entry.shape, dtype=entry.dtype)
+                read_into(file.fileno(), tensor, entry.offset_bytes, path)
+                result[name] = tensor
+        return result
+
+    def _read_bin(self, path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+        state = _load_bin(path)
+        return {name: state[name].detach().clone(memory_format=torch.contiguous_format) for name in names}
+
+    def fingerprint(self) -> str:
+        """sha256 over names, dtypes, shapes and 64 KiB from the middle of each tensor.
+
+        Tells two fine-tunes of one model apart without reading them whole.
+        """
+        digest = hashlib.sha256()
+        for name, source in sorted(self.tensors.items()):
+            digest.update(f"{name} {source.dtype} {source.shape}\n".encode())
+            if source.entry is not None:
+                start = source.entry.offset_bytes + max(0, source.size_bytes - SAMPLE_BYTES) // 2
+                with source.path.open("rb", buffering=0) as file:
+                    digest.update(os.pread(file.fileno(), min(SAMPLE_BYTES, source.size_bytes), start))
+        for path in sorted({source.path for source in self.tensors.values() if source.entry is None}):
+            state = _load_bin(path)
+            for name in sorted(state):
+                flat = state[name].detach().reshape(-1).view(torch.uint8)
+                start = max(0, flat.numel() - SAMPLE_BYTES) // 2
+                digest.update(flat[start : start + SAMPLE_BYTES].numpy().tobytes())
+        return digest.hexdigest()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder with safetensors or `pytorch_model*.bin`, sharded or single.
+
+    Raises CheckpointError where files are missing, malformed, or disagree with their index.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; give the folder that holds config.json and the weights")
+    for single, index, opener in (
+        ("model.safetensors", SAFETENSORS_INDEX, _open_safetensors),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", _open_bin),
+    ):
+        if (folder / index).exists():
+            return Checkpoint(folder, _open_sharded(folder, folder / index, opener))
+        if (folder / single).exists():
+            return Checkpoint(folder, opener(folder / single))
+    raise CheckpointError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, sharded or single")
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Open one safetensors file by itself."""
+    return Checkpoint(path.parent, _open_safetensors(path))
+
+
+def read_about(path: Path) -> Any:
+    """The plain data that `write_safetensors` kept in a file's metadata; None where there is none."""
+    _, metadata = read_header(path)
+    try:
+        return json.loads(metadata["streamprune"]) if "streamprune" in metadata else None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its metadata is not valid JSON ({error})") from error
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 of a CPU tensor's bytes in row-major order."""
+    return hashlib.sha256(byte_view(tensor.contiguous())).hexdigest()
+
+
+def read_into(descriptor: int, tensor: torch.Tensor, offset_bytes: int, path: Path) -> None:
+    """Fill a contiguous CPU tensor from a file by pread. Raises CheckpointError where the file ends early."""
+    view = byte_view(tensor)
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
+        if count == 0:
+            raise CheckpointError(f"{path}: ends before byte {offset_bytes + len(view)}; the file is truncated")
+        done += count
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError where it is missing or is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__} where a JSON object belongs")
+    return value
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable, without a copy."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _entry_of(source: TensorSource) -> TensorEntry:
+    if source.entry is None:
+        raise TypeError(f"{source.path} is not a safetensors file")
+    return source.entry
+
+
+def _open_sharded(folder: Path, index_path: Path, opener: Any) -> dict[str, TensorSource]:
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise CheckpointError(f"{index_path}: has no weight_map from tensor names to file names")
+    shards: dict[str, dict[str, TensorSource]] = {}
+    tensors: dict[str, TensorSource] = {}
+    for name, file_name in weight_map.items():
+        if file_name != Path(file_name).name or file_name.startswith("."):
+            raise CheckpointError(f"{index_path}: {file_name!r} is not the name of a file in the folder")
+        if file_name not in shards:
+            shards[file_name] = opener(folder / file_name)
+        if name not in shards[file_name]:
+            raise CheckpointError(f"{index_path}: tensor {name} is not in {file_name}, where the index has it")
+        tensors[name] = shards[file_name][name]
+    return tensors
+
+
+def _open_safetensors(path: Path) -> dict[str, TensorSource]:
+    entries, _ = read_header(path)
+    return {name: TensorSource(path, entry.dtype, entry.shape, entry) for name, entry in entries.items()}
+
+
+def _open_bin(path: Path) -> dict[str, TensorSource]:
+    return {name: TensorSource(path, t.dtype, tuple(t.shape), None) for name, t in _load_bin(path).items()}
+
+
+def _load_bin(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises many kinds here; each of them means the same to a user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: is not a .bin of plain tensors ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: is not a state dict of tensors")
+    return state

@@ -1,0 +1,97 @@
+"""The header of a safetensors file, checked before anything is read by it.
+
+Layout of the format: 8 bytes little-endian length of the header, the header (JSON), the tensors' bytes without gaps.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamprune.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `offset_bytes` from the start of the file, for `size_bytes`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset_bytes: int
+    size_bytes: int
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Entries by tensor name and the file's string metadata.
+
+    Raises CheckpointError for anything that is not a well-formed file whose tensors fill its data exactly.
+    """
+    try:
+        file_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if file_bytes < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+                raise CheckpointError(f"{path}: truncated or not safetensors (header longer than the file)")
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        header = json.loads(text, object_pairs_hook=_unique_keys)
+        metadata = header.pop("__metadata__", {})
+        data_start = 8 + header_bytes
+        entries = {name: _entry(name, value, data_start) for name, value in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is malformed ({error})") from error
+    _check_layout(path, entries, data_start, file_bytes)
+    return entries, metadata
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key stands twice")
+    return keys
+
+
+def _entry(name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name} has the unsupported dtype {value['dtype']}")
+    dtype = DTYPES[value["dtype"]]
+    begin, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    numbers = (begin, end, *shape)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63 for number in numbers):
+        raise ValueError(f"tensor {name} has a negative, huge or fractional size")
+    size_bytes = dtype.itemsize
+    for length in shape:
+        size_bytes *= length
+    if end - begin != size_bytes:
+        raise ValueError(f"tensor {name} spans {end - begin} bytes but its shape needs {size_bytes}")
+    return TensorEntry(dtype, shape, data_start + begin, size_bytes)
+
+
+def _check_layout(path: Path, entries: dict[str, TensorEntry], data_start: int, file_bytes: int) -> None:
+    position = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset_bytes, item[1].size_bytes)):
+        if entry.offset_bytes != position:
+            raise CheckpointError(f"{path}: tensor {name} overlaps another or leaves a gap")
+        position += entry.size_bytes
+    if position != file_bytes:
+        raise CheckpointError(f"{path}: truncated or padded: tensors end at byte {position}, the file at {file_bytes}")

@@ -1,0 +1,67 @@
+"""Hidden states in a scratch file: one chunk a sequence, written and read by pwrite and pread.
+
+No memory map: a full disk under a map is SIGBUS. Every chunk has a checksum, so that a torn file is noticed.
+"""
+
+import os
+import zlib
+from pathlib import Path
+
+import torch
+
+from streamprune.checkpoint.reader import byte_view, read_into
+from streamprune.errors import CheckpointError, OutputError
+
+
+class HiddenStates:
+    """`sequences` chunks of shape [1, tokens, hidden] in one file.
+
+    State that must live somewhere: an open file and the checksums (crc32) of what was written to it.
+    """
+
+    def __init__(self, path: Path, sequences: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+        self.path = path
+        self.shape = (1, tokens, hidden)
+        self.dtype = dtype
+        self.chunk_bytes = tokens * hidden * dtype.itemsize
+        self.checksums: list[int | None] = [None] * sequences
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            os.posix_fallocate(self._descriptor, 0, max(1, sequences * self.chunk_bytes))
+        except OSError as error:
+            raise OutputError(
+                f"{path}: no room for {sequences * self.chunk_bytes} bytes of hidden states ({error.strerror}); "
+                "free space or give --scratch a larger folder"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.checksums)
+
+    def write(self, index: int, states: torch.Tensor) -> None:
+        """Store the hidden states of one sequence."""
+        chunk = states.detach().to("cpu", self.dtype).contiguous()
+        if tuple(chunk.shape) != self.shape:
+            raise ValueError(f"hidden states of shape {tuple(chunk.shape)} where {self.shape} belongs")
+        view = byte_view(chunk)
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._descriptor, view[done:], index * self.chunk_bytes + done)
+        self.checksums[index] = zlib.crc32(view)
+
+    def read(self, index: int) -> torch.Tensor:
+        """Hidden states of one sequence, [1, tokens, hidden] on the CPU. Raises CheckpointError where they are torn."""
+        chunk = torch.empty(self.shape, dtype=self.dtype)
+        read_into(self._descriptor, chunk, index * self.chunk_bytes, self.path)
+        if zlib.crc32(byte_view(chunk)) != self.checksums[index]:
+            raise CheckpointError(f"{self.path}: hidden states of sequence {index} are damaged")
+        return chunk
+
+    def sync(self) -> None:
+        """Make what was written last through a power loss."""
+        os.fsync(self._descriptor)
+
+    def close(self, *, remove: bool) -> None:
+        """Close the file, and remove it unless a resumed job needs it."""
+        os.close(self._descriptor)
+        if remove:
+            self.path.unlink(missing_ok=True)

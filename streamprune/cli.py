@@ -1,0 +1,270 @@
+"""The command line: parse, call one library function of the same signature, format its result."""
+
+import dataclasses
+import functools
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+import streamprune
+from streamprune.config import PruneConfig
+from streamprune.errors import StreampruneError
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 fault, 2 settings, 3 checkpoint, 4 text, 5 output folder, 6 NaN or infinity, 7 "
+    "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on)."
+)
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+DTYPE = click.option(
+    "--dtype", default="auto", show_default=True, help="Arithmetic: auto, float32, bfloat16, float16. Stored bits stay."
+)
+SCRATCH = click.option("--scratch", type=click.Path(), help="Folder for hidden states; a fast local disk is best.")
+QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
+
+
+@click.group(epilog=EXIT_CODES)
+@click.version_option(package_name="streamprune")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Prune language models that are larger than memory to N:M sparsity, block by block."""
+    context.obj = debug
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of `streamprune`."""
+    cli(prog_name="streamprune")
+
+
+def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """A subcommand: its function returns a dataclass, which is shown as text or, with --json, as one JSON object.
+
+    Errors are one line on standard error and an exit code of their kind.
+    """
+    epilog = "\b\nExamples:\n" + "\n".join(f"  streamprune {example}" for example in examples)
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+        @functools.wraps(function)
+        def wrapped(as_json: bool, **settings: Any) -> None:
+            with _errors_in_one_line():
+                result = function(**settings)
+            if as_json:
+                click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+            else:
+                show(result)
+            if not getattr(result, "ok", True):
+                sys.exit(1)
+
+        return cli.command(function.__name__, epilog=epilog)(wrapped)
+
+    return decorate
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if click.get_current_context().find_root().obj:  # --debug
+            raise
+        expected = isinstance(error, StreampruneError)
+        message = str(error) if expected else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        click.echo(f"streamprune: {' '.join(message.split())}", err=True)
+        sys.exit(error.exit_code if isinstance(error, StreampruneError) else 1)
+
+
+def show_compression(result: Any) -> None:
+    """The closing summary of `compress`."""
+    share = result.packed_bytes / result.dense_bytes if result.dense_bytes else 0.0
+    rows = [
+        ("time", f"{result.seconds:.1f} s"),
+        ("peak memory", _size(result.peak_memory_bytes)),
+        ("model", f"{_size(result.source_bytes)} -> {_size(result.output_bytes)}"),
+        ("pruned layers", f"{_size(result.dense_bytes)} -> {_size(result.packed_bytes)} ({share:.2%})"),
+        ("permutations", f"{_size(result.permutation_bytes)} stored beside them"),
+        ("worst block", f"{result.worst_block[0]}  block error {result.worst_block[1]:.4f}"),
+        *(("worst layer", f"{name}  layer error {error:.4f}") for name, error in result.worst_layers),
+        *(("kept dense", f"{name} (above the budget)") for name in result.kept_dense),
+    ]
+    kept = tuple(f"{name}." for name in result.kept_dense)
+    unfit = [f"{name}: {reason}" for name, reason in result.dense_layers.items() if not name.startswith(kept)]
+    rows += [("not pruned", text) for text in unfit[:10]]
+    if len(unfit) > 10:
+        rows.append(("not pruned", f"and {len(unfit) - 10} more; see streamprune inspect"))
+    rows.append(("manifest sha256", result.manifest_sha256))
+    click.echo(f"{result.status}: {result.out}, {result.blocks} blocks")
+    for label, text in rows:
+        click.echo(f"  {label:17} {text}")
+
+
+@command(
+    show_compression,
+    "compress /models/llama-65b --out ./pruned",
+    "compress ./opt-66b --out ./pruned --pattern 4:8 --calibration c4.jsonl --samples 64",
+    "compress ./llama --out ./pruned --max-block-error 0.5 --on-excess keep-dense",
+)
+@click.argument("model", type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="Output folder; the same command again goes on there.")
+@click.option("--pattern", default="2:4", show_default=True, help="N:M, N of every M weights are KEPT.")
+@click.option("--metric", default=PruneConfig.metric, show_default=True, help="esparse, wanda, ria or magnitude.")
+@click.option("--shuffle", default=PruneConfig.shuffle, show_default=True, help="none, global or global+local.")
+@click.option("--calibration", help="A .txt, .jsonl or .parquet file, or a data set NAME[:CONFIG[:SPLIT]]. "
+                                    "Default: a text that ships with the package.")  # fmt: skip
+@click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
+@click.option("--sequence-length", default=2048, show_default=True, help="Tokens in each.")
+@click.option("--seed", default=0, show_default=True, help="Draws the calibration sequences.")
+@click.option(
+    "--alpha", default=PruneConfig.alpha, show_default=True, help="esparse: amplitude's weight beside entropy."
+)
+@click.option("--entropy-bins", default=PruneConfig.entropy_bins, show_default=True, help="esparse: histogram bins.")
+@click.option("--amplitude", default=PruneConfig.amplitude, show_default=True, help="esparse: l2, wanda or rms.")
+@click.option(
+    "--shuffle-block", default=PruneConfig.shuffle_block, show_default=True, help="Channels in a local block."
+)
+@click.option("--max-block-error", type=float, help="Budget on the error of what a block adds. Default: no budget.")
+@click.option("--on-excess", default="stop", show_default=True, help="Above the budget: stop, keep-dense or warn.")
+@DEVICE
+@DTYPE
+@SCRATCH
+@click.option("--restart", is_flag=True, help="Throw away what the output folder holds of a former job.")
+@QUIET
+def compress(quiet: bool, **settings: Any) -> Any:
+    """Prune MODEL, a folder with a transformers checkpoint, into packed N:M form.
+
+    The same command again goes on after the last finished block. SIGINT, SIGTERM and SIGUSR1 stop the job at a safe
+    point with exit code 85.
+    """
+    if settings["max_block_error"] is None and not quiet:
+        click.echo("no --max-block-error: every block is pruned, whatever it costs", err=True)
+    with _stop_on_signals() as should_stop:
+        return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
+
+
+def show_verification(result: Any) -> None:
+    """Faults, then what was checked."""
+    for fault in result.faults:
+        click.echo(f"FAULT  {fault}")
+    how = "against the source, position by position" if result.against_source else "by itself, without its source"
+    worst = max((layer.relative_error for layer in result.layers), default=0.0)
+    click.echo(f"{len(result.layers)} layers checked {how}; largest error of a sparse product {worst:.2g}")
+    click.echo(f"manifest sha256 {result.manifest_sha256}")
+    click.echo("ok" if result.ok else f"{len(result.faults)} faults")
+
+
+@command(show_verification, "verify ./pruned", "verify ./pruned --source /models/llama-65b --json")
+@click.argument("folder", type=click.Path())
+@click.option("--source", type=click.Path(), help="The dense checkpoint: compare every kept value with it.")
+@QUIET
+def verify(quiet: bool, **settings: Any) -> Any:
+    """Check every byte of an output FOLDER; exit code 1 on any fault."""
+    return streamprune.verify(progress=not quiet, **settings)
+
+
+def show_evaluation(result: Any) -> None:
+    """One line."""
+    click.echo(
+        f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {result.sequence_length} "
+        f"({result.seconds:.1f} s, peak memory {_size(result.peak_memory_bytes)})"
+    )
+
+
+@command(
+    show_evaluation,
+    "evaluate ./pruned --text wiki.txt",
+    "evaluate /models/llama-65b --text wiki.txt --sequence-length 1024 --max-tokens 20480 --json",
+)
+@click.argument("model", type=click.Path())
+@click.option(
+    "--text", required=True, type=click.Path(), help="A .txt, .jsonl or .parquet file, not the calibration's."
+)
+@click.option("--sequence-length", default=2048, show_default=True, help="Tokens in a window.")
+@click.option("--max-tokens", type=int, help="Use only the first tokens of the text.")
+@DEVICE
+@DTYPE
+@SCRATCH
+@QUIET
+def evaluate(quiet: bool, **settings: Any) -> Any:
+    """Perplexity of a text under MODEL, a dense checkpoint or an output folder, streamed block by block."""
+    return streamprune.evaluate(progress=not quiet, **settings)
+
+
+def show_export(result: Any) -> None:
+    """What was written, and what of it is N:M in memory order."""
+    in_order, regathered = len(result.in_memory_order), result.regathered
+    click.echo(f"{result.out}: {_size(result.output_bytes)}; {in_order} layers are N:M as they lie in the file")
+    if regathered:
+        click.echo(
+            f"{len(regathered)} layers had a stored permutation undone: same function, but N:M only through it "
+            f"(first {regathered[0]})"
+        )
+
+
+@command(show_export, "export ./pruned --to dense --out ./pruned-dense")
+@click.argument("folder", type=click.Path())
+@click.option("--to", default="dense", show_default=True, help="dense: zeros in place, for plain transformers.")
+@click.option("--out", required=True, type=click.Path(), help="A folder that does not exist yet.")
+@QUIET
+def export(quiet: bool, **settings: Any) -> Any:
+    """Write an output FOLDER as a dense checkpoint that needs nothing of streamprune."""
+    return streamprune.export(progress=not quiet, **settings)
+
+
+def show_inspection(result: Any) -> None:
+    """The table of layers, then the sums."""
+    width = max([len(row.name) for row in result.layers] + [5])
+    click.echo(f"{'layer':{width}}  N:M   {'shape':>13}  {'packed':>10}  {'kept':>6}  kernel err  layer err  block err")
+    for row in result.layers:
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        kept = row.retained_score / row.retained_score_start if row.retained_score_start else 1.0
+        click.echo(
+            f"{row.name:{width}}  {row.pattern:4}  {shape:>13}  {_size(row.packed_bytes):>10}  {kept:6.3f}"
+            f"  {row.kernel_error:10.1e}  {row.layer_error:9.4f}  {row.block_error:9.4f}"
+        )
+    for name, reason in result.dense_layers.items():
+        click.echo(f"{name:{width}}  dense: {reason}")
+    share = result.packed_bytes / result.dense_bytes if result.dense_bytes else 0.0
+    click.echo(
+        f"{len(result.layers)} pruned layers: {_size(result.dense_bytes)} dense, {_size(result.packed_bytes)} packed "
+        f"({share:.2%}), and {_size(result.permutation_bytes)} of stored permutations"
+    )
+    click.echo("kept: retained score after the shuffles over that before them")
+
+
+@command(show_inspection, "inspect ./pruned", "inspect ./pruned --json")
+@click.argument("folder", type=click.Path())
+def inspect(**settings: Any) -> Any:
+    """A table of an output FOLDER: layer, pattern, bytes, errors."""
+    return streamprune.inspect(**settings)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Ask the job to stop at its next safe point; a second signal of the same kind ends the process at once."""
+    asked: list[int] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    former = {kind: signal.signal(kind, handle) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for kind, handler in former.items():
+            signal.signal(kind, handler)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,1 @@
+"""The calibration text that ships with the package: see README.md beside it."""

@@ -1,0 +1,78 @@
+"""What can go wrong, as one tree.
+
+    StreampruneError              exit code 1
+    ├── SettingsError             a setting that makes no sense, alone or for this model        (2)
+    ├── CheckpointError           the source or an output folder cannot be read as a checkpoint (3)
+    │   └── UnsupportedModelError an architecture that the table does not hold
+    ├── CalibrationError          the text is missing, too short, or not text                   (4)
+    ├── OutputError               the output folder cannot be used: foreign files, in use, full (5)
+    │   └── JobMismatchError      it holds another job; the message names what differs
+    ├── NumericsError             NaN or infinite weights, activations or scores                (6)
+    ├── KernelFault               a written layer does not compute what its masked source does  (7)
+    ├── BlockErrorExceeded        a block is above --max-block-error and the policy is to stop  (8)
+    └── Interrupted               stopped by a signal at a safe point; the same command resumes (85)
+
+Every message is one line that says what is wrong, where, and what to do about it.
+"""
+
+
+class StreampruneError(Exception):
+    """Base of every error that streamprune raises on purpose; `exit_code` is the command line's."""
+
+    exit_code = 1
+
+
+class SettingsError(StreampruneError):
+    """A setting that makes no sense, alone or for this model."""
+
+    exit_code = 2
+
+
+class CheckpointError(StreampruneError):
+    """A folder that cannot be read as a checkpoint."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(CheckpointError):
+    """An architecture that is not in the table."""
+
+
+class CalibrationError(StreampruneError):
+    """A text that is missing, too short, or not text."""
+
+    exit_code = 4
+
+
+class OutputError(StreampruneError):
+    """An output folder that cannot be used."""
+
+    exit_code = 5
+
+
+class JobMismatchError(OutputError):
+    """The output folder holds a job with other settings, source or calibration."""
+
+
+class NumericsError(StreampruneError):
+    """NaN or infinite numbers where the method needs finite ones."""
+
+    exit_code = 6
+
+
+class KernelFault(StreampruneError):
+    """A written layer does not compute what its masked source weight does."""
+
+    exit_code = 7
+
+
+class BlockErrorExceeded(StreampruneError):
+    """A block's error is above the budget and the policy is to stop."""
+
+    exit_code = 8
+
+
+class Interrupted(StreampruneError):
+    """Stopped by a signal at a safe point; the same command goes on from there."""
+
+    exit_code = 85

@@ -1,0 +1,1 @@
+"""The network: transformers' own modules on the meta device, one block at a time made real."""

@@ -1,0 +1,63 @@
+"""Which device and dtype a job computes in, resolved and written down: they are part of what decides the bytes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from streamprune.errors import SettingsError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A resolved device and the dtype that blocks compute in; stored values keep the source's dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of it decides the bytes: device kind, dtype, and the processor's instruction set."""
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            instruction_set = f"sm_{major}{minor}"
+        else:
+            instruction_set = torch.backends.cpu.get_cpu_capability()
+        return {"device": self.device.type, "dtype": name_of(self.dtype), "instruction_set": instruction_set}
+
+    @property
+    def kernel_tolerance(self) -> float:
+        """Largest kernel_error that arithmetic explains.
+
+        Two products of the same numbers summed in another order differ by about sqrt(in) roundings of the accumulator
+        (float32: 1e-6 at 20,000 inputs) and one of the output (2^-9 in bfloat16, 2^-12 in float16).
+        """
+        return {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[self.dtype]
+
+
+def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmetic:
+    """`device` auto, cpu or cuda; `dtype` auto, float32, bfloat16 or float16.
+
+    auto on a CPU is float32: fp16 products are about 100 times slower there and bfloat16 needs instructions that most
+    lack. On a GPU it is the source's dtype. Raises SettingsError for what is not there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise SettingsError(f"device {device!r} is none of auto, cpu, cuda")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise SettingsError(f"dtype {dtype!r} is none of auto, {', '.join(DTYPES)}")
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise SettingsError("device cuda: torch sees no GPU on this machine; use --device cpu")
+    resolved = torch.device("cuda" if device != "cpu" and has_gpu else "cpu")
+    if dtype == "auto":
+        on_gpu = source if source in DTYPES.values() else torch.float32
+        return Arithmetic(resolved, on_gpu if resolved.type == "cuda" else torch.float32)
+    if dtype == "float16" and resolved.type == "cpu":
+        raise SettingsError("dtype float16 is about 100 times slower than float32 on a CPU; use float32 or bfloat16")
+    return Arithmetic(resolved, DTYPES[dtype])
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

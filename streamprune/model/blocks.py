@@ -1,0 +1,100 @@
+"""One block made real: dense from source tensors, or sparse from packed ones; and running it."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from streamprune.checkpoint.packed import PackedLayer, layer_from_tensors
+from streamprune.errors import NumericsError
+from streamprune.model.skeleton import Skeleton
+from streamprune_kernels import expand
+
+
+class PackedLinear(nn.Module):
+    """The sparse product y = W x[..., p] + b of one packed layer.
+
+    On a processor without a sparse instruction the layout that its GEMM wants is the expanded weight in the dtype of
+    the arithmetic; it is made once, here, from values and mask as read from disk.
+    """
+
+    def __init__(self, layer: PackedLayer, in_features: int, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
+        self.permutation: torch.Tensor | None
+        self.register_buffer("weight", expand(layer.values, layer.mask, in_features).to(dtype))
+        self.register_buffer("bias", bias.to(dtype) if bias is not None else None)
+        self.register_buffer("permutation", layer.permutation.long() if layer.permutation is not None else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.permutation is not None:
+            x = x[..., self.permutation]
+        return functional.linear(x, self.weight, self.bias)
+
+
+def dense_block(
+    skeleton: Skeleton, index: int, tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """A block with dense weights, from its parameters by full name, in the arithmetic's dtype."""
+    prefix = f"{skeleton.blocks[index]}."
+    block = copy.deepcopy(skeleton.block(index))
+    state = {name.removeprefix(prefix): tensors[name].to(device, dtype) for name in skeleton.block_parameters(index)}
+    block.load_state_dict(state, strict=True, assign=True)
+    return block.to(device).eval()
+
+
+def packed_block(
+    skeleton: Skeleton,
+    index: int,
+    tensors: Mapping[str, torch.Tensor],
+    layers: Iterable[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A block from the tensors of its shard: `layers` (full names) are packed, everything else is dense."""
+    prefix = f"{skeleton.blocks[index]}."
+    packed = set(layers)
+    block = copy.deepcopy(skeleton.block(index))
+    for name in sorted(packed):
+        local = name.removeprefix(prefix)
+        bias = tensors.get(f"{name}.bias")
+        in_features = block.get_submodule(local).get_parameter("weight").shape[1]
+        layer = layer_from_tensors(name, tensors)
+        block.set_submodule(local, PackedLinear(layer, in_features, bias, dtype))
+    inside = tuple(f"{name}." for name in packed)
+    names = [name for name in skeleton.block_parameters(index) if not name.startswith(inside)]
+    state = {name.removeprefix(prefix): tensors[name].to(dtype) for name in names}
+    block.load_state_dict(state, strict=False, assign=True)
+    return block.to(device).eval()
+
+
+def run_block(block: nn.Module, states: torch.Tensor, arguments: Mapping[str, Any], name: str) -> torch.Tensor:
+    """The block's output [1, tokens, hidden]. Raises NumericsError where it is not finite."""
+    with torch.inference_mode():
+        output = block(states, **arguments)
+    output = output[0] if isinstance(output, tuple) else output
+    if not bool(torch.isfinite(output).all()):
+        raise NumericsError(f"{name}: its output holds NaN or infinity; try --dtype float32")
+    return output
+
+
+@contextmanager
+def inputs_observed(block: nn.Module, observers: Mapping[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
+    """While open, call an observer with the input [tokens, in] of the linear layer of its name inside the block."""
+
+    def hook_for(observe: Callable[[torch.Tensor], None]) -> Callable[..., None]:
+        return lambda module, inputs: observe(inputs[0].reshape(-1, inputs[0].shape[-1]))
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(hook_for(observe)) for name, observe in observers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

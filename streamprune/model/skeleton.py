@@ -1,0 +1,266 @@
+"""The model without its weights, and what its blocks are called with.
+
+The modules are transformers' own, on the meta device (real buffers: rotary frequencies are computed, not loaded). What
+each block receives beside the hidden states is recorded by running the model's own forward with recorders in the
+blocks' places, so nothing about masks or position embeddings is spelled here.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from streamprune.checkpoint.reader import Checkpoint, TensorSource
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.model.architectures import Architecture, InputGroup, architecture_of
+
+logger = logging.getLogger("streamprune")
+
+# Buffers that old checkpoints carry and current modules compute for themselves.
+OBSOLETE_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A causal LM on the meta device, in evaluation mode. Block i is the module `blocks[i]`."""
+
+    model: PreTrainedModel
+    architecture: Architecture
+    blocks: tuple[str, ...]
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """Vocabulary and width of the input embeddings."""
+        vocabulary, width = self.model.get_input_embeddings().get_parameter("weight").shape
+        return vocabulary, width
+
+    def block(self, index: int) -> nn.Module:
+        """The meta module of a block."""
+        return self.model.get_submodule(self.blocks[index])
+
+    def block_parameters(self, index: int) -> list[str]:
+        """Full names of a block's parameters."""
+        return [f"{self.blocks[index]}.{name}" for name, _ in self.block(index).named_parameters()]
+
+    def outer_parameters(self) -> list[str]:
+        """Full names of the parameters outside all blocks, tied ones once."""
+        inside = tuple(f"{block}." for block in self.blocks)
+        tied = tied_parameters(self.model)
+        names = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        return [name for name in names if not name.startswith(inside) and name not in tied]
+
+    def group_layers(self, index: int) -> list[tuple[InputGroup, list[str]]]:
+        """Each input group of the table with the full names of its layers in a block."""
+        prefix = self.blocks[index]
+        return [(group, [f"{prefix}.{layer}" for layer in group.layers]) for group in self.architecture.groups]
+
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, KV heads and the size of a head."""
+        config = self.model.config
+        heads = int(config.num_attention_heads)
+        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return heads, kv_heads, head_dim
+
+
+def build_skeleton(folder: Path) -> Skeleton:
+    """Build a model's modules from its config.json, without weights and without remote code.
+
+    Raises CheckpointError for a config that makes no model, UnsupportedModelError for one that is not in the table.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a bad config
+        raise CheckpointError(f"{folder}/config.json: makes no model ({_first_line(error)})") from error
+    architecture = architecture_of(config.model_type)
+    config.use_cache = False
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:
+        raise CheckpointError(f"{folder}/config.json: makes no model ({_first_line(error)})") from error
+    model.eval()
+    try:
+        count = len(list(model.get_submodule(architecture.blocks).children()))
+    except AttributeError as error:
+        raise UnsupportedModelError(f"{folder}: has no blocks at {architecture.blocks}") from error
+    return Skeleton(model, architecture, tuple(f"{architecture.blocks}.{index}" for index in range(count)))
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that share another's tensor: name to the name that is stored."""
+    return dict(model.all_tied_weights_keys)
+
+
+def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter name to the checkpoint's name for it, by the rules of from_pretrained.
+
+    A checkpoint of the base model lacks the prefix ("decoder.layers..." for "model.decoder.layers..."). Raises
+    CheckpointError for a parameter without tensor or with one of another shape; tensors without parameter are logged.
+    """
+    shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
+    prefix = f"{skeleton.model.base_model_prefix}."
+    tied = tied_parameters(skeleton.model)
+    names: dict[str, str] = {}
+    unknown = []
+    for name in checkpoint.tensors:
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        parameter = next((candidate for candidate in candidates if candidate in shapes), None)
+        if parameter is None:
+            unknown.append(name)
+        else:
+            names[parameter] = name
+    for parameter, stored in tied.items():
+        other = names.pop(parameter, None)
+        if other is not None:
+            names.setdefault(stored, other)
+    missing = sorted(set(shapes) - set(names) - set(tied))
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    for parameter, name in names.items():
+        _check_shape(checkpoint, name, checkpoint.tensors[name], shapes[parameter])
+    for name in unknown:
+        if not name.endswith(OBSOLETE_SUFFIXES):
+            logger.warning(
+                "%s: tensor %s belongs to no parameter of the model and is left out", checkpoint.folder, name
+            )
+    return names
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, source: TensorSource, shape: tuple[int, ...]) -> None:
+    if source.shape != shape:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {name} has shape {list(source.shape)}, config.json makes it {list(shape)}"
+        )
+    if not source.dtype.is_floating_point:
+        raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {source.dtype}; the source must be unquantized")
+
+
+class _StopForward(Exception):
+    """Raised by the last recorder: what comes after the blocks is not run."""
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place; attributes that the model looks up there are the block's."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: its parameters are not this module's
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+
+class _Recorder(_StandIn):
+    """Keeps what a block is called with and passes the hidden states on; the last one ends the forward."""
+
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__(block)
+        self.last = last
+        self.states: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: torch.Tensor, *extra: Any, **arguments: Any) -> torch.Tensor:
+        if extra:
+            raise UnsupportedModelError(
+                "a block of this model is called with positional arguments; that is not supported"
+            )
+        self.states, self.arguments = hidden_states, arguments
+        if self.last:
+            raise _StopForward
+        return hidden_states
+
+
+class _Substitute(_StandIn):
+    """Returns the given hidden states in place of the first block's output; without them passes its input on."""
+
+    def __init__(self, block: nn.Module, states: torch.Tensor | None) -> None:
+        super().__init__(block)
+        self.states = states
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states if self.states is None else self.states
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Hidden states that enter block 0, [1, tokens, hidden], and the keyword arguments of every block."""
+
+    hidden_states: torch.Tensor
+    arguments: tuple[dict[str, Any], ...]
+
+
+def record_block_inputs(skeleton: Skeleton, outer: Mapping[str, torch.Tensor], input_ids: torch.Tensor) -> BlockInputs:
+    """Run what comes before the blocks on `input_ids` [1, tokens]; `outer` are the parameters outside the blocks."""
+    blocks = [skeleton.block(index) for index in range(len(skeleton.blocks))]
+    recorders = [_Recorder(block, index == len(blocks) - 1) for index, block in enumerate(blocks)]
+    base = skeleton.model.base_model
+    prefix = f"{skeleton.model.base_model_prefix}."
+    parameters = {name.removeprefix(prefix): tensor for name, tensor in outer.items() if name.startswith(prefix)}
+    with _blocks_replaced(skeleton, recorders), torch.inference_mode(), suppress(_StopForward):
+        functional_call(base, parameters, (), {"input_ids": input_ids, "use_cache": False})
+    first = recorders[0].states
+    if first is None:
+        raise UnsupportedModelError(f"the forward of {type(skeleton.model).__name__} did not call its blocks")
+    return BlockInputs(first, tuple(recorder.arguments for recorder in recorders))
+
+
+def run_tail(
+    skeleton: Skeleton, outer: Mapping[str, torch.Tensor], states: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Logits [len(positions), vocabulary] from the last block's hidden states [1, tokens, hidden]."""
+    blocks = [skeleton.block(index) for index in range(len(skeleton.blocks))]
+    substitutes = [_Substitute(block, states if index == 0 else None) for index, block in enumerate(blocks)]
+    tied = {name: outer[stored] for name, stored in tied_parameters(skeleton.model).items() if stored in outer}
+    # The first substitute ignores what it is given, so embeddings of zeros spare the embedding matrix.
+    zeros = states.new_zeros(1, states.shape[1], skeleton.embedding_shape[1])
+    inputs = {"inputs_embeds": zeros, "use_cache": False, "logits_to_keep": positions}
+    with _blocks_replaced(skeleton, substitutes), torch.inference_mode():
+        return functional_call(skeleton.model, {**outer, **tied}, (), inputs).logits[0]
+
+
+def arguments_equal(one: Any, other: Any) -> bool:
+    """Whether two recorded arguments are the same, tensors by value."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(arguments_equal(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(arguments_equal, one, other))
+    return bool(one == other)
+
+
+@contextmanager
+def _blocks_replaced(skeleton: Skeleton, substitutes: Sequence[nn.Module]) -> Iterator[None]:
+    """Put other modules in the blocks' places for a while."""
+    originals = [skeleton.block(index) for index in range(len(substitutes))]
+    try:
+        for name, module in zip(skeleton.blocks, substitutes, strict=True):
+            skeleton.model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in zip(skeleton.blocks, originals, strict=True):
+            skeleton.model.set_submodule(name, module)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,122 @@
+"""A model's forward pass in pieces: embeddings, one block after another over all sequences, and the tail.
+
+Hidden states wait in scratch files between blocks; only one block is in memory.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from streamprune.checkpoint.packed import tensor_names
+from streamprune.checkpoint.reader import Checkpoint
+from streamprune.checkpoint.scratch import HiddenStates
+from streamprune.config import NMPattern
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.blocks import packed_block, run_block
+from streamprune.model.skeleton import Skeleton, arguments_equal, match_names, record_block_inputs
+
+BlockArguments = tuple[dict[str, Any], ...]
+
+
+def read_outer(
+    skeleton: Skeleton, checkpoint: Checkpoint, names: Mapping[str, str], parameters: list[str]
+) -> dict[str, torch.Tensor]:
+    """The named parameters outside the blocks, in their stored dtypes."""
+    tensors = checkpoint.read(names[name] for name in parameters)
+    return {name: tensors[names[name]] for name in parameters}
+
+
+def input_parameters(skeleton: Skeleton) -> list[str]:
+    """Outer parameters of the base model: what runs before the blocks (and small norms after them), not the head."""
+    prefix = f"{skeleton.model.base_model_prefix}."
+    return [name for name in skeleton.outer_parameters() if name.startswith(prefix)]
+
+
+def embed(
+    skeleton: Skeleton,
+    outer: Mapping[str, torch.Tensor],
+    tokens: torch.Tensor,
+    arithmetic: Arithmetic,
+    states: HiddenStates | None,
+    tick: Callable[[], None],
+) -> BlockArguments:
+    """Run what comes before the blocks on tokens [sequences, length] and keep the results in `states`.
+
+    Returns what each block is called with beside hidden states. Without `states` only the first sequence is run, to
+    learn that. Raises UnsupportedModelError where it differs between sequences.
+    """
+    parameters = {name: tensor.to(arithmetic.dtype) for name, tensor in outer.items()}
+    arguments: BlockArguments | None = None
+    for index in range(len(tokens) if states is not None else 1):
+        recorded = record_block_inputs(skeleton, parameters, tokens[index : index + 1])
+        if arguments is None:
+            arguments = recorded.arguments
+        elif not arguments_equal(arguments, recorded.arguments):
+            raise UnsupportedModelError("this model's blocks are called with something that depends on the text")
+        if states is not None:
+            states.write(index, recorded.hidden_states)
+            tick()
+    assert arguments is not None
+    moved: BlockArguments = tree_map(
+        lambda value: value.to(arithmetic.device) if isinstance(value, torch.Tensor) else value, arguments
+    )
+    return moved
+
+
+def advance(
+    block: nn.Module,
+    name: str,
+    arguments: Mapping[str, Any],
+    states: HiddenStates,
+    target: HiddenStates,
+    arithmetic: Arithmetic,
+    tick: Callable[[], None],
+    observe: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda index, x, y: None,
+) -> None:
+    """Run a block on every sequence of `states`, keep its outputs in `target`, and show each (index, input, output)."""
+    for index in range(len(states)):
+        x = states.read(index).to(arithmetic.device)
+        output = run_block(block, x, arguments, name)
+        target.write(index, output)
+        observe(index, x, output)
+        tick()
+
+
+def load_block(
+    skeleton: Skeleton,
+    index: int,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    packed: Mapping[str, NMPattern],
+    arithmetic: Arithmetic,
+) -> nn.Module:
+    """A block ready to run from a checkpoint: its layers in `packed` are sparse, everything else is dense."""
+    prefix = f"{skeleton.blocks[index]}."
+    layers = [name for name in packed if name.startswith(prefix)]
+    pruned = {f"{name}.weight" for name in layers}
+    dense = {name: names[name] for name in skeleton.block_parameters(index) if name not in pruned}
+    stored = [name for layer in layers for name in tensor_names(checkpoint, layer)]
+    tensors = checkpoint.read([*dense.values(), *stored])
+    by_parameter = {**{name: tensors[source] for name, source in dense.items()}, **{n: tensors[n] for n in stored}}
+    return packed_block(skeleton, index, by_parameter, layers, arithmetic.device, arithmetic.dtype)
+
+
+def output_names(skeleton: Skeleton, checkpoint: Checkpoint, packed: Mapping[str, NMPattern]) -> dict[str, str]:
+    """As `match_names`, for a folder that may hold packed layers, whose weights have no tensor of their own."""
+    if not packed:
+        return match_names(skeleton, checkpoint)
+    pruned = {f"{name}.weight" for name in packed}
+    expected = {*skeleton.outer_parameters()}
+    for index in range(len(skeleton.blocks)):
+        expected.update(skeleton.block_parameters(index))
+    unknown = sorted(pruned - expected)
+    if unknown:
+        raise CheckpointError(f"{checkpoint.folder}: layer {unknown[0]} is not in the model of config.json")
+    missing = sorted(expected - pruned - set(checkpoint.tensors))
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    return {name: name for name in expected - pruned}

@@ -1,0 +1,1 @@
+"""The job: plan, calibration text, journal, and the two-pass loop over the blocks."""

@@ -1,0 +1,272 @@
+"""`compress`: the whole job, from a checkpoint folder to a packed one."""
+
+import datetime
+import functools
+import hashlib
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamprune.checkpoint.packed import (
+    MANIFEST_DIGEST_FILE,
+    MANIFEST_FILE,
+    PERMUTATIONS_FILE,
+    STATISTICS_FILE,
+    TIMINGS_FILE,
+    quantization_config,
+)
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, open_file, read_about, read_json, tensor_digest
+from streamprune.checkpoint.safetensors_header import read_header
+from streamprune.checkpoint.writer import file_digest, write_atomically, write_json, write_safetensors, write_text
+from streamprune.config import NMPattern, PruneConfig
+from streamprune.errors import OutputError
+from streamprune.model.streaming import read_outer
+from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
+from streamprune.pipeline.journal import (
+    Journal,
+    check_identity,
+    is_finished,
+    output_locked,
+    remove_output,
+)
+from streamprune.pipeline.plan import check_disk
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.scheduler import Run, check_outcomes, compress_blocks, peak_memory_bytes
+
+COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE*",
+)
+WORST_LAYERS = 5
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What a job has done. `dense_bytes` and `packed_bytes` are of the pruned layers' weights (values and mask),
+    `permutation_bytes` of the permutations stored beside them, `source_bytes` and `output_bytes` of whole models.
+    """
+
+    status: str  # "finished" or "already finished"
+    out: str
+    blocks: int
+    seconds: float
+    peak_memory_bytes: int
+    dense_bytes: int
+    packed_bytes: int
+    permutation_bytes: int
+    source_bytes: int
+    output_bytes: int
+    worst_layers: tuple[tuple[str, float], ...]  # by layer_error, worst first
+    worst_block: tuple[str, float]  # by block_error
+    kept_dense: tuple[str, ...]  # blocks above the budget
+    dense_layers: dict[str, str]  # linear layers that the pattern does not fit, with reasons
+    manifest_sha256: str
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    pattern: str = "2:4",
+    metric: str = "esparse",
+    shuffle: str = "global+local",
+    calibration: str | None = None,
+    samples: int = 128,
+    sequence_length: int = 2048,
+    seed: int = 0,
+    alpha: float = PruneConfig.alpha,
+    entropy_bins: int = PruneConfig.entropy_bins,
+    amplitude: str = PruneConfig.amplitude,
+    shuffle_block: int = PruneConfig.shuffle_block,
+    max_block_error: float | None = None,
+    on_excess: str = "stop",
+    device: str = "auto",
+    dtype: str = "auto",
+    scratch: str | Path | None = None,
+    restart: bool = False,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> CompressResult:
+    """Prune a causal LM to N:M sparsity, block by block from disk, into the folder `out`.
+
+    The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
+    holds. `scratch` is a folder for hidden states (default: inside `out`). `should_stop` is asked after every sequence;
+    when true, Interrupted is raised and nothing finished is lost. Raises the errors of streamprune.errors.
+    """
+    start = time.perf_counter()
+    config = PruneConfig(
+        NMPattern.parse(pattern), metric, shuffle, alpha, entropy_bins, amplitude, shuffle_block,  # type: ignore[arg-type]
+        max_block_error, on_excess,  # type: ignore[arg-type]
+    )  # fmt: skip
+    model, out = Path(model), Path(out)
+    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
+        raise OutputError(f"{out}: lies in the source folder; choose another --out")
+    job = resolve_job(model, config, calibration, samples, sequence_length, seed, device, dtype)
+    with output_locked(out) as journal:
+        if restart:
+            remove_output(out)
+        elif is_finished(out):
+            manifest = read_json(out / MANIFEST_FILE)
+            check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
+            check_outcomes(config, manifest["blocks"])
+            journal.clear()
+            return _result("already finished", out, manifest, read_json(out / TIMINGS_FILE))
+        entries = journal.start({**without_budget(job.identity), "versions": versions()})
+        folder = _scratch_folder(journal, scratch)
+        bars = Progress(progress)
+        try:
+            check_disk(job.plan, len(entries), out, folder)
+            entries = compress_blocks(Run(job, journal, folder, bars, should_stop), entries)
+        finally:
+            bars.close()
+        if scratch is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        manifest = _finish(job, journal, entries)
+        timings = _timings(entries, time.perf_counter() - start)
+        write_json(out / TIMINGS_FILE, timings, journal.temporary)
+        _write_manifest(journal, manifest)
+        journal.clear()
+        return _result("finished", out, manifest, timings)
+
+
+def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
+    if scratch is None:
+        return journal.work
+    name = hashlib.sha256(str(journal.out.resolve()).encode()).hexdigest()[:16]
+    folder = Path(scratch) / f"streamprune-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be used as scratch folder ({error.strerror})") from error
+    return folder
+
+
+def _finish(job: Job, journal: Journal, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write what is not a block: the outer shard, permutations, statistics, index, config; returns the manifest."""
+    out, temporary = journal.out, journal.temporary
+    outer = read_outer(job.skeleton, job.checkpoint, job.names, job.skeleton.outer_parameters())
+    write_safetensors(out / job.shard_name(None), outer, temporary)
+    digests = {job.names[name]: tensor_digest(tensor) for name, tensor in outer.items()}
+    del outer
+    _merge_evidence(job, journal)
+    shards = [job.shard_name(None), *(job.shard_name(index) for index in range(len(entries)))]
+    _write_index(out, shards, temporary)
+    pruned = {layer["name"]: job.config.pattern for entry in entries for layer in entry["layers"]}
+    dense = _dense_layers(job, entries, set(pruned))
+    config = {**read_json(job.source / "config.json"), "quantization_config": quantization_config(pruned, dense)}
+    write_json(out / "config.json", config, temporary)
+    copied = _copy_files(job.source, out, temporary)
+    for entry in entries:
+        digests.update(entry["source_tensors"])
+    written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *copied]
+    kept = ("name", "outcome", "block_error", "layers")
+    return {
+        "format_version": 1,
+        "identity": job.identity,
+        "blocks": [{key: entry[key] for key in kept} for entry in entries],
+        "dense_layers": dense,
+        "source_bytes": job.plan.source_bytes,
+        "source_tensors": digests,
+        "files": {name: {"sha256": file_digest(out / name), "bytes": (out / name).stat().st_size} for name in written},
+    }
+
+
+def _merge_evidence(job: Job, journal: Journal) -> None:
+    """Gather the blocks' folded permutations and input RMS into one file each."""
+    permutations: dict[str, torch.Tensor] = {}
+    statistics: dict[str, torch.Tensor] = {}
+    reorders: list[dict[str, Any]] = []
+    for index in range(len(job.skeleton.blocks)):
+        path = journal.evidence_path(index)
+        tensors = open_file(path)
+        for name, tensor in tensors.read(tensors.tensors).items():
+            (statistics if name.endswith(".input_rms") else permutations)[name] = tensor
+        reorders += read_about(path)
+    write_safetensors(journal.out / PERMUTATIONS_FILE, permutations, journal.temporary, reorders)
+    write_safetensors(journal.out / STATISTICS_FILE, statistics, journal.temporary)
+
+
+def _write_index(out: Path, shards: Sequence[str], temporary: Path) -> None:
+    headers = {shard: read_header(out / shard)[0] for shard in shards}
+    total = sum(entry.size_bytes for header in headers.values() for entry in header.values())
+    weight_map = {name: shard for shard, header in headers.items() for name in header}
+    write_json(out / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary)
+
+
+def _dense_layers(job: Job, entries: Sequence[dict[str, Any]], pruned: set[str]) -> dict[str, str]:
+    """Linear layers of the blocks that are not pruned, each with the reason."""
+    above = {entry["name"]: entry["block_error"] for entry in entries if entry["outcome"] == "kept dense"}
+    reasons = dict(job.plan.dense)
+    for entry, layers in zip(entries, job.plan.blocks, strict=True):
+        for name in layers.keys() - pruned:
+            reasons[name] = f"block error {above[entry['name']]:.6g} is above the budget"
+    return reasons
+
+
+def _copy_files(source: Path, out: Path, temporary: Path) -> list[str]:
+    names = sorted({path.name for pattern in COPIED_FILES for path in source.glob(pattern) if path.is_file()})
+    for name in names:
+        write_atomically(out / name, temporary, functools.partial(shutil.copyfile, source / name))
+    return names
+
+
+def _write_manifest(journal: Journal, manifest: dict[str, Any]) -> None:
+    """The manifest, then its digest; with the digest there the job is finished."""
+    out = journal.out
+    write_json(out / MANIFEST_FILE, manifest, journal.temporary)
+    digest = file_digest(out / MANIFEST_FILE)
+    write_text(out / MANIFEST_DIGEST_FILE, f"{digest}  {MANIFEST_FILE}\n", journal.temporary)
+
+
+def _timings(entries: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What may differ between equal runs. `stages` and peak memory cover every process that worked on the job."""
+    stages: dict[str, float] = {}
+    for entry in entries:
+        for stage, spent in entry["timings"]["seconds"].items():
+            stages[stage] = stages.get(stage, 0.0) + spent
+    peaks = [peak_memory_bytes(), *(entry["timings"]["peak_memory_bytes"] for entry in entries)]
+    return {
+        "seconds": seconds,
+        "stages": stages,
+        "peak_memory_bytes": max(peaks),
+        "host": socket.gethostname(),
+        "threads": torch.get_num_threads(),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+
+
+def _result(status: str, out: Path, manifest: dict[str, Any], timings: dict[str, Any]) -> CompressResult:
+    blocks = manifest["blocks"]
+    layers = [layer for block in blocks for layer in block["layers"]]
+    worst = sorted(layers, key=lambda layer: -layer["layer_error"])[:WORST_LAYERS]
+    block = max(blocks, key=lambda block: block["block_error"])
+    return CompressResult(
+        status=status,
+        out=str(out),
+        blocks=len(blocks),
+        seconds=timings["seconds"],
+        peak_memory_bytes=timings["peak_memory_bytes"],
+        dense_bytes=sum(layer["dense_bytes"] for layer in layers),
+        packed_bytes=sum(layer["packed_bytes"] for layer in layers),
+        permutation_bytes=sum(layer["permutation_bytes"] for layer in layers),
+        source_bytes=manifest["source_bytes"],
+        output_bytes=sum(file["bytes"] for file in manifest["files"].values()),
+        worst_layers=tuple((layer["name"], layer["layer_error"]) for layer in worst),
+        worst_block=(block["name"], block["block_error"]),
+        kept_dense=tuple(block["name"] for block in blocks if block["outcome"] == "kept dense"),
+        dense_layers=manifest["dense_layers"],
+        manifest_sha256=file_digest(out / MANIFEST_FILE),
+    )

@@ -1,0 +1,92 @@
+"""A job resolved: model, plan, calibration tokens, arithmetic, and the identity that a resumed job must share."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamprune.checkpoint.packed import is_packed
+from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
+from streamprune.config import PruneConfig
+from streamprune.errors import CheckpointError, SettingsError
+from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
+from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
+from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
+from streamprune.pipeline.plan import Plan, make_plan
+
+# Settings that decide which outcome a block has, but no byte of a block with the same outcome: a stopped job may go on
+# under another budget, if every finished block would have ended the same way.
+BUDGET_SETTINGS = ("max_block_error", "on_excess")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the scheduler needs to know, and nothing that changes while it works."""
+
+    source: Path
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    names: dict[str, str]
+    config: PruneConfig
+    plan: Plan
+    tokens: torch.Tensor
+    arithmetic: Arithmetic
+    identity: dict[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """Output shards: one for what lies outside the blocks, then one a block."""
+        return len(self.skeleton.blocks) + 1
+
+    def shard_name(self, index: int | None) -> str:
+        """File name of a block's shard; None: the tensors outside the blocks."""
+        number = 1 if index is None else index + 2
+        return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
+
+
+def resolve_job(
+    model: Path,
+    config: PruneConfig,
+    calibration: str | None,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    device: str,
+    dtype: str,
+) -> Job:
+    """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work."""
+    if is_packed(model):
+        raise CheckpointError(f"{model}: is already an output of streamprune; give the dense model")
+    skeleton = build_skeleton(model)
+    checkpoint = open_checkpoint(model)
+    names = match_names(skeleton, checkpoint)
+    longest = getattr(skeleton.model.config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise SettingsError(f"sequence length {sequence_length} is beyond the model's {longest} positions")
+    source_dtype = checkpoint.tensors[names[skeleton.block_parameters(0)[0]]].dtype
+    arithmetic = resolve_arithmetic(device, dtype, source_dtype)
+    plan = make_plan(skeleton, checkpoint, names, config, samples * sequence_length, arithmetic.dtype)
+    tokens = calibration_tokens(model, calibration, samples, sequence_length, seed)
+    vocabulary, _ = skeleton.embedding_shape
+    if int(tokens.max()) >= vocabulary:
+        raise CheckpointError(f"{model}: the tokenizer makes ids up to {int(tokens.max())}, the model has {vocabulary}")
+    identity = {
+        "source": {"fingerprint": checkpoint.fingerprint()},
+        "calibration": {"tokens": tokens_digest(tokens), "samples": samples, "sequence_length": sequence_length},
+        "settings": config.to_dict(),
+        "compute": arithmetic.identity,
+    }
+    return Job(model, skeleton, checkpoint, names, config, plan, tokens, arithmetic, identity)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic or modules decide the bytes."""
+    return {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
+
+
+def without_budget(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity without the settings that a resumed job may change."""
+    settings = {name: value for name, value in identity["settings"].items() if name not in BUDGET_SETTINGS}
+    return {**identity, "settings": settings}

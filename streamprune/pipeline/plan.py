@@ -1,0 +1,98 @@
+"""What a job will do, from headers alone: layers, bytes, and what stays dense and why."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from streamprune.checkpoint.reader import Checkpoint
+from streamprune.config import NMPattern, PruneConfig
+from streamprune.errors import OutputError, SettingsError
+from streamprune.model.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A linear layer to prune. Bytes are of the weight, without bias; packed ones without a stored permutation."""
+
+    shape: tuple[int, int]
+    dense_bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """blocks[i] are the layers to prune in block i by full name; `dense` the linear layers left dense, with reasons."""
+
+    blocks: tuple[dict[str, LayerPlan], ...]
+    dense: dict[str, str]
+    source_bytes: int
+    output_bytes: int
+    scratch_bytes: int
+
+    @property
+    def layers(self) -> dict[str, LayerPlan]:
+        return {name: layer for block in self.blocks for name, layer in block.items()}
+
+
+def make_plan(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    names: dict[str, str],
+    config: PruneConfig,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Plan:
+    """Plan a job of `tokens` calibration tokens whose hidden states are kept in `dtype`."""
+    blocks, dense = [], {}
+    for index in range(len(skeleton.blocks)):
+        layers, left = _plan_block(skeleton, index, checkpoint, names, config.pattern)
+        blocks.append(layers)
+        dense.update(left)
+    if not any(blocks):
+        reason = next(iter(dense.values()), "the model has no linear layers in its blocks")
+        raise SettingsError(f"pattern {config.pattern}: no layer of this model can be pruned ({reason})")
+    source_bytes = sum(checkpoint.tensors[name].size_bytes for name in names.values())
+    saved = sum(layer.dense_bytes - layer.packed_bytes for block in blocks for layer in block.values())
+    scratch_bytes = 3 * tokens * skeleton.hidden_size * dtype.itemsize
+    return Plan(tuple(blocks), dense, source_bytes, source_bytes - saved, scratch_bytes)
+
+
+def check_disk(plan: Plan, finished: int, out: Path, scratch: Path) -> None:
+    """Raise OutputError where a file system has less free space than the job still writes there."""
+    left = plan.output_bytes * (len(plan.blocks) - finished) // len(plan.blocks)
+    needs = {out: left, scratch: plan.scratch_bytes}
+    if out.stat().st_dev == scratch.stat().st_dev:
+        needs = {out: left + plan.scratch_bytes}
+    for folder, needed in needs.items():
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OutputError(
+                f"{folder}: {needed} bytes are needed and {free} are free; free space or choose another folder"
+            )
+
+
+def _plan_block(
+    skeleton: Skeleton, index: int, checkpoint: Checkpoint, names: dict[str, str], pattern: NMPattern
+) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+    prefix = skeleton.blocks[index]
+    linears = {f"{prefix}.{name}": m for name, m in skeleton.block(index).named_modules() if isinstance(m, nn.Linear)}
+    layers: dict[str, LayerPlan] = {}
+    dense = dict.fromkeys(linears, "no input group of this architecture names it")
+    for _, members in skeleton.group_layers(index):
+        missing = [name for name in members if name not in linears]
+        if missing:
+            raise SettingsError(f"{missing[0]}: is not a linear layer of this model, though its architecture names it")
+        for name in members:
+            out_features, in_features = linears[name].out_features, linears[name].in_features
+            if in_features % pattern.group_size:
+                dense[name] = f"{in_features} inputs are not a multiple of {pattern.group_size}"
+                continue
+            del dense[name]
+            itemsize = checkpoint.tensors[names[name + ".weight"]].dtype.itemsize
+            kept = in_features // pattern.group_size * pattern.kept
+            packed_bytes = out_features * (kept * itemsize + -(-in_features // 8))
+            layers[name] = LayerPlan((out_features, in_features), out_features * in_features * itemsize, packed_bytes)
+    return layers, dense

@@ -1,0 +1,52 @@
+"""Progress for people: a bar over blocks, one over a block's samples; a line a block where there is no terminal."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Bars on standard error; nothing at all when not `enabled`."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.on_terminal = sys.stderr.isatty()
+        self._blocks: Any = None
+        self._samples: Any = None
+        self._sample_count = 0
+
+    def start(self, blocks: int, finished: int, samples: int) -> None:
+        """Open the bar over blocks, of which some are finished already."""
+        self._sample_count = samples
+        off = not (self.enabled and self.on_terminal)
+        self._blocks = tqdm(total=blocks, initial=finished, unit="block", desc="blocks", disable=off, smoothing=0)
+        if finished and self.enabled:
+            tqdm.write(f"going on after block {finished} of {blocks}", file=sys.stderr)
+
+    def stage(self, name: str) -> None:
+        """A new pass over the samples begins."""
+        if self._samples is not None:
+            self._samples.close()
+        off = not (self.enabled and self.on_terminal)
+        self._samples = tqdm(total=self._sample_count, unit="sample", desc=name, disable=off, leave=False)
+
+    def sample_done(self) -> None:
+        if self._samples is not None:
+            self._samples.update()
+
+    def block_done(self, name: str, entry: dict[str, Any]) -> None:
+        """A block is finished and journalled."""
+        if self._blocks is None:
+            return
+        self._blocks.update()
+        if self.enabled and not self.on_terminal:
+            seconds = sum(entry["timings"]["seconds"].values())
+            print(
+                f"{name}: {entry['outcome']}, block error {entry['block_error']:.4f}, {seconds:.1f} s", file=sys.stderr
+            )
+
+    def close(self) -> None:
+        for bar in (self._samples, self._blocks):
+            if bar is not None:
+                bar.close()

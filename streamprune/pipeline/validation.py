@@ -1,0 +1,105 @@
+"""Pass 2's figures: is a written layer right (kernel_error), and what does pruning cost (layer_error, block_error)."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from streamprune.errors import KernelFault
+from streamprune.model.arithmetic import Arithmetic
+from streamprune.pipeline.block_pruning import PrunedLayer
+from streamprune.pruning.selection import stable_sum
+
+SAMPLE_TOKENS = 256
+
+
+@dataclass
+class InputSample:
+    """At most SAMPLE_TOKENS tokens of a layer's inputs: equally many, evenly spaced, of each of the first sequences."""
+
+    sequences: int
+    parts: list[torch.Tensor] = field(default_factory=list)
+    taken: int = 0
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Take this sequence's share of its inputs [tokens, in]."""
+        share = min(max(2, -(-SAMPLE_TOKENS // self.sequences)), SAMPLE_TOKENS - self.taken, x.shape[0])
+        if share > 0:
+            places = torch.arange(share, device=x.device) * x.shape[0] // share
+            self.parts.append(x[places])
+            self.taken += share
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return torch.cat(self.parts)
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """Relative Frobenius errors of one layer on its sample."""
+
+    kernel_error: float
+    layer_error: float
+
+
+def layer_errors(
+    name: str,
+    written: nn.Module,
+    pruned: PrunedLayer,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    arithmetic: Arithmetic,
+) -> LayerErrors:
+    """Hold a layer loaded from the written bytes against its source weight times mask, and against the dense weight.
+
+    x [tokens, in] is the layer's own input in pass 2. The reference tensors never went through pack and unpack. Raises
+    KernelFault, naming the layer, where kernel_error is beyond the arithmetic's tolerance.
+    """
+    weight = pruned.weight.to(arithmetic.dtype)
+    offset = bias.to(arithmetic.dtype) if bias is not None else None
+    permuted = x if pruned.gather is None else x[:, pruned.gather]
+    with torch.inference_mode():
+        sparse = written(x)
+        masked = functional.linear(permuted, torch.where(pruned.keep, weight, 0), offset)
+        dense = functional.linear(permuted, weight, offset)
+    kernel_error = relative_error(sparse, masked)
+    if not kernel_error <= arithmetic.kernel_tolerance:
+        raise KernelFault(
+            f"{name}: kernel_error {kernel_error:.3g} is beyond {arithmetic.kernel_tolerance:g}: the written layer "
+            "does not compute what its masked weight does; check the disk and memory, then run again"
+        )
+    return LayerErrors(kernel_error, relative_error(sparse, dense))
+
+
+def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """||y - reference|| / ||reference|| (Frobenius) of [tokens, out], in float64; NaN where y is not finite."""
+    expected = reference.to(torch.float64)
+    difference = stable_sum((y.to(torch.float64) - expected).square_().sum(dim=1))
+    norm = stable_sum(expected.square_().sum(dim=1))
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf
+    return math.sqrt(difference / norm)
+
+
+class BlockErrorSum:
+    """||Y_pruned - Y_dense|| / ||Y_dense - X|| (Frobenius) over all tokens: the error of what the block adds.
+
+    One partial sum for each sequence, combined exactly.
+    """
+
+    def __init__(self) -> None:
+        self.differences: list[float] = []
+        self.norms: list[float] = []
+
+    def add(self, x: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> None:
+        """Add one sequence: inputs, dense outputs and pruned outputs, each [1, tokens, hidden]."""
+        y = dense[0].to(torch.float64)
+        self.differences.append(stable_sum((pruned[0].to(torch.float64) - y).square_().sum(dim=1)))
+        self.norms.append(stable_sum((y - x[0].to(torch.float64)).square_().sum(dim=1)))
+
+    @property
+    def value(self) -> float:
+        norm = math.fsum(self.norms)
+        return math.sqrt(math.fsum(self.differences) / norm) if norm > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Using the result: perplexity, verification, export, tables."""

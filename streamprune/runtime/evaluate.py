@@ -1,0 +1,144 @@
+"""Perplexity of a dense checkpoint or a packed output, streamed block by block."""
+
+import math
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from streamprune.checkpoint.packed import is_packed, open_packed
+from streamprune.checkpoint.reader import open_checkpoint
+from streamprune.checkpoint.scratch import HiddenStates
+from streamprune.errors import CalibrationError, CheckpointError, SettingsError
+from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
+from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
+from streamprune.model.streaming import advance, embed, input_parameters, load_block, output_names, read_outer
+from streamprune.model.text import documents, load_tokenizer, tokenize
+
+LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabulary of 49,152
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity over `tokens` = windows x sequence length; `loss` is the mean negative log-likelihood in nats."""
+
+    perplexity: float
+    loss: float
+    tokens: int
+    sequence_length: int
+    packed: bool
+    seconds: float
+    peak_memory_bytes: int
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    text: str | Path,
+    sequence_length: int = 2048,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    scratch: str | Path | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Perplexity of a text under a dense model or a packed output.
+
+    The whole text is tokenised without special tokens and cut into windows of `sequence_length` without overlap, the
+    remainder dropped; the mean negative log-likelihood is over the sequence_length - 1 targets of each window (docs/
+    method.md). `scratch` is a folder for hidden states (default: the system's temporary folder).
+    """
+    start = time.perf_counter()
+    folder = Path(model)
+    skeleton = build_skeleton(folder)
+    packed = is_packed(folder)
+    checkpoint, layers, _ = open_packed(folder) if packed else (open_checkpoint(folder), {}, {})
+    names = output_names(skeleton, checkpoint, layers)
+    windows = _windows(folder, text, sequence_length, max_tokens)
+    _check_fits(skeleton, windows)
+    source_dtype = checkpoint.tensors[names[skeleton.outer_parameters()[0]]].dtype
+    arithmetic = resolve_arithmetic(device, dtype, source_dtype)
+    blocks = len(skeleton.blocks)
+    bar = tqdm(total=(blocks + 2) * len(windows), unit="sample", desc="evaluate", disable=None if progress else True)
+
+    def tick() -> None:
+        bar.update()
+
+    def scratch_file(number: int) -> HiddenStates:
+        count, length = windows.shape
+        return HiddenStates(Path(work) / f"{number}.bin", count, length, skeleton.hidden_size, arithmetic.dtype)
+
+    with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar:
+        files = [scratch_file(i) for i in (0, 1)]
+        outer = read_outer(skeleton, checkpoint, names, input_parameters(skeleton))
+        arguments = embed(skeleton, outer, windows, arithmetic, files[0], tick)
+        del outer
+        for index, name in enumerate(skeleton.blocks):
+            block = load_block(skeleton, index, checkpoint, names, layers, arithmetic)
+            advance(block, name, arguments[index], files[0], files[1], arithmetic, tick)
+            files.reverse()
+        tail = read_outer(skeleton, checkpoint, names, skeleton.outer_parameters())
+        tail = {name: tensor.to(arithmetic.device, arithmetic.dtype) for name, tensor in tail.items()}
+        losses = []
+        for index, window in enumerate(windows):
+            losses.append(_window_loss(skeleton, tail, files[0].read(index), window, arithmetic))
+            tick()
+        for file in files:
+            file.close(remove=True)
+    loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Evaluation(math.exp(loss), loss, windows.numel(), sequence_length, packed, seconds, peak)
+
+
+def _windows(folder: Path, text: str | Path, sequence_length: int, max_tokens: int | None) -> torch.Tensor:
+    if sequence_length < 2:
+        raise SettingsError("sequence length must be at least 2: the first token has no prediction")
+    ids = tokenize(load_tokenizer(folder), _whole(text))
+    if max_tokens is not None:
+        ids = ids[:max_tokens]
+    count = len(ids) // sequence_length
+    if count == 0:
+        raise CalibrationError(
+            f"{text}: {len(ids)} tokens are fewer than one window of {sequence_length}; give a longer text"
+        )
+    return torch.tensor(ids[: count * sequence_length]).view(count, sequence_length)
+
+
+def _whole(text: str | Path) -> str:
+    if not Path(text).is_file():
+        raise CalibrationError(f"{text}: no such file; give a .txt, .jsonl or .parquet file")
+    separator = "" if Path(text).suffix == ".txt" else "\n\n"
+    return separator.join(documents(str(text)))
+
+
+def _check_fits(skeleton: Skeleton, windows: torch.Tensor) -> None:
+    longest = getattr(skeleton.model.config, "max_position_embeddings", None)
+    if longest is not None and windows.shape[1] > longest:
+        raise SettingsError(f"sequence length {windows.shape[1]} is beyond the model's {longest} positions")
+    vocabulary, _ = skeleton.embedding_shape
+    if int(windows.max()) >= vocabulary:
+        raise CheckpointError(f"the tokenizer makes ids up to {int(windows.max())}, the model has {vocabulary}")
+
+
+def _window_loss(
+    skeleton: Skeleton,
+    tail: dict[str, torch.Tensor],
+    states: torch.Tensor,
+    window: torch.Tensor,
+    arithmetic: Arithmetic,
+) -> float:
+    """Sum of negative log-likelihoods, in nats, of a window's tokens after the first."""
+    states, targets = states.to(arithmetic.device), window[1:].to(arithmetic.device)
+    positions = torch.arange(len(targets), device=arithmetic.device)
+    pieces = -(-len(targets) // LOGIT_POSITIONS)
+    losses: list[float] = []
+    for piece in positions.tensor_split(pieces):
+        logits = run_tail(skeleton, tail, states, piece).to(torch.float32)
+        losses += functional.cross_entropy(logits, targets[piece], reduction="none").tolist()
+    return math.fsum(losses)

@@ -1,0 +1,92 @@
+"""`export`: a packed output as a dense checkpoint that plain transformers loads."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from streamprune.checkpoint.packed import in_features_of, layer_from_tensors, open_packed, tensor_names
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint, read_json
+from streamprune.checkpoint.writer import write_json, write_safetensors
+from streamprune.config import NMPattern
+from streamprune.errors import OutputError, SettingsError
+from streamprune_kernels import expand
+
+NOT_COPIED = ("streamprune_", "model-", "model.safetensors", "timings.json", "config.json", ".")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written. The layers in `in_memory_order` are N:M as they lie in the file; those in `regathered`
+    had their permutation undone: the model computes the same, but their rows are N:M only through that permutation.
+    """
+
+    out: str
+    output_bytes: int
+    in_memory_order: list[str]
+    regathered: list[str]
+
+
+def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: bool = False) -> Export:
+    """Write a packed output as a dense checkpoint with zeros in the dropped places.
+
+    The function of the model is unchanged and needs nothing of streamprune. `out` must not exist; it appears whole.
+    """
+    if to != "dense":
+        raise SettingsError(f"cannot export to {to!r}; the one format is dense")
+    folder, out = Path(folder), Path(out)
+    checkpoint, layers, _ = open_packed(folder)
+    if out.exists():
+        raise OutputError(f"{out}: exists already; choose another --out")
+    partial = out.parent / f".{out.name}.partial"
+    temporary = partial / ".temporary"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        total, weight_map = 0, {}
+        bar = tqdm(_shards(checkpoint).items(), unit="shard", desc="export", disable=None if progress else True)
+        for shard, names in bar:
+            tensors = _dense_tensors(checkpoint, names, layers)
+            write_safetensors(partial / shard, tensors, temporary)
+            total += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+            weight_map.update(dict.fromkeys(tensors, shard))
+        write_json(
+            partial / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary
+        )
+        config = {
+            key: value for key, value in read_json(folder / "config.json").items() if key != "quantization_config"
+        }
+        write_json(partial / "config.json", config, temporary)
+        for path in folder.iterdir():
+            if path.is_file() and not path.name.startswith(NOT_COPIED):
+                shutil.copyfile(path, partial / path.name)
+        temporary.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror or error}); mend that and run again") from error
+    stored = {name for name in layers if f"{name}.input_permutation" in checkpoint.tensors}
+    in_order = [name for name in layers if name not in stored]
+    return Export(str(out), total, in_order, [name for name in layers if name in stored])
+
+
+def _shards(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    shards: dict[str, list[str]] = {}
+    for name, source in sorted(checkpoint.tensors.items()):
+        shards.setdefault(source.path.name, []).append(name)
+    return dict(sorted(shards.items()))
+
+
+def _dense_tensors(checkpoint: Checkpoint, names: list[str], layers: dict[str, NMPattern]) -> dict[str, torch.Tensor]:
+    """A shard's tensors with every packed layer unpacked to a dense weight, its stored permutation undone."""
+    packed = [name for name in layers if f"{name}.weight_values" in names]
+    parts = {part for name in packed for part in tensor_names(checkpoint, name)}
+    tensors = checkpoint.read(name for name in names if name not in parts)
+    for name in packed:
+        layer = layer_from_tensors(name, checkpoint.read(tensor_names(checkpoint, name)))
+        weight = expand(layer.values, layer.mask, in_features_of(checkpoint, name, layers[name]))
+        if layer.permutation is not None:
+            weight = torch.empty_like(weight).index_copy_(1, layer.permutation.long(), weight)
+        tensors[f"{name}.weight"] = weight
+    return tensors

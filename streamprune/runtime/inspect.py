@@ -1,0 +1,60 @@
+"""`inspect`: what an output holds, from its manifest and headers alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed
+from streamprune.checkpoint.reader import read_json
+from streamprune.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One pruned layer; bytes are of its weight (values and mask), errors as recorded when it was compressed."""
+
+    name: str
+    pattern: str
+    shape: tuple[int, int]
+    packed_bytes: int
+    dense_bytes: int
+    permutation_bytes: int
+    kernel_error: float
+    layer_error: float
+    block_error: float
+    retained_score_start: float
+    retained_score: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An output's layers and their bytes in all; `dense_layers` are those not pruned, with reasons."""
+
+    layers: list[LayerRow]
+    dense_layers: dict[str, str]
+    packed_bytes: int
+    dense_bytes: int
+    permutation_bytes: int
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """List the layers of an output folder. Raises CheckpointError where it is not a finished one."""
+    folder = Path(folder)
+    open_packed(folder)
+    manifest = read_json(folder / MANIFEST_FILE)
+    fields = set(LayerRow.__dataclass_fields__)
+    try:
+        rows = [
+            LayerRow(**{k: v for k, v in layer.items() if k in fields}, block_error=block["block_error"])
+            for block in manifest["blocks"]
+            for layer in block["layers"]
+        ]
+        dense_layers = dict(manifest["dense_layers"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST_FILE}: is malformed ({error}); run streamprune verify") from error
+    return Inspection(
+        rows,
+        dense_layers,
+        sum(row.packed_bytes for row in rows),
+        sum(row.dense_bytes for row in rows),
+        sum(row.permutation_bytes for row in rows),
+    )

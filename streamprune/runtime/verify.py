@@ -1,0 +1,294 @@
+"""`verify`: is a packed output whole and consistent, and, with its source at hand, is it the source's?"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from streamprune.checkpoint.packed import (
+    MANIFEST_DIGEST_FILE,
+    MANIFEST_FILE,
+    PERMUTATIONS_FILE,
+    STATISTICS_FILE,
+    PackedLayer,
+    layer_from_tensors,
+    open_packed,
+    tensor_names,
+)
+from streamprune.checkpoint.reader import Checkpoint, open_checkpoint, open_file, read_about, read_json, tensor_digest
+from streamprune.checkpoint.writer import file_digest
+from streamprune.config import NMPattern
+from streamprune.errors import CheckpointError, NumericsError
+from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
+from streamprune.model.streaming import output_names
+from streamprune.pruning.selection import stable_sum, weighted_error
+from streamprune_kernels import nm_linear
+
+PRODUCT_TOKENS = 16
+PRODUCT_TOLERANCE = 1e-5  # float32 on the same numbers in another order
+RECOMPUTED_TOLERANCE = 1e-9  # float64 sums on another machine
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """`relative_error` is that of the layer's sparse product on seeded inputs against unpack + plain linear."""
+
+    name: str
+    relative_error: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`against_source` says which of the two checks was done; every fault is one line with the layer or file."""
+
+    ok: bool
+    against_source: bool
+    layers: list[LayerCheck]
+    faults: list[str]
+    manifest_sha256: str | None
+
+
+@dataclass
+class _Findings:
+    layers: list[LayerCheck] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """An opened output: its tensors, its pruned layers, and what its manifest says of them."""
+
+    folder: Path
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    layers: dict[str, NMPattern]
+    recorded: dict[str, dict[str, Any]]
+    source_digests: dict[str, str]
+
+
+def verify(folder: str | Path, *, source: str | Path | None = None, progress: bool = False) -> Verification:
+    """Check every byte of an output folder.
+
+    Always: checksums of all files, structure, exactly N of M, and each layer's sparse product against unpack + plain
+    linear. With `source`: also that every kept value and every dense tensor equals the source's bits, position by
+    position through the stored permutations, and that the weighted error recomputed from the bytes is the recorded one.
+    """
+    folder = Path(folder)
+    findings = _Findings()
+    try:
+        manifest = _check_files(folder, findings)
+        output = _open_output(folder, manifest)
+        _check_layers(output, findings, progress)
+        if source is not None:
+            _check_against_source(output, Path(source), findings, progress)
+    except (CheckpointError, NumericsError) as error:
+        findings.faults.append(str(error))
+    except (KeyError, TypeError, AttributeError) as error:
+        findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
+    digest = file_digest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else None
+    return Verification(not findings.faults, source is not None, findings.layers, findings.faults, digest)
+
+
+def _check_files(folder: Path, findings: _Findings) -> dict[str, Any]:
+    """Compare the manifest with its digest file, and every file with the manifest; returns the manifest."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not (folder / MANIFEST_DIGEST_FILE).is_file():
+        raise CheckpointError(f"{folder}: is not a finished output of streamprune ({MANIFEST_DIGEST_FILE} is missing)")
+    digest_line = (folder / MANIFEST_DIGEST_FILE).read_bytes()
+    manifest = read_json(folder / MANIFEST_FILE)
+    if digest_line != f"{file_digest(folder / MANIFEST_FILE)}  {MANIFEST_FILE}\n".encode():
+        raise CheckpointError(
+            f"{MANIFEST_FILE}: its sha256 is not the one in {MANIFEST_DIGEST_FILE}; nothing else is checked"
+        )
+    for name, recorded in sorted(manifest["files"].items()):
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            findings.faults.append(f"{name}: is missing")
+        elif file_digest(path) != recorded["sha256"]:
+            findings.faults.append(f"{name}: its sha256 is not the recorded one; {_contents(manifest, name)}")
+    return manifest
+
+
+def _contents(manifest: dict[str, Any], name: str) -> str:
+    number = name.removeprefix("model-").partition("-of-")[0]
+    if number.isdigit() and 2 <= int(number) < len(manifest["blocks"]) + 2:
+        return f"it holds block {manifest['blocks'][int(number) - 2]['name']}"
+    return "it holds no pruned layer"
+
+
+def _open_output(folder: Path, manifest: dict[str, Any]) -> _Output:
+    checkpoint, layers, _ = open_packed(folder)
+    skeleton = build_skeleton(folder)
+    output_names(skeleton, checkpoint, layers)
+    recorded = {layer["name"]: layer for block in manifest["blocks"] for layer in block["layers"]}
+    different = sorted(set(recorded) ^ set(layers))
+    if different:
+        raise CheckpointError(f"{different[0]}: config.json and the manifest disagree on whether it is pruned")
+    for name, pattern in layers.items():
+        if recorded[name]["pattern"] != str(pattern):
+            raise CheckpointError(f"{name}: config.json says {pattern}, the manifest {recorded[name]['pattern']}")
+    return _Output(folder, skeleton, checkpoint, layers, recorded, manifest["source_tensors"])
+
+
+def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
+    shared: dict[str, torch.Tensor | None] = {}
+    leaders = _group_leaders(output.skeleton)
+    bar = tqdm(output.layers.items(), unit="layer", desc="verify", disable=None if progress else True)
+    for number, (name, pattern) in enumerate(bar):
+        layer = layer_from_tensors(name, output.checkpoint.read(tensor_names(output.checkpoint, name)))
+        faults = list(_structure_faults(layer, pattern))
+        leader = leaders.get(name, name)
+        if not _same(shared.setdefault(leader, layer.permutation), layer.permutation):
+            faults.append(f"its input_permutation differs from that of {leader}, whose input it shares")
+        error = math.nan
+        if not faults:
+            error = _product_error(layer, number)
+            if not error <= PRODUCT_TOLERANCE:
+                faults.append(f"its sparse product is off by {error:.3g} (relative; {PRODUCT_TOLERANCE:g} is allowed)")
+        findings.layers.append(LayerCheck(name, error, not faults))
+        findings.faults += [f"{name}: {fault}" for fault in faults]
+
+
+def _group_leaders(skeleton: Skeleton) -> dict[str, str]:
+    """Each layer's first fellow of those that share its input."""
+    groups = [names for index in range(len(skeleton.blocks)) for _, names in skeleton.group_layers(index)]
+    return {name: names[0] for names in groups for name in names}
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
+def _structure_faults(layer: PackedLayer, pattern: NMPattern) -> Iterator[str]:
+    keep = _unpack_mask(layer)
+    in_features = layer.values.shape[1] // pattern.kept * pattern.group_size
+    if keep[:, in_features:].any():
+        yield "padding bits of its mask are set"
+    counts = keep[:, :in_features].reshape(len(keep), -1, pattern.group_size).sum(axis=2)
+    wrong = numpy.argwhere(counts != pattern.kept)
+    if len(wrong):
+        row, group = (int(number) for number in wrong[0])
+        yield f"row {row}, group {group} keeps {int(counts[row, group])} of {pattern.group_size}, not {pattern.kept}"
+    if layer.permutation is not None:
+        identity = torch.arange(in_features, dtype=torch.int32)
+        if not torch.equal(layer.permutation.sort().values, identity):
+            yield "its input_permutation is not a permutation"
+
+
+def _unpack_mask(layer: PackedLayer) -> numpy.ndarray:
+    """bool [out, 8 * ceil(in/8)], by numpy: written apart from the code that packs."""
+    return numpy.unpackbits(layer.mask.numpy(), axis=1, bitorder="little").astype(bool)
+
+
+def _product_error(layer: PackedLayer, seed: int) -> float:
+    """Relative error of the sparse product on seeded normal inputs, against numpy's unpack and a plain linear."""
+    values = layer.values.to(torch.float32)
+    keep = _unpack_mask(layer)
+    in_features = layer.permutation.numel() if layer.permutation is not None else None
+    dense = numpy.zeros(keep.shape, dtype=numpy.float32)
+    dense[keep] = values.numpy().reshape(-1)
+    weight = torch.from_numpy(dense)[:, :in_features]
+    x = torch.randn(PRODUCT_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    expected = functional.linear(x, weight).to(torch.float64)
+    difference = nm_linear(x, values, layer.mask).to(torch.float64) - expected
+    norm = stable_sum(expected.square().sum(dim=1))
+    return math.sqrt(stable_sum(difference.square().sum(dim=1)) / norm) if norm > 0 else 0.0
+
+
+def _check_against_source(output: _Output, source: Path, findings: _Findings, progress: bool) -> None:
+    checkpoint = open_checkpoint(source)
+    names = match_names(output.skeleton, checkpoint)
+    orders = _orders(output)
+    rms = open_file(output.folder / STATISTICS_FILE)
+    faulty: set[str] = set()
+    bar = tqdm(sorted(names.items()), unit="tensor", desc="against source", disable=None if progress else True)
+    for parameter, original in bar:
+        tensor = checkpoint.read([original])[original]
+        if tensor_digest(tensor) != output.source_digests.get(original):
+            findings.faults.append(f"{original}: the source is not the one that was compressed")
+        for dim, permutation in orders.get(parameter, ()):
+            if len(permutation) != tensor.shape[dim]:
+                raise CheckpointError(
+                    f"{parameter}: its permutation has {len(permutation)} places for {list(tensor.shape)}"
+                )
+            tensor = tensor.index_select(dim, permutation)
+        layer_name = parameter.removesuffix(".weight")
+        if layer_name in output.layers:
+            faults = _layer_faults(output, layer_name, tensor, orders.get(parameter, ()), rms)
+        else:
+            stored = output.checkpoint.read([parameter])[parameter]
+            layer_name, faults = parameter, [] if _bits_equal(stored, tensor) else ["differs from the source's"]
+        findings.faults += [f"{layer_name}: {fault}" for fault in faults]
+        if faults:
+            faulty.add(layer_name)
+    findings.layers = [LayerCheck(c.name, c.relative_error, c.ok and c.name not in faulty) for c in findings.layers]
+
+
+def _orders(output: _Output) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """Of each reordered tensor: the dimensions and their permutations (place j holds source index p[j])."""
+    file = open_file(output.folder / PERMUTATIONS_FILE)
+    folded = file.read(file.tensors)
+    orders: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    try:
+        for item in read_about(output.folder / PERMUTATIONS_FILE) or []:
+            for tensor, dim in item["reorders"]:
+                orders.setdefault(tensor, []).append((dim, folded[item["permutation"]].long()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{PERMUTATIONS_FILE}: its list of reordered tensors is malformed ({error})") from error
+    for layer in output.layers:
+        name = f"{layer}.input_permutation"
+        if name in output.checkpoint.tensors:
+            orders.setdefault(f"{layer}.weight", []).append((1, output.checkpoint.read([name])[name].long()))
+    for tensor, permutations in orders.items():
+        for _, permutation in permutations:
+            if not torch.equal(permutation.sort().values, torch.arange(len(permutation))):
+                raise CheckpointError(f"{tensor}: a permutation that reorders it is not a permutation")
+    return orders
+
+
+def _layer_faults(output: _Output, name: str, weight: torch.Tensor, orders: Any, statistics: Checkpoint) -> list[str]:
+    """Compare a packed layer with its source weight, already in the output's order of rows and columns."""
+    layer = layer_from_tensors(name, output.checkpoint.read(tensor_names(output.checkpoint, name)))
+    keep = torch.from_numpy(_unpack_mask(layer))[:, : weight.shape[1]]
+    if keep.shape != weight.shape or int(keep.sum()) != layer.values.numel() or layer.values.dtype != weight.dtype:
+        return ["its mask or values do not fit the source's weight"]
+    expected = weight[keep].view(layer.values.shape) if _rows_even(keep, layer) else None
+    if expected is None:
+        return ["its rows keep different numbers of weights"]
+    different = (_bits(expected) != _bits(layer.values)).nonzero()
+    if len(different):
+        row, place = different[0].tolist()
+        return [f"{len(different)} kept values differ from the source's, first in row {row} at kept place {place}"]
+    rms_name = f"{name}.input_rms"
+    rms = statistics.read([rms_name])[rms_name]
+    if rms.shape != (weight.shape[1],):
+        return [f"its stored input RMS does not have {weight.shape[1]} channels"]
+    for dim, permutation in orders:
+        rms = rms[permutation] if dim == 1 else rms
+    recomputed, recorded = weighted_error(weight, keep, rms), output.recorded[name]["weighted_error"]
+    if not abs(recomputed - recorded) <= RECOMPUTED_TOLERANCE * max(recorded, RECOMPUTED_TOLERANCE):
+        return [f"its weighted error recomputed from the bytes is {recomputed:.9g}, recorded is {recorded:.9g}"]
+    return []
+
+
+def _rows_even(keep: torch.Tensor, layer: PackedLayer) -> bool:
+    return bool((keep.sum(dim=1) == layer.values.shape[1]).all())
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(BITS[tensor.itemsize])
+
+
+def _bits_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bits(one), _bits(other))

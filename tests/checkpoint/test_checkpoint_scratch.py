@@ -1,0 +1,150 @@
+"""Hidden states on disk: what is read is what was written, or an error."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamprune.checkpoint.scratch import HiddenStates
+from streamprune.errors import CheckpointError, OutputError
+
+SEQUENCES, TOKENS, HIDDEN = 3, 5, 8
+CHUNK_BYTES = TOKENS * HIDDEN * 4
+
+
+def chunks(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, TOKENS, HIDDEN, generator=generator).to(dtype) for _ in range(SEQUENCES)]
+
+
+def filled(path: Path) -> HiddenStates:
+    states = HiddenStates(path, SEQUENCES, TOKENS, HIDDEN, torch.float32)
+    for index, chunk in enumerate(chunks()):
+        states.write(index, chunk)
+    return states
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_chunks_are_read_back_bit_for_bit_in_any_order(dtype: torch.dtype, tmp_path: Path) -> None:
+    states = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, dtype)
+    for index in (2, 0, 1):
+        states.write(index, chunks(dtype)[index])
+    assert len(states) == SEQUENCES
+    for index in (1, 2, 0, 1):
+        read = states.read(index)
+        assert read.dtype == dtype
+        assert read.shape == (1, TOKENS, HIDDEN)
+        assert torch.equal(read, chunks(dtype)[index])
+    assert (tmp_path / "h.bin").stat().st_size == SEQUENCES * TOKENS * HIDDEN * dtype.itemsize
+    states.close(remove=False)
+
+
+def test_chunk_lies_at_its_place_in_row_major_bytes(tmp_path: Path) -> None:
+    states = filled(tmp_path / "h.bin")
+    content = (tmp_path / "h.bin").read_bytes()
+    for index, chunk in enumerate(chunks()):
+        assert content[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES] == chunk.numpy().tobytes()
+    states.close(remove=False)
+
+
+def test_states_are_stored_in_the_files_dtype_and_layout(tmp_path: Path) -> None:
+    states = HiddenStates(tmp_path / "h.bin", 1, TOKENS, HIDDEN, torch.bfloat16)
+    strided = torch.randn(1, HIDDEN, TOKENS).transpose(1, 2)
+    states.write(0, strided)
+    assert torch.equal(states.read(0), strided.to(torch.bfloat16))
+    states.close(remove=True)
+
+
+def test_overwritten_chunk_is_the_new_one(tmp_path: Path) -> None:
+    states = filled(tmp_path / "h.bin")
+    states.write(1, chunks()[1] + 1)
+    assert torch.equal(states.read(1), chunks()[1] + 1)
+    assert torch.equal(states.read(0), chunks()[0])
+    assert torch.equal(states.read(2), chunks()[2])
+    states.close(remove=True)
+
+
+@pytest.mark.parametrize("byte", [0, CHUNK_BYTES - 1])
+def test_damaged_chunk_is_noticed_and_the_others_are_not_blamed(byte: int, tmp_path: Path) -> None:
+    states = filled(tmp_path / "h.bin")
+    with (tmp_path / "h.bin").open("rb+") as file:
+        file.seek(CHUNK_BYTES + byte)
+        old = file.read(1)[0]
+        file.seek(CHUNK_BYTES + byte)
+        file.write(bytes([old ^ 1]))
+    assert torch.equal(states.read(0), chunks()[0])
+    assert torch.equal(states.read(2), chunks()[2])
+    with pytest.raises(CheckpointError, match=r"h\.bin: hidden states of sequence 1 are damaged"):
+        states.read(1)
+    states.close(remove=True)
+
+
+def test_truncated_file_is_noticed(tmp_path: Path) -> None:
+    states = filled(tmp_path / "h.bin")
+    os.truncate(tmp_path / "h.bin", SEQUENCES * CHUNK_BYTES - 1)
+    assert torch.equal(states.read(1), chunks()[1])
+    with pytest.raises(CheckpointError, match=r"h\.bin: ends before byte 480; the file is truncated"):
+        states.read(2)
+    states.close(remove=True)
+
+
+def test_chunk_that_was_never_written_is_an_error(tmp_path: Path) -> None:
+    states = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
+    with pytest.raises(CheckpointError, match="sequence 0 are damaged"):
+        states.read(0)
+    states.close(remove=True)
+
+
+def test_reopened_with_its_checksums_it_goes_on(tmp_path: Path) -> None:
+    first = filled(tmp_path / "h.bin")
+    first.sync()
+    first.close(remove=False)
+    again = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
+    again.checksums = list(first.checksums)
+    for index, chunk in enumerate(chunks()):
+        assert torch.equal(again.read(index), chunk)
+    again.close(remove=False)
+
+
+def test_file_that_was_cut_while_closed_is_noticed_chunk_by_chunk(tmp_path: Path) -> None:
+    first = filled(tmp_path / "h.bin")
+    first.close(remove=False)
+    os.truncate(tmp_path / "h.bin", CHUNK_BYTES + 4)
+    again = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
+    again.checksums = list(first.checksums)
+    assert torch.equal(again.read(0), chunks()[0])
+    for index in (1, 2):
+        with pytest.raises(CheckpointError, match="damaged"):
+            again.read(index)
+    again.close(remove=False)
+
+
+def test_only_its_owner_reads_the_file_and_close_removes_it(tmp_path: Path) -> None:
+    states = filled(tmp_path / "h.bin")
+    assert (tmp_path / "h.bin").stat().st_mode & 0o777 == 0o600
+    states.close(remove=True)
+    assert not (tmp_path / "h.bin").exists()
+
+
+def test_wrong_shape_is_refused(tmp_path: Path) -> None:
+    states = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
+    for shape in ((TOKENS, HIDDEN), (1, HIDDEN, TOKENS), (2, TOKENS, HIDDEN)):
+        with pytest.raises(ValueError, match="hidden states of shape"):
+            states.write(0, torch.zeros(shape))
+    states.close(remove=True)
+
+
+def test_full_disk_is_told_at_once_with_the_bytes_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"h\.bin: no room for 480 bytes of hidden states \(No space left on device\)"):
+        HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
+
+
+def test_absent_folder_is_an_output_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="No such file or directory"):
+        HiddenStates(tmp_path / "absent" / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)

@@ -1,0 +1,333 @@
+"""A job that was stopped, killed or damaged goes on to the bytes of an uninterrupted one, and does no block twice."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from streamprune.checkpoint import writer
+from streamprune.errors import Interrupted, JobMismatchError, OutputError
+from streamprune.pipeline import scheduler
+from streamprune.pipeline.compress import CompressResult
+from streamprune.pipeline.journal import output_locked
+
+Prune = Callable[..., CompressResult]
+
+
+@pytest.fixture
+def pruned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The blocks that are pruned while a test runs, in order."""
+    blocks: list[int] = []
+    original = scheduler.prune_block
+
+    def counted(skeleton: Any, index: int, *rest: Any) -> Any:
+        blocks.append(index)
+        return original(skeleton, index, *rest)
+
+    monkeypatch.setattr(scheduler, "prune_block", counted)
+    return blocks
+
+
+def stop_after(prune: Prune, out: Path, blocks: int, source: str = "llama", **settings: Any) -> None:
+    """Interrupt a job at the first safe point after `blocks` blocks are in the journal."""
+    last = out / ".work" / f"block-{blocks - 1:05d}.json"
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        prune(source, out, should_stop=last.exists, **settings)
+    assert last.exists()
+    assert not (out / ".work" / f"block-{blocks:05d}.json").exists()
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("source", ["llama", "opt-bin"])
+def test_stopped_between_blocks(
+    source: str, blocks: int, prune: Prune, outputs: Callable[..., Path], pruned_blocks: list[int], tmp_path: Path
+) -> None:
+    expected = tiny.digests(outputs(source))
+    pruned_blocks.clear()
+    stop_after(prune, tmp_path / "out", blocks, source)
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("model-*")}
+    pruned_blocks.clear()
+    result = prune(source, tmp_path / "out")
+    assert (result.status, result.blocks) == ("finished", 3)
+    assert pruned_blocks == list(range(blocks, 3))
+    finished = sorted(shards)[:blocks]
+    assert {path: path.stat().st_mtime_ns for path in finished} == {path: shards[path] for path in finished}
+    assert tiny.digests(tmp_path / "out") == expected
+
+
+def test_stopped_before_the_first_block(
+    prune: Prune, outputs: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted):
+        prune("llama", tmp_path / "out", should_stop=lambda: True)
+    prune("llama", tmp_path / "out")
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def damage(path: Path) -> None:
+    tiny.flip_byte(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("harm", [remove, truncate, damage])
+def test_torn_hidden_states_are_made_again(
+    harm: Callable[[Path], None], prune: Prune, outputs: Callable[..., Path], pruned_blocks: list[int], tmp_path: Path
+) -> None:
+    """By replaying the packed blocks: the finished ones are not pruned again."""
+    expected = tiny.digests(outputs("llama"))
+    stop_after(prune, tmp_path / "out", 2)
+    harm(tmp_path / "out" / ".work" / "hidden-00002.bin")
+    pruned_blocks.clear()
+    prune("llama", tmp_path / "out")
+    assert pruned_blocks == [2]
+    assert tiny.digests(tmp_path / "out") == expected
+
+
+def test_replaying_a_block_kept_dense(prune: Prune, outputs: Callable[..., Path], tmp_path: Path) -> None:
+    budget = {"max_block_error": 0.0, "on_excess": "keep-dense"}
+    expected = tiny.digests(outputs("llama", **budget))
+    stop_after(prune, tmp_path / "out", 2, **budget)
+    remove(tmp_path / "out" / ".work" / "hidden-00002.bin")
+    prune("llama", tmp_path / "out", **budget)
+    assert tiny.digests(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("harm", [remove, truncate, damage])
+@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", ".work/block-00000.safetensors"])
+def test_a_damaged_block_and_those_after_it_are_done_again(
+    name: str,
+    harm: Callable[[Path], None],
+    prune: Prune,
+    outputs: Callable[..., Path],
+    pruned_blocks: list[int],
+    tmp_path: Path,
+) -> None:
+    expected = tiny.digests(outputs("llama"))
+    stop_after(prune, tmp_path / "out", 2)
+    harm(tmp_path / "out" / name)
+    pruned_blocks.clear()
+    prune("llama", tmp_path / "out")
+    assert pruned_blocks == [0, 1, 2]
+    assert tiny.digests(tmp_path / "out") == expected
+
+
+class PowerCut(BaseException):
+    """Not an Exception: nothing in the library may catch it."""
+
+
+@pytest.mark.parametrize("after_rename", [False, True])
+@pytest.mark.parametrize("write", range(0, 24, 2))
+def test_cut_at_a_write(
+    write: int,
+    after_rename: bool,
+    prune: Prune,
+    outputs: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Whichever file is being written when the power goes, before its rename or just after, the end is the same."""
+    writes = iter(range(1000))
+    original = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        cut = next(writes) == write + after_rename
+        if cut and not after_rename:
+            raise PowerCut
+        result = original(self, target)
+        if cut:
+            raise PowerCut
+        return result
+
+    expected = tiny.digests(outputs("opt", samples=2, shuffle="none"))
+    monkeypatch.setattr(Path, "replace", replace)
+    assert writer.Path is Path
+    with pytest.raises(PowerCut):
+        prune("opt", tmp_path / "out", samples=2, shuffle="none")
+    monkeypatch.undo()
+    prune("opt", tmp_path / "out", samples=2, shuffle="none")
+    assert tiny.digests(tmp_path / "out") == expected
+
+
+KILLED_AFTER_TWO_BLOCKS = """
+import os, signal, sys
+from streamprune.pipeline.compress import compress
+from streamprune.pipeline.journal import Journal
+
+record = Journal.record
+
+def record_and_die(journal, index, entry):
+    record(journal, index, entry)
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.record = record_and_die
+compress(sys.argv[1], sys.argv[2], calibration=sys.argv[3], samples=4, sequence_length=48)
+"""
+
+
+def test_killed_between_two_blocks(
+    prune: Prune,
+    sources: Callable[[str], Path],
+    outputs: Callable[..., Path],
+    calibration: Path,
+    pruned_blocks: list[int],
+    tmp_path: Path,
+) -> None:
+    expected = tiny.digests(outputs("llama"))
+    command = [sys.executable, "-c", KILLED_AFTER_TWO_BLOCKS, str(sources("llama")), str(tmp_path / "out")]
+    killed = subprocess.run([*command, str(calibration)], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    pruned_blocks.clear()
+    prune("llama", tmp_path / "out")
+    assert pruned_blocks == [2]
+    assert tiny.digests(tmp_path / "out") == expected
+
+
+def test_a_finished_job_says_so_and_leaves_nothing_new(
+    prune: Prune, copy_of: Callable[..., Path], pruned_blocks: list[int]
+) -> None:
+    out = copy_of("llama")
+    before = {path: (path.stat().st_mtime_ns, tiny.sha256(path)) for path in out.rglob("*")}
+    pruned_blocks.clear()
+    result = prune("llama", out)
+    assert result.status == "already finished"
+    assert result.manifest_sha256 == tiny.sha256(out / tiny.MANIFEST)
+    assert pruned_blocks == []
+    assert {path: (path.stat().st_mtime_ns, tiny.sha256(path)) for path in out.rglob("*")} == before
+
+
+OTHER_SETTINGS = [
+    ("pattern", {"pattern": "4:8"}),
+    ("metric", {"metric": "wanda"}),
+    ("shuffle", {"shuffle": "none"}),
+    ("alpha", {"alpha": 2.0}),
+    ("entropy_bins", {"entropy_bins": 99}),
+    ("amplitude", {"amplitude": "rms"}),
+    ("shuffle_block", {"shuffle_block": 64}),
+    ("calibration.samples", {"samples": 3}),
+    ("calibration.sequence_length", {"sequence_length": 50}),
+    ("calibration.tokens", {"seed": 1}),
+    ("calibration.tokens", {"calibration": None}),
+    ("compute.dtype", {"dtype": "bfloat16"}),
+]
+
+
+@pytest.fixture(scope="module")
+def unfinished(prune: Prune, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unfinished") / "out"
+    stop_after(prune, out, 1)
+    return out
+
+
+@pytest.mark.parametrize(("name", "settings"), OTHER_SETTINGS, ids=lambda value: str(value))
+def test_other_settings_are_refused_by_name(
+    name: str, settings: dict[str, Any], prune: Prune, outputs: Callable[..., Path], unfinished: Path
+) -> None:
+    """By an unfinished job and by a finished one, and neither is touched."""
+    for out in (unfinished, outputs("llama")):
+        before = tiny.digests(out)
+        with pytest.raises(JobMismatchError, match=rf"holds a job with other settings .*{name}: .* now") as caught:
+            prune("llama", out, **settings)
+        assert "--restart" in str(caught.value)
+        assert tiny.digests(out) | {".work/lock": ""} == before | {".work/lock": ""}
+
+
+def test_another_source_is_refused(
+    prune: Prune, sources: Callable[[str], Path], copy_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also one that differs in a single weight: two fine-tunes share their headers."""
+    tiny.copy_without_weights(sources("llama"), tmp_path / "tuned")
+    (tmp_path / "tuned" / "model.safetensors").write_bytes((sources("llama") / "model.safetensors").read_bytes())
+    tiny.edit_source(tmp_path / "tuned", "model.layers.1.mlp.up_proj.weight", lambda weight: weight[3, 5].add_(1))
+    with pytest.raises(JobMismatchError, match=r"source\.fingerprint"):
+        prune(tmp_path / "tuned", copy_of("llama"))
+
+
+def test_every_difference_is_named(prune: Prune, outputs: Callable[..., Path]) -> None:
+    with pytest.raises(JobMismatchError, match=r"settings\.metric: esparse there, wanda now; settings\.pattern: 2:4"):
+        prune("llama", outputs("llama"), metric="wanda", pattern="1:4")
+
+
+def test_restart_starts_over_and_keeps_foreign_files(
+    prune: Prune, outputs: Callable[..., Path], unfinished: Path, copy_of: Callable[..., Path], pruned_blocks: list[int]
+) -> None:
+    expected = tiny.digests(outputs("llama", pattern="1:4"))
+    finished = copy_of("llama")
+    for out in (finished, unfinished):
+        (out / "notes.txt").write_text("mine")
+        (out / "folder").mkdir()
+        (out / "folder" / "weights.safetensors").write_text("mine, too")
+        pruned_blocks.clear()
+        assert prune("llama", out, pattern="1:4", restart=True).status == "finished"
+        assert pruned_blocks == [0, 1, 2]
+        foreign = {name for name in tiny.digests(out) if name not in expected}
+        assert foreign == {"notes.txt", "folder/weights.safetensors"}
+        assert {name: tiny.digests(out)[name] for name in expected} == expected
+
+
+def test_restart_does_not_touch_a_folder_that_is_not_ours(prune: Prune, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="not an output of streamprune"):
+        prune("llama", tmp_path / "out", restart=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_a_looser_budget_goes_on(prune: Prune, outputs: Callable[..., Path], pruned_blocks: list[int], tmp_path: Path) -> None:
+    """All finished blocks would have ended the same: allowed, and the bytes are those of the new budget's own run."""
+    expected = tiny.digests(outputs("llama", max_block_error=9.0, on_excess="warn"))
+    stop_after(prune, tmp_path / "out", 2, max_block_error=5.0)
+    pruned_blocks.clear()
+    prune("llama", tmp_path / "out", max_block_error=9.0, on_excess="warn")
+    assert pruned_blocks == [2]
+    assert tiny.digests(tmp_path / "out") == expected
+
+
+def test_a_budget_that_would_have_ended_otherwise_is_refused(
+    prune: Prune, outputs: Callable[..., Path], tmp_path: Path
+) -> None:
+    stop_after(prune, tmp_path / "out", 1)
+    for out in (tmp_path / "out", outputs("llama")):
+        with pytest.raises(JobMismatchError, match=r"model\.layers\.0: was pruned .* it would be kept dense"):
+            prune("llama", out, max_block_error=0.0, on_excess="keep-dense")
+    prune("llama", tmp_path / "out")
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
+
+
+def test_a_folder_in_use_is_refused(
+    prune: Prune, sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """While the first works, a second one on the same folder ends at once and disturbs nothing."""
+    attempts: list[str] = []
+
+    def try_a_second() -> bool:
+        if not attempts:
+            with pytest.raises(OutputError, match=rf"is in use by process {os.getpid()} on .*; wait or stop it") as caught:
+                prune("llama", tmp_path / "out", restart=True)
+            attempts.append(str(caught.value))
+        return False
+
+    prune("llama", tmp_path / "out", should_stop=try_a_second)
+    assert len(attempts) == 1
+    assert prune("llama", tmp_path / "out").status == "already finished"
+
+
+def test_a_process_that_is_gone_holds_nothing(prune: Prune, tmp_path: Path) -> None:
+    """The lock is the kernel's, not the file's existence."""
+    with output_locked(tmp_path / "out") as journal:
+        assert (journal.work / "lock").read_text().startswith(f"process {os.getpid()} ")
+    assert (tmp_path / "out" / ".work" / "lock").exists()
+    assert prune("llama", tmp_path / "out").status == "finished"

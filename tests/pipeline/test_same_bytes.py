@@ -1,0 +1,101 @@
+"""Equal jobs give equal bytes, whatever the threads, the process, or the kind of file that the source lies in."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from streamprune.pipeline.compress import CompressResult, compress
+
+
+def test_twice_in_one_process(
+    prune: Callable[..., CompressResult], outputs: Callable[..., Path], tmp_path: Path
+) -> None:
+    prune("llama", tmp_path / "again")
+    assert tiny.digests(tmp_path / "again") == tiny.digests(outputs("llama"))
+    assert len(tiny.digests(tmp_path / "again")) == 13
+
+
+@pytest.mark.parametrize("source", ["llama", "opt"])
+def test_one_thread_or_two(
+    source: str, prune: Callable[..., CompressResult], outputs: Callable[..., Path], tmp_path: Path
+) -> None:
+    expected = tiny.digests(outputs(source))  # made with one thread
+    torch.set_num_threads(2)
+    try:
+        result = prune(source, tmp_path / "two")
+    finally:
+        torch.set_num_threads(1)
+    assert tiny.read_json(tmp_path / "two" / "timings.json")["threads"] == 2
+    assert tiny.digests(tmp_path / "two") == expected
+    assert result.manifest_sha256 == expected[tiny.MANIFEST]
+
+
+def test_another_process_folder_and_hash_seed(
+    sources: Callable[[str], Path], calibration: Path, outputs: Callable[..., Path], tmp_path: Path
+) -> None:
+    moved = shutil.copytree(sources("llama"), tmp_path / "elsewhere")
+    text = shutil.copyfile(calibration, tmp_path / "other-name.txt")
+    command = [sys.executable, "-m", "streamprune", "compress", str(moved), "--out", str(tmp_path / "out")]
+    numbers = ["--samples", "4", "--sequence-length", "48", "--calibration", str(text), "--quiet"]
+    environment = {**os.environ, "PYTHONHASHSEED": "4711", "OMP_NUM_THREADS": "2"}
+    subprocess.run(command + numbers, check=True, env=environment, capture_output=True, cwd=tmp_path)
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
+
+
+@pytest.mark.parametrize(("one", "other"), [("opt", "opt-bin"), ("llama", "llama-sharded")])
+def test_kinds_of_source_files(one: str, other: str, outputs: Callable[..., Path]) -> None:
+    """The shards are the same bytes; the manifest names the source's own tensors and may differ."""
+    first, second = tiny.digests(outputs(one)), tiny.digests(outputs(other))
+    assert first.keys() == second.keys()
+    assert {name for name in first if first[name] != second[name]} <= {tiny.MANIFEST, tiny.MANIFEST_DIGEST}
+
+
+def test_scratch_elsewhere(
+    prune: Callable[..., CompressResult], outputs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Same bytes, hidden states lie there and not in the output folder, and nothing stays behind."""
+    seen: set[str] = set()
+
+    def look() -> bool:
+        seen.update(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.bin"))
+        return False
+
+    (tmp_path / "scratch").mkdir()
+    prune("llama", tmp_path / "out", scratch=tmp_path / "scratch", should_stop=look)
+    assert seen
+    assert all(name.startswith("scratch/") for name in seen)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
+
+
+def test_scratch_is_three_sets_of_hidden_states(prune: Callable[..., CompressResult], tmp_path: Path) -> None:
+    """The bytes at any moment are at most what the plan says: inputs, dense outputs, next inputs."""
+    most: list[int] = []
+
+    def look() -> bool:
+        most.append(sum(path.stat().st_size for path in tmp_path.rglob("*.bin")))
+        return False
+
+    prune("llama", tmp_path / "out", should_stop=look)
+    assert max(most) == 3 * 4 * 48 * 64 * 4
+
+
+def test_public_function_takes_what_the_package_exports(
+    sources: Callable[[str], Path], calibration: Path, outputs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`streamprune.compress` is the function of the command line, with strings for paths."""
+    import streamprune
+
+    settings: dict[str, Any] = {"calibration": str(calibration), **tiny.CALIBRATION}
+    result = streamprune.compress(str(sources("opt")), str(tmp_path / "out"), **settings)
+    assert isinstance(result, CompressResult)
+    assert streamprune.compress is compress
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("opt"))

@@ -1,0 +1,256 @@
+"""Channel statistics in one pass against numpy, and their independence from order and chunking."""
+
+from collections.abc import Callable
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from streamprune.errors import NumericsError
+from streamprune.pruning.statistics import (
+    FINE_BINS,
+    StatisticsAccumulator,
+    StreamingHistogram,
+    histogram_entropy,
+)
+
+CPU = torch.device("cpu")
+CHANNELS = 96
+
+
+def entropy_by_numpy(x: torch.Tensor, bins: int = 100) -> numpy.ndarray:
+    """x [channels, n]; numpy.histogram between a channel's least and greatest value."""
+    entropies = []
+    for channel in x.to(torch.float64).numpy():
+        counts, _ = numpy.histogram(channel, bins=bins)
+        p = counts[counts > 0] / counts.sum()
+        entropies.append(-(p * numpy.log(p)).sum())
+    return numpy.array(entropies)
+
+
+def histogram_of(x: torch.Tensor, *lengths: int) -> StreamingHistogram:
+    """Add x [channels, n] in chunks of these lengths; the rest as one."""
+    histogram = StreamingHistogram(x.shape[0], CPU)
+    for chunk in x.split([*lengths, x.shape[1] - sum(lengths)], dim=1):
+        histogram.add(chunk)
+    return histogram
+
+
+def assert_same_state(one: StreamingHistogram, other: StreamingHistogram) -> None:
+    for field in ("minimum", "maximum", "exponent", "first_bin", "counts"):
+        assert torch.equal(getattr(one, field), getattr(other, field)), field
+
+
+def _normal(n: int) -> torch.Tensor:
+    return torch.randn(CHANNELS, n, generator=torch.Generator().manual_seed(n))
+
+
+def _heavy_tailed(n: int) -> torch.Tensor:
+    """Student's t with 3 degrees of freedom."""
+    draws = torch.randn(3, CHANNELS, n, generator=torch.Generator().manual_seed(n + 1))
+    return _normal(n) / draws.square().mean(dim=0).sqrt()
+
+
+def _gated(n: int) -> torch.Tensor:
+    up = torch.randn(CHANNELS, n, generator=torch.Generator().manual_seed(n + 2))
+    return functional.silu(_normal(n)) * up
+
+
+def _offset(n: int) -> torch.Tensor:
+    return _normal(n) * 0.01 + 100 * torch.linspace(-1, 1, CHANNELS)[:, None]
+
+
+CHANNEL_KINDS: dict[str, Callable[[int], torch.Tensor]] = {
+    "normal": _normal,
+    "heavy-tailed": _heavy_tailed,
+    "silu": lambda n: functional.silu(_normal(n)),
+    "silu times up": _gated,
+    "relu": lambda n: functional.relu(_normal(n)),
+    "exponential": lambda n: _normal(n).exp(),
+    "offset": _offset,
+    "scales from 1e-12 to 1e12": lambda n: _normal(n) * torch.logspace(-12, 12, CHANNELS)[:, None],
+    "one token thirty times the rest": lambda n: torch.cat([_normal(n)[:, :1] * 30, _normal(n)[:, 1:]], dim=1),
+    "bfloat16": lambda n: _normal(n).to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("tokens", [2048, 16384])
+@pytest.mark.parametrize("kind", CHANNEL_KINDS)
+def test_entropy_is_within_a_hundredth_nat_of_the_exact_histograms(kind: str, tokens: int) -> None:
+    x = CHANNEL_KINDS[kind](tokens)
+    computed = histogram_entropy(histogram_of(x, 100, 300, 200).coarse(100)).numpy()
+    difference = numpy.abs(computed - entropy_by_numpy(x))
+    assert difference.mean() <= 0.01
+    assert difference.max() <= 0.05
+
+
+@pytest.mark.parametrize("bins", [2, 10, 50, 100])
+def test_coarse_counts_are_numpys_to_a_percent_of_the_values(bins: int) -> None:
+    x = _normal(8192)
+    coarse = histogram_of(x, 512).coarse(bins).numpy()
+    exact = numpy.stack([numpy.histogram(channel.to(torch.float64), bins=bins)[0] for channel in x])
+    assert coarse.shape == (CHANNELS, bins)
+    assert coarse.dtype == numpy.float64
+    assert numpy.abs(coarse - exact).max() <= 0.01 * 8192
+    numpy.testing.assert_allclose(coarse.sum(axis=1), 8192, rtol=1e-12)
+    assert coarse.min() >= 0
+
+
+def test_entropy_of_uniform_counts_is_log_k_and_of_one_bin_zero() -> None:
+    counts = torch.tensor([[5, 5, 5, 5], [0, 9, 0, 0], [1, 1, 0, 0], [3, 1, 0, 0]], dtype=torch.float64)
+    expected = [numpy.log(4), 0, numpy.log(2), -(0.75 * numpy.log(0.75) + 0.25 * numpy.log(0.25))]
+    entropy = histogram_entropy(counts)
+    assert entropy.dtype == torch.float64
+    numpy.testing.assert_allclose(entropy.numpy(), expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 5.0, -3.25, 1e-30, 3e38, -3e38])
+def test_constant_channel_has_entropy_zero_and_all_values_in_one_bin(value: float) -> None:
+    histogram = histogram_of(torch.full((3, 200), value), 50, 1)
+    assert histogram.coarse(100).sum(dim=1).tolist() == [200] * 3
+    assert histogram_entropy(histogram.coarse(100)).tolist() == [0, 0, 0]
+    assert histogram.counts.sum(dim=1).tolist() == [200] * 3
+
+
+def test_channel_of_zeros_among_others_has_entropy_zero() -> None:
+    x = _normal(512)
+    x[7] = 0
+    entropy = histogram_entropy(histogram_of(x, 100).coarse(100))
+    assert entropy[7] == 0
+    assert (entropy[torch.arange(CHANNELS) != 7] > 3).all()
+
+
+@pytest.mark.parametrize("kind", CHANNEL_KINDS)
+def test_counts_do_not_depend_on_order_or_chunks(kind: str) -> None:
+    x = CHANNEL_KINDS[kind](1500).to(torch.float32)
+    whole = histogram_of(x)
+    shuffled = x[:, torch.randperm(1500, generator=torch.Generator().manual_seed(0))]
+    by_value = x.sort(dim=1).values
+    for other in (
+        histogram_of(x, *[100] * 14),
+        histogram_of(x, 2, 3, 5, 7, 11, 1000),
+        histogram_of(shuffled, 400, 400),
+        histogram_of(by_value, *[10] * 140),
+        histogram_of(by_value.flip(1), *[10] * 140),
+    ):
+        assert_same_state(other, whole)
+
+
+def test_counts_do_not_depend_on_chunks_of_a_single_value() -> None:
+    x = _normal(60)
+    assert_same_state(histogram_of(x, *[1] * 59), histogram_of(x))
+
+
+def test_channel_that_is_constant_at_first_is_counted_where_its_value_lies() -> None:
+    x = torch.tensor([[5.0, 5.0, -3.0, 2.0], [-7.0, -7.0, 1.0, 1.0], [0.0, 0.0, 4.0, 1.0]])
+    assert_same_state(histogram_of(x, 2), histogram_of(x))
+    assert histogram_of(x, 2).coarse(4).tolist() == [[1, 0, 1, 2], [2, 0, 0, 2], [2, 1, 0, 1]]
+
+
+numbers = st.floats(-1e30, 1e30, width=32) | st.floats(-1, 1, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-38])
+
+
+@given(st.lists(numbers, min_size=2, max_size=40), st.randoms(use_true_random=False), st.integers(1, 39))
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+def test_counts_depend_on_the_set_of_values_alone(values: list[float], random: object, cut: int) -> None:
+    shuffled = list(values)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    one = histogram_of(torch.tensor([values]), min(cut, len(values) - 1))
+    other = histogram_of(torch.tensor([shuffled]))
+    assert_same_state(one, other)
+    assert int(one.counts.sum()) == len(values)
+
+
+@pytest.mark.parametrize("factor", [3.0, 100.0, 1e6, 1e30])
+def test_range_grows_without_losing_a_value(factor: float) -> None:
+    small = _normal(300)
+    x = torch.cat([small, small * factor, -small * factor**0.5], dim=1)
+    grown = histogram_of(x, 300, 300)
+    assert_same_state(grown, histogram_of(x))
+    assert grown.counts.sum(dim=1).tolist() == [900] * CHANNELS
+    assert torch.equal(grown.minimum, x.amin(dim=1))
+    assert torch.equal(grown.maximum, x.amax(dim=1))
+
+
+def test_fine_bins_are_the_finest_powers_of_two_that_hold_the_range() -> None:
+    x = _normal(2000) * torch.logspace(-3, 3, CHANNELS)[:, None]
+    histogram = histogram_of(x, 1000)
+    width = torch.exp2(histogram.exponent.to(torch.float64))
+    low, high = x.amin(dim=1).to(torch.float64), x.amax(dim=1).to(torch.float64)
+    assert torch.equal(histogram.first_bin, torch.floor(low / width).long())
+    assert (torch.floor(high / width) - torch.floor(low / width) < FINE_BINS).all()
+    narrower = width / 2
+    assert (torch.floor(high / narrower) - torch.floor(low / narrower) >= FINE_BINS).all()
+    # Each value lies in its bin, so counts equal numpy's over these very edges.
+    edges = (histogram.first_bin[0] + torch.arange(FINE_BINS + 1)).to(torch.float64) * width[0]
+    exact, _ = numpy.histogram(x[0].to(torch.float64).numpy(), bins=edges.numpy())
+    assert histogram.counts[0].tolist() == exact.tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_activation_that_is_not_finite_is_refused(value: float, chunk: int) -> None:
+    chunks = [torch.ones(4, 8), torch.ones(4, 8) * 2]
+    chunks[chunk][2, 5] = value
+    histogram = StreamingHistogram(4, CPU)
+    for good in chunks[:chunk]:
+        histogram.add(good)
+    with pytest.raises(NumericsError, match="a layer's input holds NaN or infinity"):
+        histogram.add(chunks[chunk])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_accumulator_without_histogram_refuses_it_at_the_end(value: float) -> None:
+    accumulator = StatisticsAccumulator(4, None, CPU)
+    x = torch.ones(8, 4)
+    x[3, 2] = value
+    accumulator.add(x)
+    with pytest.raises(NumericsError, match="a layer's input holds NaN or infinity"):
+        accumulator.result()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_statistics_against_numpy(dtype: torch.dtype) -> None:
+    sequences = [_normal(n).T.to(dtype) for n in (64, 128, 32)]
+    accumulator = StatisticsAccumulator(CHANNELS, 100, CPU)
+    for sequence in sequences:
+        accumulator.add(sequence)
+    result = accumulator.result()
+    x = torch.cat(sequences).to(torch.float64).numpy()
+    assert (result.tokens, result.sequences) == (224, 3)
+    assert result.square_sum.dtype == torch.float64
+    numpy.testing.assert_allclose(result.square_sum.numpy(), (x**2).sum(axis=0), rtol=1e-13)
+    assert result.rms.dtype == torch.float32
+    numpy.testing.assert_allclose(result.rms.numpy(), numpy.sqrt((x**2).mean(axis=0)), rtol=1e-6)
+    assert result.entropy is not None
+    assert result.entropy.dtype == torch.float64
+    assert numpy.abs(result.entropy.numpy() - entropy_by_numpy(torch.cat(sequences).T)).max() <= 0.05
+
+
+def test_square_sum_of_float16_does_not_overflow() -> None:
+    accumulator = StatisticsAccumulator(1, None, CPU)
+    accumulator.add(torch.full((100, 1), 60000.0, dtype=torch.float16))
+    assert accumulator.result().square_sum.tolist() == [100 * float(torch.tensor(60000.0).half()) ** 2]
+    assert accumulator.result().entropy is None
+
+
+def test_statistics_are_bit_equal_for_any_thread_count() -> None:
+    sequences = [_normal(512).T, _heavy_tailed(512).T]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            accumulator = StatisticsAccumulator(CHANNELS, 100, CPU)
+            for sequence in sequences:
+                accumulator.add(sequence)
+            results.append(accumulator.result())
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0].square_sum, results[1].square_sum)
+    assert results[0].entropy is not None
+    assert results[1].entropy is not None
+    assert torch.equal(results[0].entropy, results[1].entropy)

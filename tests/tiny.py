@@ -1,0 +1,194 @@
+"""Tiny checkpoints, texts and edits of outputs for the tests: seconds to compress, but nothing about them is degenerate.
+
+Weights are scaled so that every block adds something of the size of its input; biases and norms are random, so that a
+permutation that forgets one of them changes the logits; channels differ in size, so that shuffles have work to do.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 128
+POSITIONS = 320  # more than evaluate computes logits for at once
+CALIBRATION = {"samples": 4, "sequence_length": 48}  # of every tiny job, unless a test says otherwise
+MANIFEST, MANIFEST_DIGEST = "streamprune_manifest.json", "streamprune_manifest.sha256"
+PERMUTATIONS, STATISTICS = "streamprune_permutations.safetensors", "streamprune_statistics.safetensors"
+
+
+def write_llama(folder: Path, *, kv_heads: int = 2, biases: bool = True, tied: bool = True, blocks: int = 3) -> Path:
+    """A LLaMA in bf16, hidden 64, four heads of 16, intermediate 160."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=blocks, num_attention_heads=4,
+        num_key_value_heads=kv_heads, max_position_embeddings=POSITIONS, tie_word_embeddings=tied, attention_bias=biases,
+        mlp_bias=biases, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return write_model(folder, LlamaForCausalLM(config), torch.bfloat16)
+
+
+def write_opt(folder: Path, *, blocks: int = 3) -> Path:
+    """An OPT with biases in fp16, hidden 64, four heads of 16; its 156 ffn channels leave padding bits in the masks."""
+    torch.manual_seed(2)
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=156, num_hidden_layers=blocks, num_attention_heads=4,
+        max_position_embeddings=POSITIONS, word_embed_proj_dim=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return write_model(folder, OPTForCausalLM(config), torch.float16)
+
+
+def write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> Path:
+    randomise(model)
+    model.to(dtype).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def randomise(model: PreTrainedModel) -> None:
+    """Random numbers of a seed of our own in every parameter: torch's initialisation leaves biases 0 and norms 1."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(torch.exp(noise * 0.7))  # channels of very different size
+            elif parameter.ndim == 1:
+                parameter.copy_(noise * 0.2)
+            elif "embed" in name:
+                parameter.copy_(noise * 0.5)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token a character; ids 0 to 126 are ASCII, 127 is everything else."""
+    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(127)} | {"[UNK]": 127}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+
+
+def write_as_bin_shards(source: Path, folder: Path, shards: int = 2) -> Path:
+    """The same checkpoint as pytorch_model-*.bin with an index, its names without the base model's prefix (old OPT)."""
+    copy_without_weights(source, folder)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(source).items()}
+    names = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+    weight_map = {name: names[i % shards] for i, name in enumerate(sorted(tensors))}
+    for shard in names:
+        torch.save({name: tensors[name] for name in weight_map if weight_map[name] == shard}, folder / shard)
+    write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
+    return folder
+
+
+def write_as_safetensors_shards(source: Path, folder: Path, shards: int = 3) -> Path:
+    """The same checkpoint in several safetensors files, tensors dealt out so that blocks lie across shards."""
+    copy_without_weights(source, folder)
+    tensors = read_tensors(source)
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    weight_map = {name: names[i % shards] for i, name in enumerate(sorted(tensors))}
+    for shard in names:
+        save_file({name: tensors[name] for name in weight_map if weight_map[name] == shard}, folder / shard)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    return folder
+
+
+def copy_without_weights(source: Path, folder: Path) -> None:
+    folder.mkdir()
+    for path in source.iterdir():
+        if not path.name.startswith(("model", "pytorch_model")):
+            (folder / path.name).write_bytes(path.read_bytes())
+
+
+def edit_source(folder: Path, name: str, edit: Callable[[torch.Tensor], None]) -> None:
+    """Change one tensor of a single-file source in place."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def text(characters: int, seed: int = 0) -> str:
+    """Sentences of made-up words: letters differ in frequency, as in a language."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("etaoinshrdlucmfwypvbgkjqxz", range(26, 0, -1), k=draw.randint(1, 9))) for _ in range(300)]
+    sentences: list[str] = []
+    size = 0
+    while size < characters:
+        sentences.append(" ".join(draw.choices(words, k=draw.randint(4, 14))).capitalize() + ".\n")
+        size += len(sentences[-1])
+    return "".join(sentences)[:characters]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder's model.safetensors or of the shards in its index."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of each file of an output, timings.json excepted: what must be equal between equal jobs."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "timings.json"]
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(files)}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flip_byte(path: Path, position: int, bits: int = 0x01) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= bits
+    path.write_bytes(content)
+
+
+def shard_of(folder: Path, tensor: str) -> Path:
+    return folder / read_json(folder / "model.safetensors.index.json")["weight_map"][tensor]
+
+
+def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """Change one tensor of a safetensors file (in place, or by returning another), its metadata kept."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    changed = edit(tensors[name])
+    tensors[name] = tensors[name] if changed is None else changed
+    save_file(tensors, path, metadata=metadata)
+
+
+def reseal(folder: Path, edit: Callable[[Any], None] = lambda manifest: None) -> None:
+    """Make every checksum of an output right again after a change, as a forger would; `edit` may change the manifest."""
+    manifest = read_json(folder / MANIFEST)
+    edit(manifest)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        entry.update(sha256=sha256(path), bytes=path.stat().st_size)
+    write_json(folder / MANIFEST, manifest)
+    (folder / MANIFEST_DIGEST).write_text(f"{sha256(folder / MANIFEST)}  {MANIFEST}\n")
+
+
+def windows(tokens: list[int], length: int) -> Iterator[torch.Tensor]:
+    """Windows [1, length] that do not overlap, the remainder dropped."""
+    for start in range(0, len(tokens) - length + 1, length):
+        yield torch.tensor([tokens[start : start + length]])
