@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin cost tiny products 20 times their work on a busy machine
 sys.path.insert(0, str(Path(__file__).parent))  # `import tiny` from every folder of tests, however pytest is started
 
 import tiny
 
 from streamprune.pipeline.compress import CompressResult, compress
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tiny products gain nothing from threads, and on a busy machine waiting for them costs 30 times the work."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

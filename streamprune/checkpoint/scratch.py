@@ -26,8 +26,8 @@ class HiddenStates:
         self.chunk_bytes = tokens * hidden * dtype.itemsize
         self.checksums: list[int | None] = [None] * sequences
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            os.posix_fallocate(self._descriptor, 0, max(1, sequences * self.chunk_bytes))
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0)
+            os.posix_fallocate(self._file.fileno(), 0, sequences * self.chunk_bytes)
         except OSError as error:
             raise OutputError(
                 f"{path}: no room for {sequences * self.chunk_bytes} bytes of hidden states ({error.strerror}); "
@@ -44,24 +44,27 @@ class HiddenStates:
             raise ValueError(f"hidden states of shape {tuple(chunk.shape)} where {self.shape} belongs")
         view = byte_view(chunk)
         done = 0
-        while done < len(view):
-            done += os.pwrite(self._descriptor, view[done:], index * self.chunk_bytes + done)
+        try:
+            while done < len(view):
+                done += os.pwrite(self._file.fileno(), view[done:], index * self.chunk_bytes + done)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); mend that and run again") from error
         self.checksums[index] = zlib.crc32(view)
 
     def read(self, index: int) -> torch.Tensor:
         """Hidden states of one sequence, [1, tokens, hidden] on the CPU. Raises CheckpointError where they are torn."""
         chunk = torch.empty(self.shape, dtype=self.dtype)
-        read_into(self._descriptor, chunk, index * self.chunk_bytes, self.path)
+        read_into(self._file.fileno(), chunk, index * self.chunk_bytes, self.path)
         if zlib.crc32(byte_view(chunk)) != self.checksums[index]:
             raise CheckpointError(f"{self.path}: hidden states of sequence {index} are damaged")
         return chunk
 
     def sync(self) -> None:
         """Make what was written last through a power loss."""
-        os.fsync(self._descriptor)
+        os.fsync(self._file.fileno())
 
     def close(self, *, remove: bool) -> None:
         """Close the file, and remove it unless a resumed job needs it."""
-        os.close(self._descriptor)
+        self._file.close()
         if remove:
             self.path.unlink(missing_ok=True)

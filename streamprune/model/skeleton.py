@@ -231,11 +231,12 @@ def run_tail(
     blocks = [skeleton.block(index) for index in range(len(skeleton.blocks))]
     substitutes = [_Substitute(block, states if index == 0 else None) for index, block in enumerate(blocks)]
     tied = {name: outer[stored] for name, stored in tied_parameters(skeleton.model).items() if stored in outer}
+    buffers = {name: buffer.to(states.device) for name, buffer in skeleton.model.named_buffers()}
     # The first substitute ignores what it is given, so embeddings of zeros spare the embedding matrix.
     zeros = states.new_zeros(1, states.shape[1], skeleton.embedding_shape[1])
     inputs = {"inputs_embeds": zeros, "use_cache": False, "logits_to_keep": positions}
     with _blocks_replaced(skeleton, substitutes), torch.inference_mode():
-        return functional_call(skeleton.model, {**outer, **tied}, (), inputs).logits[0]
+        return functional_call(skeleton.model, {**buffers, **outer, **tied}, (), inputs).logits[0]
 
 
 def arguments_equal(one: Any, other: Any) -> bool:

@@ -124,6 +124,7 @@ def compress(
             journal.clear()
             return _result("already finished", out, manifest, read_json(out / TIMINGS_FILE))
         entries = journal.start({**without_budget(job.identity), "versions": versions()})
+        earlier_seconds = sum(sum(entry["timings"]["seconds"].values()) for entry in entries)
         folder = _scratch_folder(journal, scratch)
         bars = Progress(progress)
         try:
@@ -134,7 +135,7 @@ def compress(
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
         manifest = _finish(job, journal, entries)
-        timings = _timings(entries, time.perf_counter() - start)
+        timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         _write_manifest(journal, manifest)
         journal.clear()
@@ -231,7 +232,7 @@ def _write_manifest(journal: Journal, manifest: dict[str, Any]) -> None:
 
 
 def _timings(entries: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What may differ between equal runs. `stages` and peak memory cover every process that worked on the job."""
+    """What may differ between equal runs. `seconds`, `stages` and peak memory cover every process that worked on it."""
     stages: dict[str, float] = {}
     for entry in entries:
         for stage, spent in entry["timings"]["seconds"].items():

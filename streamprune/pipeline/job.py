@@ -74,7 +74,12 @@ def resolve_job(
         raise CheckpointError(f"{model}: the tokenizer makes ids up to {int(tokens.max())}, the model has {vocabulary}")
     identity = {
         "source": {"fingerprint": checkpoint.fingerprint()},
-        "calibration": {"tokens": tokens_digest(tokens), "samples": samples, "sequence_length": sequence_length},
+        "calibration": {
+            "tokens": tokens_digest(tokens),
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "seed": seed,
+        },
         "settings": config.to_dict(),
         "compute": arithmetic.identity,
     }

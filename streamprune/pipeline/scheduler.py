@@ -5,6 +5,7 @@ read -> pass 1, dense: statistics -> scores, shuffles, masks -> pack, write -> p
 """
 
 import dataclasses
+import logging
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.validation import BlockErrorSum, InputSample, layer_errors
 from streamprune.pruning.statistics import ChannelStatistics, StatisticsAccumulator
 
+logger = logging.getLogger("streamprune")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -45,7 +48,7 @@ class Run:
         """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
         self.progress.sample_done()
         if self.should_stop():
-            raise Interrupted(f"{self.journal.out}: interrupted; the same command goes on after the last whole block")
+            raise Interrupted(f"{self.journal.out}: interrupted; the same command goes on where it stopped")
 
     def hidden_states(self, name: str) -> HiddenStates:
         samples, length = self.job.tokens.shape
@@ -86,7 +89,7 @@ def check_outcomes(config: PruneConfig, entries: list[dict[str, Any]]) -> None:
         if now != entry["outcome"]:
             raise JobMismatchError(
                 f"{entry['name']}: was {entry['outcome']} at block error {entry['block_error']:.4g}, "
-                f"under these settings it would be {now}; use the former --max-block-error and --on-excess, or --restart"
+                f"with these settings it would be {now}; use the former --max-block-error and --on-excess, or --restart"
             )
 
 
@@ -161,6 +164,8 @@ def _compress_block(
         for sequence in range(len(dense)):
             following.write(sequence, dense.read(sequence))
         layers = []
+    if outcome != "pruned":
+        logger.warning("%s: %s, block error %.4g above %g", name, outcome, error, job.config.max_block_error)
     following.sync()
     dense.close(remove=True)
     files = [run.journal.out / job.shard_name(index), run.journal.evidence_path(index)]

@@ -57,7 +57,9 @@ MALFORMED: dict[str, Callable[[], bytes]] = {
     "negative length": lambda: one_entry(shape=[-1]),
     "two negative lengths": lambda: one_entry(shape=[-1, -1]),
     "length beyond 2^63": lambda: one_entry(shape=[2**63]),
-    "length of 5,000 digits": lambda: file_of(b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % (b"9" * 5000)),
+    "length of 5,000 digits": lambda: file_of(
+        b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % (b"9" * 5000)
+    ),
     "lengths whose product overflows": lambda: one_entry(shape=[2**62, 2**62]),
     "length of true": lambda: one_entry(shape=[True]),
     "length of 1.0": lambda: one_entry(shape=[1.0]),

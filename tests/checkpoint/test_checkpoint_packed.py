@@ -62,9 +62,7 @@ def test_exact_bytes_in_a_file(tmp_path: Path) -> None:
         f"{LAYER}.weight_values": ("F16", [2, 6]),
         f"{LAYER}.weight_mask": ("U8", [2, 2]),
     }
-    assert content[-28:].hex(" ", 2) == (
-        "00c0 0080 0042 0046 0047 0048 00bc 0040 0080 00c6 ff7b 0100 9a03 ac05"
-    )
+    assert content[-28:].hex(" ", 2) == ("00c0 0080 0042 0046 0047 0048 00bc 0040 0080 00c6 ff7b 0100 9a03 ac05")
 
 
 @pytest.mark.parametrize("permuted", [False, True])
@@ -74,7 +72,9 @@ def test_layer_survives_its_tensors_and_a_file(permuted: bool, tmp_path: Path) -
     save_file(layer.tensors(LAYER), tmp_path / "one.safetensors")
     checkpoint = open_file(tmp_path / "one.safetensors")
     names = tensor_names(checkpoint, LAYER)
-    assert names == [f"{LAYER}.{part}" for part in ("weight_values", "weight_mask", "input_permutation")][: 2 + permuted]
+    assert (
+        names == [f"{LAYER}.{part}" for part in ("weight_values", "weight_mask", "input_permutation")][: 2 + permuted]
+    )
     read = layer_from_tensors(LAYER, checkpoint.read(names))
     assert torch.equal(read.values.view(torch.int16), layer.values.view(torch.int16))
     assert torch.equal(read.mask, layer.mask)
@@ -132,7 +132,9 @@ def test_open_packed_returns_patterns_and_reasons(tmp_path: Path) -> None:
     assert set(checkpoint.tensors) == set(packed_tensors())
 
 
-@pytest.mark.parametrize("entry", [None, {"quant_method": "gptq"}, "streamprune", {}], ids=["none", "other", "text", "{}"])
+@pytest.mark.parametrize(
+    "entry", [None, {"quant_method": "gptq"}, "streamprune", {}], ids=["none", "other", "text", "{}"]
+)
 def test_other_folders_are_not_packed(entry: Any, tmp_path: Path) -> None:
     write_folder(tmp_path, packed_tensors(), entry)
     assert not is_packed(tmp_path)
@@ -148,7 +150,7 @@ def test_folder_without_config_is_not_packed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [0, 2, "1", None], ids=repr)
 def test_unknown_version_is_refused(version: Any, tmp_path: Path) -> None:
     write_folder(tmp_path, packed_tensors(), {**good_entry(), "format_version": version})
-    with pytest.raises(CheckpointError, match=f"has packed format version {version}; this streamprune reads 1"):
+    with pytest.raises(CheckpointError, match=rf"has packed format.* {version}; this streamprune reads 1$"):
         open_packed(tmp_path)
 
 

@@ -309,9 +309,7 @@ def test_fingerprint_tells_fine_tunes_with_equal_headers_apart(save: Any, tmp_pa
     tensors = {"big": torch.zeros(1_000_000), "small": torch.zeros(3)}
     tuned = {**tensors, "big": tensors["big"].clone()}
     tuned["big"][500_000] = 1e-30
-    one, other = (
-        open_checkpoint(save(tmp_path / name, state)) for name, state in (("one", tensors), ("other", tuned))
-    )
+    one, other = (open_checkpoint(save(tmp_path / name, state)) for name, state in (("one", tensors), ("other", tuned)))
     assert {n: (s.dtype, s.shape) for n, s in one.tensors.items()} == {
         n: (s.dtype, s.shape) for n, s in other.tensors.items()
     }

@@ -141,7 +141,9 @@ def test_full_disk_is_told_at_once_with_the_bytes_needed(tmp_path: Path, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OutputError, match=r"h\.bin: no room for 480 bytes of hidden states \(No space left on device\)"):
+    with pytest.raises(
+        OutputError, match=r"h\.bin: no room for 480 bytes of hidden states \(No space left on device\)"
+    ):
         HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
 
 

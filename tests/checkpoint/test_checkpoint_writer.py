@@ -54,10 +54,9 @@ def strict_umask() -> Iterator[None]:
 
 
 def test_ten_processes_write_the_same_bytes(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
     def write(number: int) -> bytes:
         folder = tmp_path / f"{number}"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": f"{number}"}
         subprocess.run([sys.executable, "-c", WRITE_ONE, folder], check=True, env=environment)
         return (folder / "one.safetensors").read_bytes()
 

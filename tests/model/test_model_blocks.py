@@ -1,0 +1,264 @@
+"""One block: dense as transformers runs it, packed as the masked dense one; observing inputs; the streamed way."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from streamprune.checkpoint.packed import pack_layer
+from streamprune.checkpoint.reader import open_checkpoint, open_file
+from streamprune.checkpoint.scratch import HiddenStates
+from streamprune.config import NMPattern
+from streamprune.errors import CheckpointError, NumericsError, UnsupportedModelError
+from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.blocks import PackedLinear, dense_block, inputs_observed, packed_block, run_block
+from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
+from streamprune.model.streaming import advance, embed, input_parameters, load_block, output_names, read_outer
+from streamprune.pruning.selection import select
+
+CPU = torch.device("cpu")
+FLOAT32 = Arithmetic(CPU, torch.float32)
+PATTERN = NMPattern(2, 4)
+TOKENS = torch.tensor([[ord(character) for character in tiny.text(24, seed=seed)] for seed in range(3)])
+
+Models = Callable[[str], Path]
+Tensors = dict[str, torch.Tensor]
+
+
+def no_tick() -> None:
+    return None
+
+
+def block_tensors(skeleton: Skeleton, folder: Path, index: int) -> Tensors:
+    checkpoint = open_checkpoint(folder)
+    names = match_names(skeleton, checkpoint)
+    return {name: checkpoint.read([names[name]])[names[name]] for name in skeleton.block_parameters(index)}
+
+
+def prune_by_magnitude(tensors: Tensors, layers: list[str], permuted: bool) -> tuple[Tensors, Tensors]:
+    """A block's shard with `layers` packed, and the same block's dense tensors with the dropped weights set to 0."""
+    shard, masked = dict(tensors), dict(tensors)
+    for seed, layer in enumerate(layers):
+        weight = shard.pop(f"{layer}.weight")
+        order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed))
+        order = order if permuted else torch.arange(weight.shape[1])
+        keep = select(weight[:, order].abs().float(), PATTERN)
+        shard.update(pack_layer(weight[:, order], keep, order if permuted else None).tensors(layer))
+        dense = torch.zeros_like(weight)
+        dense[:, order] = torch.where(keep, weight[:, order], torch.zeros_like(weight))
+        masked[f"{layer}.weight"] = dense
+    return shard, masked
+
+
+def arguments_of(skeleton: Skeleton, folder: Path, tokens: torch.Tensor = TOKENS[:1]) -> tuple[dict[str, object], ...]:
+    checkpoint = open_checkpoint(folder)
+    outer = read_outer(skeleton, checkpoint, match_names(skeleton, checkpoint), input_parameters(skeleton))
+    return embed(skeleton, outer, tokens, FLOAT32, None, no_tick)
+
+
+def states_like(skeleton: Skeleton) -> torch.Tensor:
+    return torch.randn(1, TOKENS.shape[1], skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_packed_block_equals_the_masked_dense_block(name: str, permuted: bool, models: Models) -> None:
+    folder = models(name)
+    skeleton = build_skeleton(folder)
+    layers = [layer for _, names in skeleton.group_layers(1) for layer in names]
+    shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 1), layers, permuted)
+    packed = packed_block(skeleton, 1, shard, layers, CPU, torch.float32)
+    dense = dense_block(skeleton, 1, masked, CPU, torch.float32)
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == len(layers)
+    arguments, states = arguments_of(skeleton, folder)[1], states_like(skeleton)
+    output, expected = (run_block(block, states, arguments, "block") for block in (packed, dense))
+    tolerance = 1e-5 if permuted else 0  # in another order of channels the sums round differently
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    unpruned = dense_block(skeleton, 1, block_tensors(skeleton, folder, 1), CPU, torch.float32)
+    assert (run_block(unpruned, states, arguments, "block") - output).abs().max() > 1e-2
+
+
+def test_layers_that_are_not_packed_stay_dense(models: Models) -> None:
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    layers = ["model.layers.0.mlp.down_proj"]
+    shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 0), layers, permuted=False)
+    packed = packed_block(skeleton, 0, shard, layers, CPU, torch.float32)
+    kinds = {name: type(module) for name, module in packed.named_modules() if name.endswith("_proj")}
+    assert kinds.pop("mlp.down_proj") is PackedLinear
+    assert set(kinds.values()) == {torch.nn.Linear}
+    dense = dense_block(skeleton, 0, masked, CPU, torch.float32)
+    arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton)
+    assert torch.equal(run_block(packed, states, arguments, ""), run_block(dense, states, arguments, ""))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_compute_in_the_arithmetics_dtype(dtype: torch.dtype, models: Models) -> None:
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    tensors = block_tensors(skeleton, folder, 0)
+    layers = ["model.layers.0.self_attn.q_proj"]
+    shard, _ = prune_by_magnitude(tensors, layers, permuted=True)
+    for block in (dense_block(skeleton, 0, tensors, CPU, dtype), packed_block(skeleton, 0, shard, layers, CPU, dtype)):
+        assert {p.dtype for p in block.parameters()} == {dtype}
+        assert {b.dtype for b in block.buffers() if b.is_floating_point()} <= {dtype}
+        assert not any(p.is_meta for p in [*block.parameters(), *block.buffers()])
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+def test_missing_tensor_of_a_block_is_an_error_not_a_silent_zero(models: Models) -> None:
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    tensors = block_tensors(skeleton, folder, 0)
+    del tensors["model.layers.0.input_layernorm.weight"]
+    for make in (
+        lambda: dense_block(skeleton, 0, tensors, CPU, torch.float32),
+        lambda: packed_block(skeleton, 0, tensors, [], CPU, torch.float32),
+    ):
+        with pytest.raises(KeyError, match="input_layernorm"):
+            make()
+
+
+def test_packed_linear_gathers_adds_bias_and_takes_any_batch() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float16)
+    keep = torch.tensor([[False, True, False, True]])
+    layer = pack_layer(weight, keep, torch.tensor([3, 2, 1, 0]))
+    linear = PackedLinear(layer, 4, torch.tensor([0.5], dtype=torch.float16), torch.float32)
+    x = torch.tensor([[[1.0, 10.0, 100.0, 1000.0]], [[0.0, 0.0, 1.0, 0.0]]])
+    # x permuted is 1000 100 10 1, of which places 1 and 3 are kept: 2 * 100 + 4 * 1 + 0.5.
+    assert linear(x).tolist() == [[[204.5]], [[2.5]]]
+    assert PackedLinear(layer, 4, None, torch.float32)(x).tolist() == [[[204.0]], [[2.0]]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, models: Models) -> None:
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
+    states = states_like(skeleton)
+    states[0, 3, 5] = value
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0: its output holds NaN or infinity"):
+        run_block(block, states, arguments_of(skeleton, folder)[0], "model.layers.0")
+
+
+def test_inputs_are_observed_as_tokens_by_channels_while_open(models: Models) -> None:
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
+    arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton)
+    seen: dict[str, list[torch.Tensor]] = {"self_attn.q_proj": [], "self_attn.v_proj": [], "mlp.down_proj": []}
+    with inputs_observed(block, {name: tensors.append for name, tensors in seen.items()}):
+        output = run_block(block, states, arguments, "block")
+    assert [len(tensors) for tensors in seen.values()] == [1, 1, 1]
+    assert torch.equal(seen["self_attn.q_proj"][0], seen["self_attn.v_proj"][0])
+    with torch.inference_mode():
+        normed = block.get_submodule("input_layernorm")(states)[0]
+    assert torch.equal(seen["self_attn.q_proj"][0], normed)
+    assert seen["mlp.down_proj"][0].shape == (TOKENS.shape[1], 160)
+    assert torch.equal(run_block(block, states, arguments, "block"), output)
+    assert [len(tensors) for tensors in seen.values()] == [1, 1, 1]
+
+
+def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="a fault"), inputs_observed(block, {"mlp.up_proj": lambda x: None}):
+        raise RuntimeError("a fault")
+    assert not block.get_submodule("mlp.up_proj")._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
+def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, models: Models, tmp_path: Path) -> None:
+    folder = models(name)
+    skeleton = build_skeleton(folder)
+    checkpoint = open_checkpoint(folder)
+    names = match_names(skeleton, checkpoint)
+    samples, length = TOKENS.shape
+    first, second = (
+        HiddenStates(tmp_path / f"{file}.bin", samples, length, skeleton.hidden_size, torch.float32) for file in "ab"
+    )
+    ticks: list[int] = []
+    outer = read_outer(skeleton, checkpoint, names, input_parameters(skeleton))
+    arguments = embed(skeleton, outer, TOKENS, FLOAT32, first, lambda: ticks.append(1))
+    expected = [first.read(index) for index in range(samples)]
+    for index, block_name in enumerate(skeleton.blocks):
+        shown: list[tuple[int, torch.Tensor]] = []
+
+        def observe(sequence: int, x: torch.Tensor, y: torch.Tensor, shown: list[Any] = shown) -> None:
+            shown.append((sequence, x))
+
+        block = load_block(skeleton, index, checkpoint, names, {}, FLOAT32)
+        advance(block, block_name, arguments[index], first, second, FLOAT32, lambda: ticks.append(1), observe)
+        assert [sequence for sequence, _ in shown] == list(range(samples))
+        assert all(torch.equal(x, expected[sequence]) for sequence, x in shown)
+        dense = dense_block(skeleton, index, block_tensors(skeleton, folder, index), CPU, torch.float32)
+        expected = [run_block(dense, states, arguments[index], block_name) for states in expected]
+        for sequence in range(samples):
+            assert torch.equal(second.read(sequence), expected[sequence])
+        first, second = second, first
+    assert len(ticks) == samples * (1 + len(skeleton.blocks))
+    first.close(remove=True)
+    second.close(remove=True)
+
+
+def test_packed_block_is_loaded_from_its_shard(models: Models, tmp_path: Path) -> None:
+    folder = models("opt")
+    skeleton = build_skeleton(folder)
+    layers = ["model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"]
+    shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 0), layers, permuted=False)
+    save_file(shard, tmp_path / "block.safetensors")
+    checkpoint = open_file(tmp_path / "block.safetensors")
+    names = {name: name for name in skeleton.block_parameters(0)}
+    patterns = dict.fromkeys([*layers, "model.decoder.layers.1.fc1"], PATTERN)  # another block's layer is none of ours
+    block = load_block(skeleton, 0, checkpoint, names, patterns, FLOAT32)
+    arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton)
+    dense = dense_block(skeleton, 0, masked, CPU, torch.float32)
+    assert torch.equal(run_block(block, states, arguments, ""), run_block(dense, states, arguments, ""))
+
+
+def test_embed_runs_one_sequence_where_nothing_is_kept(models: Models) -> None:
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    ticks: list[int] = []
+    checkpoint = open_checkpoint(folder)
+    outer = read_outer(skeleton, checkpoint, match_names(skeleton, checkpoint), input_parameters(skeleton))
+    arguments = embed(skeleton, outer, TOKENS, FLOAT32, None, lambda: ticks.append(1))
+    assert len(arguments) == 3
+    assert ticks == []
+
+
+def test_blocks_whose_arguments_depend_on_the_text_are_refused(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streamprune.model import streaming
+
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    checkpoint = open_checkpoint(folder)
+    outer = read_outer(skeleton, checkpoint, match_names(skeleton, checkpoint), input_parameters(skeleton))
+    monkeypatch.setattr(streaming, "arguments_equal", lambda one, other: False)
+    states = HiddenStates(tmp_path / "h.bin", *TOKENS.shape, 64, torch.float32)
+    with pytest.raises(UnsupportedModelError, match="depends on the text"):
+        embed(skeleton, outer, TOKENS, FLOAT32, states, no_tick)
+    states.close(remove=True)
+
+
+def test_names_of_an_output_are_its_dense_parameters(models: Models, tmp_path: Path) -> None:
+    folder = models("llama")
+    skeleton = build_skeleton(folder)
+    layer = "model.layers.0.mlp.down_proj"
+    tensors = tiny.read_tensors(folder)
+    packed = pack_layer(tensors[f"{layer}.weight"], select(tensors[f"{layer}.weight"].abs().float(), PATTERN), None)
+    del tensors[f"{layer}.weight"]
+    save_file({**tensors, **packed.tensors(layer)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert output_names(skeleton, checkpoint, {layer: PATTERN}) == {name: name for name in tensors}
+    with pytest.raises(CheckpointError, match=r"model\.layers\.9\.mlp\.up_proj.* is not in the model"):
+        output_names(skeleton, checkpoint, {"model.layers.9.mlp.up_proj": PATTERN})
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing, first model\.layers\.0\.mlp\.down_proj\.weight"):
+        output_names(skeleton, checkpoint, {"model.layers.0.mlp.up_proj": PATTERN})
