@@ -90,7 +90,7 @@ def open_packed(folder: Path) -> tuple[Checkpoint, dict[str, NMPattern], dict[st
     if not is_packed(folder):
         raise CheckpointError(f"{folder}: is not a finished streamprune output (no quantization_config in config.json)")
     entry = read_json(folder / "config.json")["quantization_config"]
-    if entry.get("format_version") != FORMAT_VERSION:
+    if entry.get("format_version") != FORMAT_VERSION or isinstance(entry["format_version"], bool):
         raise CheckpointError(
             f"{folder}: has packed format {entry.get('format_version')}; this streamprune reads {FORMAT_VERSION}"
         )
@@ -113,7 +113,7 @@ def check_layer(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> None:
             raise CheckpointError(f"{checkpoint.folder}: layer {name} has no {part}")
     values, mask = tensors[f"{name}.weight_values"], tensors[f"{name}.weight_mask"]
     fits = len(values.shape) == 2 and len(mask.shape) == 2 and values.shape[0] == mask.shape[0]
-    if not fits or values.shape[1] % pattern.kept or mask.dtype != torch.uint8:
+    if not fits or values.shape[1] % pattern.kept or mask.dtype != torch.uint8 or not values.dtype.is_floating_point:
         raise CheckpointError(f"{checkpoint.folder}: layer {name}: values and mask do not fit the pattern {pattern}")
     in_features = values.shape[1] // pattern.kept * pattern.group_size
     if mask.shape[1] != -(-in_features // 8):
@@ -123,6 +123,7 @@ def check_layer(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> None:
         raise CheckpointError(f"{checkpoint.folder}: layer {name}: input_permutation is not int32 [{in_features}]")
 
 
-def in_features_of(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> int:
-    """Input channels of a pruned layer, from its header."""
-    return checkpoint.tensors[f"{name}.weight_values"].shape[1] // pattern.kept * pattern.group_size
+def packed_shape(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> tuple[int, int]:
+    """Output and input features of a pruned layer, from its header."""
+    out_features, kept = checkpoint.tensors[f"{name}.weight_values"].shape
+    return out_features, kept // pattern.kept * pattern.group_size

@@ -7,11 +7,13 @@ shard at a time, copied and released.
 
 import hashlib
 import json
+import math
 import os
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -33,10 +35,7 @@ class TensorSource:
 
     @property
     def size_bytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Checkpoint:
 
     def _read_raw(self, path: Path, names: list[str]) -> dict[str, torch.Tensor]:
         result = {}
-        with path.open("rb", buffering=0) as file:
+        with _opened(path) as file:
             for name in sorted(names, key=lambda name: _entry_of(self.tensors[name]).offset_bytes):
                 entry = _entry_of(self.tensors[name])
                 tensor = torch.empty(entry.shape, dtype=entry.dtype)
@@ -91,7 +90,7 @@ class Checkpoint:
             digest.update(f"{name} {source.dtype} {source.shape}\n".encode())
             if source.entry is not None:
                 start = source.entry.offset_bytes + max(0, source.size_bytes - SAMPLE_BYTES) // 2
-                with source.path.open("rb", buffering=0) as file:
+                with _opened(source.path) as file:
                     digest.update(os.pread(file.fileno(), min(SAMPLE_BYTES, source.size_bytes), start))
         for path in sorted({source.path for source in self.tensors.values() if source.entry is None}):
             state = _load_bin(path)
@@ -109,14 +108,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder that holds config.json and the weights")
-    for single, index, opener in (
+    for single, index, opener in (  # a single file goes before an index, as in from_pretrained
         ("model.safetensors", SAFETENSORS_INDEX, _open_safetensors),
         ("pytorch_model.bin", "pytorch_model.bin.index.json", _open_bin),
     ):
-        if (folder / index).exists():
-            return Checkpoint(folder, _open_sharded(folder, folder / index, opener))
         if (folder / single).exists():
             return Checkpoint(folder, opener(folder / single))
+        if (folder / index).exists():
+            return Checkpoint(folder, _open_sharded(folder, folder / index, opener))
     raise CheckpointError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, sharded or single")
 
 
@@ -168,6 +167,13 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def _entry_of(source: TensorSource) -> TensorEntry:
     if source.entry is None:
         raise TypeError(f"{source.path} is not a safetensors file")
@@ -181,7 +187,7 @@ def _open_sharded(folder: Path, index_path: Path, opener: Any) -> dict[str, Tens
     shards: dict[str, dict[str, TensorSource]] = {}
     tensors: dict[str, TensorSource] = {}
     for name, file_name in weight_map.items():
-        if file_name != Path(file_name).name or file_name.startswith("."):
+        if file_name != Path(file_name).name or file_name.startswith(".") or not file_name.isprintable():
             raise CheckpointError(f"{index_path}: {file_name!r} is not the name of a file in the folder")
         if file_name not in shards:
             shards[file_name] = opener(folder / file_name)
@@ -202,7 +208,8 @@ def _open_bin(path: Path) -> dict[str, TensorSource]:
 
 def _load_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # torch raises many kinds here; each of them means the same to a user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: is not a .bin of plain tensors ({reason})") from error

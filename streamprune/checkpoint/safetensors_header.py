@@ -4,6 +4,7 @@ Layout of the format: 8 bytes little-endian length of the header, the header (JS
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        header = json.loads(text, object_pairs_hook=_unique_keys)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not strings")
         data_start = 8 + header_bytes
         entries = {name: _entry(name, value, data_start) for name, value in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -72,18 +75,20 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
     if value["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name} has the unsupported dtype {value['dtype']}")
+        raise ValueError(f"tensor {name!r} has the unsupported dtype {value['dtype']}")
     dtype = DTYPES[value["dtype"]]
     begin, end = value["data_offsets"]
+    if not isinstance(value["shape"], list):
+        raise ValueError(f"tensor {name!r} has a shape that is no list")
     shape = tuple(value["shape"])
     numbers = (begin, end, *shape)
     if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63 for number in numbers):
-        raise ValueError(f"tensor {name} has a negative, huge or fractional size")
-    size_bytes = dtype.itemsize
-    for length in shape:
-        size_bytes *= length
+        raise ValueError(f"tensor {name!r} has a negative, huge or fractional size")
+    if math.prod(length or 1 for length in shape) >= 2**62:
+        raise ValueError(f"tensor {name!r} has a shape that overflows")
+    size_bytes = dtype.itemsize * math.prod(shape)
     if end - begin != size_bytes:
-        raise ValueError(f"tensor {name} spans {end - begin} bytes but its shape needs {size_bytes}")
+        raise ValueError(f"tensor {name!r} spans {end - begin} bytes but its shape needs {size_bytes}")
     return TensorEntry(dtype, shape, data_start + begin, size_bytes)
 
 
@@ -91,7 +96,7 @@ def _check_layout(path: Path, entries: dict[str, TensorEntry], data_start: int, 
     position = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset_bytes, item[1].size_bytes)):
         if entry.offset_bytes != position:
-            raise CheckpointError(f"{path}: tensor {name} overlaps another or leaves a gap")
+            raise CheckpointError(f"{path}: tensor {name!r} overlaps another or leaves a gap")
         position += entry.size_bytes
     if position != file_bytes:
         raise CheckpointError(f"{path}: truncated or padded: tensors end at byte {position}, the file at {file_bytes}")

@@ -25,14 +25,19 @@ class HiddenStates:
         self.dtype = dtype
         self.chunk_bytes = tokens * hidden * dtype.itemsize
         self.checksums: list[int | None] = [None] * sequences
+        file = None
         try:
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0)
-            os.posix_fallocate(self._file.fileno(), 0, sequences * self.chunk_bytes)
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0)
+            os.posix_fallocate(file.fileno(), 0, sequences * self.chunk_bytes)
         except OSError as error:
+            if file is not None:
+                file.close()
             raise OutputError(
                 f"{path}: no room for {sequences * self.chunk_bytes} bytes of hidden states ({error.strerror}); "
                 "free space or give --scratch a larger folder"
             ) from error
+
+        self._file = file
 
     def __len__(self) -> int:
         return len(self.checksums)

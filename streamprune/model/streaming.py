@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from streamprune.checkpoint.packed import tensor_names
+from streamprune.checkpoint.packed import packed_shape, tensor_names
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.config import NMPattern
@@ -113,10 +113,16 @@ def output_names(skeleton: Skeleton, checkpoint: Checkpoint, packed: Mapping[str
     expected = {*skeleton.outer_parameters()}
     for index in range(len(skeleton.blocks)):
         expected.update(skeleton.block_parameters(index))
-    unknown = sorted(pruned - expected)
+    unknown = sorted(name for name in packed if f"{name}.weight" not in expected)
     if unknown:
         raise CheckpointError(f"{checkpoint.folder}: layer {unknown[0]} is not in the model of config.json")
     missing = sorted(expected - pruned - set(checkpoint.tensors))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
-    return {name: name for name in expected - pruned}
+    for name in sorted(expected):
+        shape = skeleton.model.get_parameter(name).shape
+        layer = name.removesuffix(".weight")
+        stored = packed_shape(checkpoint, layer, packed[layer]) if name in pruned else checkpoint.tensors[name].shape
+        if tuple(shape) != tuple(stored):
+            raise CheckpointError(f"{checkpoint.folder}: {name} is {list(stored)}, config.json makes it {list(shape)}")
+    return {name: name for name in sorted(expected - pruned)}

@@ -140,8 +140,9 @@ def histogram_entropy(counts: torch.Tensor) -> torch.Tensor:
 
 def _least_exponent(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Least e, int32, for which low and high lie within FINE_BINS bins of width 2^e, and within 2^24 of bin 0."""
-    _, span = torch.frexp((high - low) / FINE_BINS)  # high - low < FINE_BINS * 2^span
-    _, reach = torch.frexp(torch.maximum(low.abs(), high.abs()))
+    tiny = 2.0**LEAST_EXPONENT  # frexp(0) would give exponent 0: a channel that is dead so far would get wide bins
+    _, span = torch.frexp((high - low).clamp(min=tiny) / FINE_BINS)  # high - low < FINE_BINS * 2^span
+    _, reach = torch.frexp(torch.maximum(low.abs(), high.abs()).clamp(min=tiny))
     exponent = torch.maximum(span - 1, reach - 24).clamp(LEAST_EXPONENT, -LEAST_EXPONENT)
     for _ in range(2):  # the window starts on the grid, so it may need a width more, and float32's span was rounded
         exponent = exponent + (_bins_of(high, exponent) - _bins_of(low, exponent) >= FINE_BINS).to(exponent.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from streamprune.checkpoint.packed import in_features_of, layer_from_tensors, open_packed, tensor_names
+from streamprune.checkpoint.packed import layer_from_tensors, open_packed, packed_shape, tensor_names
 from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint, read_json
 from streamprune.checkpoint.writer import write_json, write_safetensors
 from streamprune.config import NMPattern
@@ -85,7 +85,7 @@ def _dense_tensors(checkpoint: Checkpoint, names: list[str], layers: dict[str, N
     tensors = checkpoint.read(name for name in names if name not in parts)
     for name in packed:
         layer = layer_from_tensors(name, checkpoint.read(tensor_names(checkpoint, name)))
-        weight = expand(layer.values, layer.mask, in_features_of(checkpoint, name, layers[name]))
+        weight = expand(layer.values, layer.mask, packed_shape(checkpoint, name, layers[name])[1])
         if layer.permutation is not None:
             weight = torch.empty_like(weight).index_copy_(1, layer.permutation.long(), weight)
         tensors[f"{name}.weight"] = weight

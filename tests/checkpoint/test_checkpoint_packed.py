@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from streamprune.checkpoint.packed import (
     check_layer,
-    in_features_of,
+    packed_shape,
     is_packed,
     layer_from_tensors,
     open_packed,
@@ -85,7 +85,7 @@ def test_layer_survives_its_tensors_and_a_file(permuted: bool, tmp_path: Path) -
         assert torch.equal(read.permutation, layer.permutation)
     else:
         assert read.permutation is None
-    assert in_features_of(checkpoint, LAYER, NMPattern(2, 4)) == 12
+    assert packed_shape(checkpoint, LAYER, NMPattern(2, 4))[1] == 12
     dense = expand(read.values, read.mask, 12)
     expected = torch.where(keep, weight, torch.zeros((), dtype=torch.float16))
     assert torch.equal(dense.view(torch.int16), expected.view(torch.int16))

@@ -187,6 +187,13 @@ def test_safetensors_go_before_bin(shards: int, tmp_path: Path) -> None:
     assert_same_bits(read_all(folder), model_tensors(seed=0))
 
 
+def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+    """As in from_pretrained: both must see the same weights."""
+    folder = save_safetensors(tmp_path / "model", model_tensors(seed=0), shards=2)
+    save_file(model_tensors(seed=1), folder / "model.safetensors")
+    assert_same_bits(read_all(folder), model_tensors(seed=1))
+
+
 def test_absent_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         open_checkpoint(tmp_path / "absent")
@@ -210,7 +217,7 @@ BAD_INDEXES = {
     "the folder itself": {"weight_map": {"a": ""}},
     "hidden file": {"weight_map": {"a": ".model.safetensors"}},
     "missing shard": {"weight_map": {"a": "model-00002-of-00002.safetensors"}},
-    "missing tensor": {"weight_map": {"b": "model.safetensors"}},
+    "missing tensor": {"weight_map": {"b": "model-00001-of-00001.safetensors"}},
     "zero byte in the name": {"weight_map": {"a": "model\0.safetensors"}},
     "half a surrogate pair in the name": {"weight_map": {"a": "model\ud800.safetensors"}},
     "name too long for a file": {"weight_map": {"a": "x" * 300}},
@@ -228,6 +235,7 @@ def test_bad_index_is_refused_in_one_line(fault: str, tmp_path: Path) -> None:
     (folder / "sub").mkdir()
     shutil.copy(folder / "model.safetensors", folder / "sub")
     shutil.copy(folder / "model.safetensors", folder / ".model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")  # a single file would go first
     (folder / SAFETENSORS_INDEX).write_text(json.dumps(BAD_INDEXES[fault]))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)

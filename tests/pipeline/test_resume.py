@@ -38,7 +38,7 @@ def pruned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def stop_after(prune: Prune, out: Path, blocks: int, source: str = "llama", **settings: Any) -> None:
     """Interrupt a job at the first safe point after `blocks` blocks are in the journal."""
     last = out / ".work" / f"block-{blocks - 1:05d}.json"
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="the same command goes on where it stopped"):
         prune(source, out, should_stop=last.exists, **settings)
     assert last.exists()
     assert not (out / ".work" / f"block-{blocks:05d}.json").exists()
@@ -218,8 +218,7 @@ OTHER_SETTINGS = [
     ("shuffle_block", {"shuffle_block": 64}),
     ("calibration.samples", {"samples": 3}),
     ("calibration.sequence_length", {"sequence_length": 50}),
-    ("calibration.tokens", {"seed": 1}),
-    ("calibration.tokens", {"calibration": None}),
+    ("calibration.seed", {"seed": 1}),
     ("compute.dtype", {"dtype": "bfloat16"}),
 ]
 
@@ -240,12 +239,22 @@ def finished(outputs: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 def test_other_settings_are_refused_by_name(
     name: str, settings: dict[str, Any], prune: Prune, finished: Path, unfinished: Path
 ) -> None:
-    """By an unfinished job and by a finished one, and neither is touched."""
     for out in (unfinished, finished):
-        before = tiny.digests(out)
         with pytest.raises(JobMismatchError, match=rf"holds a job with other settings .*{name}: .* now") as caught:
             prune("llama", out, **settings)
         assert "--restart" in str(caught.value)
+
+
+def test_another_text_is_refused(prune: Prune, finished: Path, held_out: Path) -> None:
+    with pytest.raises(JobMismatchError, match=r"calibration\.tokens: [0-9a-f]{64} there, [0-9a-f]{64} now"):
+        prune("llama", finished, calibration=str(held_out))
+
+
+def test_a_refused_job_changes_nothing(prune: Prune, copy_of: Callable[..., Path], unfinished: Path) -> None:
+    for out in (unfinished, copy_of("llama")):
+        before = tiny.digests(out)
+        with pytest.raises(JobMismatchError):
+            prune("llama", out, metric="wanda")
         assert tiny.digests(out) == before
 
 
@@ -305,7 +314,7 @@ def test_a_budget_that_would_have_ended_otherwise_is_refused(
 ) -> None:
     stop_after(prune, tmp_path / "out", 1)
     for out in (tmp_path / "out", finished):
-        with pytest.raises(JobMismatchError, match=r"model\.layers\.0: was pruned .* it would be kept dense"):
+        with pytest.raises(JobMismatchError, match=r"model\.layers\.0: was pruned .* with these settings it would be kept dense"):
             prune("llama", out, max_block_error=0.0, on_excess="keep-dense")
     prune("llama", tmp_path / "out")
     assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
