@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin cost tiny products 20 times their work on a busy machine
-sys.path.insert(0, str(Path(__file__).parent))  # `import tiny` from every folder of tests, however pytest is started
 
 import tiny
 

@@ -68,8 +68,8 @@ class HiddenStates:
         """Make what was written last through a power loss."""
         os.fsync(self._file.fileno())
 
-    def close(self, *, remove: bool) -> None:
-        """Close the file, and remove it unless a resumed job needs it."""
+    def close(self, *, remove: bool = False) -> None:
+        """Close the file, once or more often; `remove` it unless a resumed job needs it."""
         self._file.close()
         if remove:
             self.path.unlink(missing_ok=True)

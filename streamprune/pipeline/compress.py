@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from streamprune.errors import OutputError
 from streamprune.model.streaming import read_outer
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
+    WORK_FOLDER,
     Journal,
     check_identity,
     is_finished,
@@ -114,24 +116,19 @@ def compress(
     if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
         raise OutputError(f"{out}: lies in the source folder; choose another --out")
     job = resolve_job(model, config, calibration, samples, sequence_length, seed, device, dtype)
+    if is_finished(out) and not restart:
+        return _already_finished(job, out)
     with output_locked(out) as journal:
         if restart:
             remove_output(out)
-        elif is_finished(out):
-            manifest = read_json(out / MANIFEST_FILE)
-            check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
-            check_outcomes(config, manifest["blocks"])
-            journal.clear()
-            return _result("already finished", out, manifest, read_json(out / TIMINGS_FILE))
         entries = journal.start({**without_budget(job.identity), "versions": versions()})
         earlier_seconds = sum(sum(entry["timings"]["seconds"].values()) for entry in entries)
         folder = _scratch_folder(journal, scratch)
         bars = Progress(progress)
-        try:
+        with ExitStack() as open_files:
+            open_files.callback(bars.close)
             check_disk(job.plan, len(entries), out, folder)
-            entries = compress_blocks(Run(job, journal, folder, bars, should_stop), entries)
-        finally:
-            bars.close()
+            entries = compress_blocks(Run(job, journal, folder, bars, should_stop, open_files), entries)
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
         manifest = _finish(job, journal, entries)
@@ -140,6 +137,17 @@ def compress(
         _write_manifest(journal, manifest)
         journal.clear()
         return _result("finished", out, manifest, timings)
+
+
+def _already_finished(job: Job, out: Path) -> CompressResult:
+    """The result of a job that was finished before, if it is this job; only leftovers of a kill at its end are removed."""
+    manifest = read_json(out / MANIFEST_FILE)
+    check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
+    check_outcomes(job.config, manifest["blocks"])
+    if (out / WORK_FOLDER).exists():
+        with output_locked(out) as journal:
+            journal.clear()
+    return _result("already finished", out, manifest, read_json(out / TIMINGS_FILE))
 
 
 def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:

@@ -9,7 +9,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Run:
     scratch: Path
     progress: Progress
     should_stop: Callable[[], bool]
+    open_files: ExitStack  # closes the hidden states, however the job ends
 
     def tick(self) -> None:
         """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
@@ -53,7 +54,9 @@ class Run:
     def hidden_states(self, name: str) -> HiddenStates:
         samples, length = self.job.tokens.shape
         hidden, dtype = self.job.skeleton.hidden_size, self.job.arithmetic.dtype
-        return HiddenStates(self.scratch / f"{name}.bin", samples, length, hidden, dtype)
+        states = HiddenStates(self.scratch / f"{name}.bin", samples, length, hidden, dtype)
+        self.open_files.callback(states.close)
+        return states
 
 
 def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -97,8 +100,8 @@ def _inputs_of_next_block(run: Run, entries: list[dict[str, Any]]) -> tuple[Bloc
     """Hidden states for the first unfinished block: those on disk if they are whole, or made again by replaying."""
     job, finished = run.job, len(entries)
     outer = read_outer(job.skeleton, job.checkpoint, job.names, input_parameters(job.skeleton))
-    states = run.hidden_states(f"hidden-{finished:05d}")
     if finished:
+        states = run.hidden_states(f"hidden-{finished:05d}")
         states.checksums = list(entries[-1]["hidden_states"])
         if _is_whole(states):
             return embed(job.skeleton, outer, job.tokens, job.arithmetic, None, run.tick), states

@@ -4,6 +4,7 @@ import math
 import resource
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,8 +74,10 @@ def evaluate(
         count, length = windows.shape
         return HiddenStates(Path(work) / f"{number}.bin", count, length, skeleton.hidden_size, arithmetic.dtype)
 
-    with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar:
+    with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar, ExitStack() as open_files:
         files = [scratch_file(i) for i in (0, 1)]
+        for file in files:
+            open_files.callback(file.close)
         outer = read_outer(skeleton, checkpoint, names, input_parameters(skeleton))
         arguments = embed(skeleton, outer, windows, arithmetic, files[0], tick)
         del outer
@@ -88,8 +91,6 @@ def evaluate(
         for index, window in enumerate(windows):
             losses.append(_window_loss(skeleton, tail, files[0].read(index), window, arithmetic))
             tick()
-        for file in files:
-            file.close(remove=True)
     loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,138 @@
+"""Calibration tokens: kinds of texts, windows, and what is refused."""
+
+import gzip
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+
+from streamprune.errors import CalibrationError
+from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
+
+TEXT = tiny.text(4_000, seed=7)
+DOCUMENTS = [TEXT[start : start + 400] for start in range(0, 4_000, 400)]
+
+
+@pytest.fixture(scope="module")
+def llama(sources: Callable[[str], Path]) -> Path:
+    return sources("llama")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One text as .txt, and as documents in .jsonl, .parquet and a data set's folder."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "whole.txt").write_text(TEXT)
+    (folder / "joined.txt").write_text("\n\n".join(DOCUMENTS))
+    (folder / "documents.jsonl").write_text("\n".join(json.dumps({"text": document, "id": 1}) for document in DOCUMENTS))
+    datasets.Dataset.from_dict({"text": DOCUMENTS, "id": range(10)}).to_parquet(folder / "documents.parquet")
+    (folder / "set").mkdir()
+    (folder / "set" / "train.jsonl").write_text((folder / "documents.jsonl").read_text())
+    (folder / "set" / "test.jsonl").write_text(json.dumps({"text": TEXT[::-1]}) + "\n")
+    return folder
+
+
+def decoded(tokens: torch.Tensor) -> list[str]:
+    return ["".join(map(chr, row)) for row in tokens.tolist()]
+
+
+def test_windows_are_pieces_of_the_text_that_do_not_overlap(llama: Path, texts: Path) -> None:
+    tokens = calibration_tokens(llama, str(texts / "whole.txt"), 20, 50, seed=0)
+    assert (tokens.shape, tokens.dtype) == ((20, 50), torch.int64)
+    pieces = [TEXT[start : start + 50] for start in range(0, 4_000, 50)]
+    places = [pieces.index(window) for window in decoded(tokens)]
+    assert len(set(places)) == 20
+    assert places != sorted(places)
+
+
+def test_all_windows_when_all_are_asked_for(llama: Path, texts: Path) -> None:
+    tokens = calibration_tokens(llama, str(texts / "whole.txt"), 80, 50, seed=3)
+    assert sorted(decoded(tokens)) == sorted(TEXT[start : start + 50] for start in range(0, 4_000, 50))
+
+
+def test_the_seed_draws_the_windows(llama: Path, texts: Path) -> None:
+    draws = [calibration_tokens(llama, str(texts / "whole.txt"), 4, 50, seed) for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert tokens_digest(draws[0]) == tokens_digest(draws[1]) != tokens_digest(draws[2])
+
+
+def test_digest_is_stable() -> None:
+    """sha256 of the ids as little-endian int64: it is written into outputs, so it must not change."""
+    tokens = torch.arange(6).view(2, 3)
+    expected = hashlib.sha256(b"".join(number.to_bytes(8, "little") for number in range(6))).hexdigest()
+    assert tokens_digest(tokens) == tokens_digest(tokens.to(torch.int32)) == expected
+
+
+@pytest.mark.parametrize("name", ["documents.jsonl", "documents.parquet", "set", "set::train"])
+def test_documents_are_joined_by_blank_lines(name: str, llama: Path, texts: Path) -> None:
+    expected = calibration_tokens(llama, str(texts / "joined.txt"), 8, 100, seed=0)
+    assert torch.equal(calibration_tokens(llama, str(texts / name), 8, 100, seed=0), expected)
+
+
+def test_a_data_sets_other_split(llama: Path, texts: Path) -> None:
+    tokens = calibration_tokens(llama, f"{texts / 'set'}::test", 2, 2_000, seed=0)
+    assert sorted(decoded(tokens)) == sorted([TEXT[::-1][:2_000], TEXT[::-1][2_000:]])
+
+
+def test_the_shipped_text(llama: Path) -> None:
+    """Works offline; long enough for the command's defaults, 128 x 2,048 tokens of a subword tokenizer."""
+    shipped = gzip.decompress((importlib.resources.files("streamprune.data") / "calibration.txt.gz").read_bytes()).decode()
+    assert len(shipped) > 4 * 128 * 2_048
+    tokens = calibration_tokens(llama, None, 3, 100, seed=0)
+    ascii_only = "".join(character if ord(character) < 127 else chr(127) for character in shipped)
+    assert all(window in ascii_only for window in decoded(tokens))
+
+
+def test_too_short_says_by_how_much(llama: Path, texts: Path) -> None:
+    with pytest.raises(
+        CalibrationError, match=r"whole\.txt: 4000 tokens make 40 windows of 100, 41 are asked for; give a longer text"
+    ):
+        calibration_tokens(llama, str(texts / "whole.txt"), 41, 100, seed=0)
+    assert len(calibration_tokens(llama, str(texts / "whole.txt"), 40, 100, seed=0)) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good\n" * 9 + b"\xff\xfe bad", r"a\.txt: is not UTF-8"),
+        ("a.txt", b"", r"a\.txt: 0 tokens make 0 windows"),
+        ("a.jsonl", b'{"text": "one"}\n{"words": 1}\n', r"a\.jsonl: line 2 is not a JSON object with a string 'text'"),
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl: line 1 "),
+        ("a.jsonl", b'["text"]\n', r"a\.jsonl: line 1 "),
+        ("a.jsonl", b"not json\n", r"a\.jsonl: line 1 "),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: is not UTF-8"),
+        ("a.parquet", b"PAR1 no", r"a\.parquet: is not a parquet file"),
+        ("a.docx", b"text", r"a\.docx: unknown kind of file; use \.txt, \.jsonl or \.parquet"),
+    ],
+)
+def test_what_is_not_text_is_refused(name: str, content: bytes, message: str, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=message) as error:
+        calibration_tokens(llama, str(tmp_path / name), 1, 10, seed=0)
+    assert error.value.exit_code == 4
+
+
+def test_a_parquet_file_without_the_column_is_refused(llama: Path, tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"words": ["one"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(CalibrationError, match=r"a\.parquet: .* column 'text'"):
+        calibration_tokens(llama, str(tmp_path / "a.parquet"), 1, 10, seed=0)
+
+
+def test_what_is_missing_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"missing\.txt: no such file"):
+        calibration_tokens(llama, str(tmp_path / "missing.txt"), 1, 10, seed=0)
+    with pytest.raises(CalibrationError, match="no-such-set: is neither a file nor a data set that can be loaded"):
+        calibration_tokens(llama, "no-such-set", 1, 10, seed=0)
+
+
+@pytest.mark.parametrize(("samples", "length"), [(0, 10), (-1, 10), (1, 1), (1, 0)])
+def test_no_tokens_are_refused(samples: int, length: int, llama: Path, texts: Path) -> None:
+    with pytest.raises(CalibrationError, match="at least 1 sample of at least 2 tokens"):
+        calibration_tokens(llama, str(texts / "whole.txt"), samples, length, seed=0)
