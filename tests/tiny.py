@@ -113,13 +113,6 @@ def copy_without_weights(source: Path, folder: Path) -> None:
             (folder / path.name).write_bytes(path.read_bytes())
 
 
-def edit_source(folder: Path, name: str, edit: Callable[[torch.Tensor], None]) -> None:
-    """Change one tensor of a single-file source in place."""
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors[name])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def text(characters: int, seed: int = 0) -> str:
     """Sentences of made-up words: letters differ in frequency, as in a language."""
     draw = random.Random(seed)
@@ -167,13 +160,12 @@ def shard_of(folder: Path, tensor: str) -> Path:
     return folder / read_json(folder / "model.safetensors.index.json")["weight_map"][tensor]
 
 
-def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-    """Change one tensor of a safetensors file (in place, or by returning another), its metadata kept."""
+def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
+    """Let `edit` change one tensor of a safetensors file in place; the file's metadata are kept."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
-    changed = edit(tensors[name])
-    tensors[name] = tensors[name] if changed is None else changed
+    edit(tensors[name])
     save_file(tensors, path, metadata=metadata)
 
 

@@ -140,7 +140,7 @@ def compress(
 
 
 def _already_finished(job: Job, out: Path) -> CompressResult:
-    """The result of a job that was finished before, if it is this job; only leftovers of a kill at its end are removed."""
+    """The result of this job as finished before; nothing changes but leftovers of a kill at its very end."""
     manifest = read_json(out / MANIFEST_FILE)
     check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
     check_outcomes(job.config, manifest["blocks"])

@@ -264,7 +264,7 @@ def test_another_source_is_refused(
     """Also one that differs in a single weight: two fine-tunes share their headers."""
     tiny.copy_without_weights(sources("llama"), tmp_path / "tuned")
     (tmp_path / "tuned" / "model.safetensors").write_bytes((sources("llama") / "model.safetensors").read_bytes())
-    tiny.edit_source(tmp_path / "tuned", "model.layers.1.mlp.up_proj.weight", lambda weight: weight[3, 5].add_(1))
+    tiny.edit_tensor(tmp_path / "tuned" / "model.safetensors", "model.layers.1.mlp.up_proj.weight", lambda weight: weight[3, 5].add_(1))
     with pytest.raises(JobMismatchError, match=r"source\.fingerprint"):
         prune(tmp_path / "tuned", copy_of("llama"))
 

@@ -1,6 +1,8 @@
 """Every family, pattern, metric and shuffle goes the whole way: compress, verify, evaluate, export, inspect."""
 
 import math
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,9 +158,6 @@ def test_result_counts_bytes_as_they_are(prune: Callable[..., CompressResult], t
 
 def test_no_file_tells_where_or_when_it_was_made(outputs: Callable[..., Path], sources: Callable[..., Path]) -> None:
     """timings.json alone holds paths, hosts, dates, versions of libraries and threads."""
-    import os
-    import socket
-
     out = outputs("llama")
     assert {path.name for path in out.iterdir()} >= {"timings.json", "streamprune_manifest.sha256", "tokenizer.json"}
     forbidden = [str(sources("llama")), str(out), socket.gethostname() + '"', torch.__version__, os.uname().release]

@@ -1,0 +1,185 @@
+"""What a job refuses before it computes, and how it ends on numbers that are not finite."""
+
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from streamprune.errors import CheckpointError, NumericsError, OutputError, SettingsError, UnsupportedModelError
+from streamprune.pipeline import scheduler
+from streamprune.pipeline.compress import CompressResult
+from streamprune.runtime.verify import verify
+
+Prune = Callable[..., CompressResult]
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+@pytest.fixture
+def no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job must end before its first block is read."""
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a block was reached")
+
+    monkeypatch.setattr(scheduler, "_compress_block", refuse)
+
+
+@pytest.fixture
+def source(sources: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A source that a test may change."""
+    return Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+
+
+def edit(source: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:
+    tiny.edit_tensor(source / "model.safetensors", name, change)
+
+
+@pytest.mark.usefixtures("no_blocks")
+class TestBeforeAnyBlock:
+    @pytest.mark.parametrize("inside", [".", "pruned", "deep/pruned"])
+    def test_output_in_the_source_folder(self, inside: str, prune: Prune, source: Path) -> None:
+        before = tiny.digests(source)
+        with pytest.raises(OutputError, match="lies in the source folder; choose another --out"):
+            prune(source, source / inside)
+        assert tiny.digests(source) == before
+
+    def test_output_in_the_source_folder_through_a_link(self, prune: Prune, source: Path, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to(source)
+        with pytest.raises(OutputError, match="lies in the source folder"):
+            prune(source, tmp_path / "link" / "pruned")
+
+    def test_foreign_folder(self, prune: Prune, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("mine")
+        with pytest.raises(OutputError, match="is not empty and not an output of streamprune; choose another --out"):
+            prune("llama", tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+    def test_output_is_a_file(self, prune: Prune, tmp_path: Path) -> None:
+        (tmp_path / "out").write_text("mine")
+        with pytest.raises(OutputError, match="cannot be used as output"):
+            prune("llama", tmp_path / "out")
+        assert (tmp_path / "out").read_text() == "mine"
+
+    def test_scratch_is_a_file(self, prune: Prune, tmp_path: Path) -> None:
+        (tmp_path / "scratch").write_text("mine")
+        with pytest.raises(OutputError, match="cannot be used as scratch folder"):
+            prune("llama", tmp_path / "out", scratch=tmp_path / "scratch")
+
+    def test_disk_too_small(self, prune: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Output and scratch on one file system are added up."""
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 200_000))
+        with pytest.raises(OutputError, match=r"out: \d+ bytes are needed and 200000 are free; free space or choose"):
+            prune("llama", tmp_path / "out")
+        assert list((tmp_path / "out").glob("model-*")) == []
+
+    def test_too_many_positions(self, prune: Prune, tmp_path: Path) -> None:
+        with pytest.raises(SettingsError, match=r"sequence length 321 is beyond the model's 320 positions"):
+            prune("llama", tmp_path / "out", sequence_length=321)
+
+    def test_unsupported_architecture_names_those_supported(self, prune: Prune, source: Path, tmp_path: Path) -> None:
+        config = tiny.read_json(source / "config.json")
+        tiny.write_json(source / "config.json", config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+        with pytest.raises(UnsupportedModelError, match="'gpt2' is not supported; these are: llama, mistral, opt"):
+            prune(source, tmp_path / "out")
+
+    @pytest.mark.parametrize("harm", ["missing file", "missing tensor", "other shape", "cut short"])
+    def test_incomplete_source(self, harm: str, prune: Prune, source: Path, tmp_path: Path) -> None:
+        weights = source / "model.safetensors"
+        if harm == "missing file":
+            weights.unlink()
+        elif harm == "missing tensor":
+            tensors = tiny.read_tensors(source)
+            del tensors["model.layers.2.mlp.up_proj.weight"]
+            save_file(tensors, weights)
+        elif harm == "other shape":
+            tensors = tiny.read_tensors(source)
+            tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(160, 32, dtype=torch.bfloat16)
+            save_file(tensors, weights)
+        else:
+            os.truncate(weights, weights.stat().st_size - 1)
+        message = {
+            "missing file": "holds neither model.safetensors nor pytorch_model.bin",
+            "missing tensor": r"1 tensors are missing, first model\.layers\.2\.mlp\.up_proj\.weight",
+            "other shape": r"model\.layers\.2\.mlp\.up_proj\.weight has shape \[160, 32\], config\.json makes it \[160, 64\]",
+            "cut short": r"model\.safetensors: truncated or padded",
+        }[harm]
+        with pytest.raises(CheckpointError, match=message):
+            prune(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"pattern": "4:2"}, "N:M needs 0 < N < M"),
+            ({"pattern": "2-4"}, "is not N:M"),
+            ({"metric": "best"}, "metric 'best' is none of esparse, wanda, ria, magnitude"),
+            ({"shuffle": "local"}, "shuffle 'local' is none of none, global, "),
+            ({"amplitude": "l1"}, "amplitude 'l1' is none of l2, wanda, rms"),
+            ({"on_excess": "shrug"}, "on_excess 'shrug' is none of stop, keep-dense, warn"),
+            ({"alpha": -1.0}, "alpha -1.0"),
+            ({"alpha": float("nan")}, "alpha nan"),
+            ({"entropy_bins": 1}, "entropy_bins 1"),
+            ({"shuffle_block": 4}, "shuffle_block 4"),
+            ({"max_block_error": -0.1}, "max_block_error -0.1"),
+            ({"device": "tpu"}, "device 'tpu'"),
+            ({"dtype": "int8"}, "dtype 'int8'"),
+            ({"dtype": "float16", "device": "cpu"}, "dtype float16 is about 100 times slower"),
+        ],
+        ids=str,
+    )
+    def test_settings_that_make_no_sense(
+        self, settings: dict[str, Any], message: str, prune: Prune, tmp_path: Path
+    ) -> None:
+        with pytest.raises(SettingsError, match=message) as error:
+            prune("llama", tmp_path / "out", **settings)
+        assert error.value.exit_code == 2
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_output_as_source(prune: Prune, outputs: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is already an output of streamprune; give the dense model"):
+        prune(outputs("llama"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_weight_that_is_not_finite_is_named(
+    name: str, value: float, prune: Prune, source: Path, tmp_path: Path
+) -> None:
+    edit(source, name, lambda tensor: tensor.view(-1)[7:8].fill_(value))
+    with pytest.raises(NumericsError, match=rf"tensor {name} holds NaN or infinity") as error:
+        prune(source, tmp_path / "out")
+    assert error.value.exit_code == 6
+    assert not (tmp_path / "out" / tiny.MANIFEST_DIGEST).exists()
+
+
+def test_hidden_states_that_overflow_name_the_block(prune: Prune, source: Path, tmp_path: Path) -> None:
+    edit(source, "model.layers.1.mlp.down_proj.weight", lambda weight: weight.fill_(3e38))
+    with pytest.raises(NumericsError, match=r"model\.layers\.1: its output holds NaN or infinity"):
+        prune(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / ".work").glob("block-*.json")] == ["block-00000.json"]
+
+
+def test_a_layers_input_that_overflows_names_the_layer(prune: Prune, source: Path, tmp_path: Path) -> None:
+    edit(source, "model.layers.0.mlp.up_proj.weight", lambda weight: weight.fill_(3e38))
+    with pytest.raises(NumericsError, match=r"model\.layers\.0(\.mlp\.down_proj)?: .*NaN or infinity"):
+        prune(source, tmp_path / "out")
+
+
+def test_a_dead_channel_and_a_layer_of_zeros(
+    prune: Prune, source: Path, sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Scores of 0 everywhere tie: still exactly N of M, the lower channels, and nothing is NaN."""
+    edit(source, "model.layers.1.post_attention_layernorm.weight", lambda weight: weight[::3].zero_())
+    edit(source, "model.layers.1.self_attn.o_proj.weight", lambda weight: weight.zero_())
+    result = prune(source, tmp_path / "out")
+    assert verify(tmp_path / "out", source=source).faults == []
+    assert all(torch.tensor(error).isfinite() for _, error in result.worst_layers)

@@ -1,0 +1,102 @@
+"""Perplexity streamed block by block is transformers' own loss on the same windows."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from streamprune.errors import CalibrationError, CheckpointError, Interrupted, NumericsError, SettingsError
+from streamprune.runtime.evaluate import LOGIT_POSITIONS, evaluate
+
+
+def transformers_loss(folder: Path, text: str, length: int) -> float:
+    """Mean of the model's own loss over windows that do not overlap."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        losses = [
+            float(model(window, labels=window).loss) for window in tiny.windows([ord(c) for c in text], length)
+        ]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("source", ["llama", "llama-plain", "opt", "opt-bin", "llama-sharded"])
+@pytest.mark.parametrize("length", [100, 300])
+def test_equals_transformers(source: str, length: int, sources: Callable[[str], Path], held_out: Path) -> None:
+    assert 300 > LOGIT_POSITIONS  # logits in more than one piece
+    folder = sources(source)
+    result = evaluate(folder, text=held_out, sequence_length=length, max_tokens=700)
+    loss = transformers_loss(sources(source.removesuffix("-bin")), held_out.read_text()[:700], length)
+    assert result.loss == pytest.approx(loss, rel=2e-6)
+    assert result.perplexity == math.exp(result.loss)
+    assert (result.tokens, result.sequence_length, result.packed) == (700 // length * length, length, False)
+
+
+def test_bfloat16_is_near(sources: Callable[[str], Path], held_out: Path) -> None:
+    full, half = (
+        evaluate(sources("llama"), text=held_out, sequence_length=100, dtype=dtype) for dtype in ("auto", "bfloat16")
+    )
+    assert half.loss == pytest.approx(full.loss, rel=0.02)
+    assert half.loss != full.loss
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "text.parquet"])
+def test_other_kinds_of_text(name: str, sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
+    documents = [held_out.read_text()[:500], held_out.read_text()[500:900]]
+    (tmp_path / "joined.txt").write_text("\n\n".join(documents))
+    if name.endswith("jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    else:
+        datasets.Dataset.from_dict({"text": documents}).to_parquet(tmp_path / name)
+    expected = evaluate(sources("opt"), text=tmp_path / "joined.txt", sequence_length=100)
+    assert evaluate(sources("opt"), text=tmp_path / name, sequence_length=100).loss == expected.loss
+
+
+def test_scratch_is_used_and_cleaned(sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    evaluate(sources("opt"), text=held_out, sequence_length=100, scratch=tmp_path / "scratch")
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_refusals(sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
+    llama = sources("llama")
+    (tmp_path / "short.txt").write_text("x" * 99)
+    refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (CalibrationError, r"short\.txt: 99 tokens are fewer than one window of 100", {"text": tmp_path / "short.txt"}),
+        (CalibrationError, "99 tokens are fewer than one window of 100", {"max_tokens": 99}),
+        (CalibrationError, r"missing\.txt: no such file", {"text": tmp_path / "missing.txt"}),
+        (SettingsError, "sequence length must be at least 2", {"sequence_length": 1}),
+        (SettingsError, "sequence length 321 is beyond the model's 320 positions", {"sequence_length": 321}),
+        (SettingsError, "device 'tpu'", {"device": "tpu"}),
+    ]
+    for kind, message, settings in refused:
+        with pytest.raises(kind, match=message):
+            evaluate(llama, **{"text": held_out, "sequence_length": 100, **settings})
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        evaluate(tmp_path, text=held_out)
+    with pytest.raises(CheckpointError):
+        evaluate(tmp_path / "nowhere", text=held_out)
+
+
+def test_an_unfinished_output_is_refused(
+    prune: Callable[..., Any], held_out: Path, tmp_path: Path
+) -> None:
+    last = tmp_path / "out" / ".work" / "block-00001.json"
+    with pytest.raises(Interrupted):
+        prune("llama", tmp_path / "out", should_stop=last.exists)
+    with pytest.raises(CheckpointError):
+        evaluate(tmp_path / "out", text=held_out, sequence_length=100)
+
+
+def test_damaged_packed_values_that_are_not_finite(copy_of: Callable[..., Path], held_out: Path) -> None:
+    out = copy_of("llama")
+    name = "model.layers.1.mlp.up_proj.weight_values"
+    tiny.edit_tensor(tiny.shard_of(out, name), name, lambda values: values.view(-1)[3:4].fill_(math.inf))
+    with pytest.raises(NumericsError, match=rf"tensor {name} holds NaN or infinity"):
+        evaluate(out, text=held_out, sequence_length=100)

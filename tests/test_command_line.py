@@ -1,0 +1,339 @@
+"""The command line: help, exit codes, one-line errors, JSON, and signals to a real process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from click.testing import CliRunner, Result
+
+from streamprune.checkpoint import writer
+from streamprune.cli import cli
+from streamprune.errors import OutputError
+
+COMMANDS = ["compress", "verify", "evaluate", "export", "inspect"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def strict_json(text: str) -> Any:
+    """JSON as the standard has it: no NaN, no Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture
+def job(sources: Callable[[str], Path], calibration: Path, tmp_path: Path) -> list[str]:
+    """`compress` of the tiny LLaMA into tmp_path/out."""
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in tiny.CALIBRATION.items()]
+    out = tmp_path / "out"
+    return ["compress", str(sources("llama")), "--out", str(out), "--calibration", str(calibration), *settings]
+
+
+def test_help_names_every_command_and_exit_code() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert re.findall(r"^  (\w+) ", result.stdout, re.MULTILINE) == sorted(COMMANDS)
+    for code in ("2 settings", "3 checkpoint", "4 text", "7 kernel fault", "85 interrupted"):
+        assert code in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Examples:" in result.stdout
+    assert f"\n  streamprune {command} " in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_options_are_the_functions_parameters() -> None:
+    """The command line's arguments are the function's, by the same names and defaults."""
+    import inspect as python
+
+    import streamprune
+
+    for name in COMMANDS:
+        command, function = cli.commands[name], getattr(streamprune, name)
+        options = {parameter.name: parameter for parameter in command.params}
+        parameters = python.signature(function).parameters
+        assert options.keys() - {"quiet", "as_json"} == parameters.keys() - {"progress", "should_stop"}, name
+        for parameter in parameters.values():
+            if parameter.name in options and parameter.default is not parameter.empty:
+                assert options[parameter.name].get_default(None) == parameter.default, (name, parameter.name)  # type: ignore[arg-type]
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"streamprune, version \d+\.\d+\.\d+\n", result.stdout)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, streamprune, streamprune.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_all_commands_in_a_row(job: list[str], sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
+    """Tables for people first: each says what a reader looks for."""
+    out, source = tmp_path / "out", sources("llama")
+    result = run(*job)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"finished: {out}, 3 blocks\n")
+    assert f"manifest sha256   {tiny.sha256(out / tiny.MANIFEST)}" in result.stdout
+    assert "no error budget is set" in result.stderr
+    assert "model.layers.0: pruned, block error" in result.stderr
+    again = run(*job)
+    assert again.exit_code == 0
+    assert again.stdout.startswith(f"already finished: {out}, 3 blocks\n")
+
+    result = run("verify", out, "--source", source, "--quiet")
+    assert result.exit_code == 0
+    assert "21 layers checked against the source, position by position" in result.stdout
+    assert result.stdout.endswith("ok\n")
+    assert "21 layers checked by itself, without its source" in run("verify", out, "--quiet").stdout
+
+    result = run("evaluate", out, "--text", held_out, "--sequence-length", 100, "--quiet")
+    assert re.match(r"perplexity \d+\.\d{4} over 2000 tokens in windows of 100 ", result.stdout)
+
+    result = run("export", out, "--out", tmp_path / "dense", "--quiet")
+    assert "6 layers are N:M as they lie in the file" in result.stdout
+    assert "15 layers had a stored permutation undone" in result.stdout
+
+    result = run("inspect", out)
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith("model.layers.")]
+    assert len(rows) == 21
+    assert all(row[1] == "2:4" for row in rows)
+    assert "21 pruned layers: " in result.stdout
+
+
+def test_json_keys_that_others_rely_on(
+    job: list[str], sources: Callable[[str], Path], held_out: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    finished = strict_json(run(*job, "--quiet", "--json").stdout)
+    assert finished["status"] == "finished"
+    assert finished["manifest_sha256"] == tiny.sha256(out / tiny.MANIFEST)
+    checked = strict_json(run("verify", out, "--source", sources("llama"), "--quiet", "--json").stdout)
+    assert checked["ok"] is True
+    assert checked["faults"] == []
+    assert len(checked["layers"]) == 21
+    assert all(layer.keys() >= {"name", "relative_error", "ok"} for layer in checked["layers"])
+    figures = strict_json(
+        run("evaluate", out, "--text", held_out, "--sequence-length", 100, "--quiet", "--json").stdout
+    )
+    assert figures["tokens"] == 2000
+    assert 1 < figures["perplexity"] < 10_000
+    table = strict_json(run("inspect", out, "--json").stdout)
+    keys = {"name", "pattern", "shape", "packed_bytes", "dense_bytes", "kernel_error", "layer_error", "block_error"}
+    assert all(layer.keys() >= keys for layer in table["layers"])
+    assert table["packed_bytes"] == finished["packed_bytes"] == sum(row["packed_bytes"] for row in table["layers"])
+    assert table["dense_bytes"] == finished["dense_bytes"] == sum(row["dense_bytes"] for row in table["layers"])
+    written = strict_json(run("export", out, "--out", tmp_path / "dense", "--quiet", "--json").stdout)
+    assert written["out"] == str(tmp_path / "dense")
+
+
+def test_quiet_is_quiet(job: list[str], held_out: Path, tmp_path: Path) -> None:
+    for arguments in (
+        [*job, "--json"],
+        ["verify", tmp_path / "out", "--json"],
+        ["evaluate", tmp_path / "out", "--text", held_out, "--sequence-length", 100],
+        ["export", tmp_path / "out", "--out", tmp_path / "dense"],
+    ):
+        result = run(*arguments, "--quiet")
+        assert result.exit_code == 0
+        assert result.stderr == ""
+        assert result.stdout != ""
+
+
+def test_a_fault_is_exit_code_1_and_named(copy_of: Callable[..., Path], sources: Callable[[str], Path]) -> None:
+    """Two kept values exchanged, all checksums right: the one line that a user needs is on standard output."""
+    out, layer = copy_of("llama"), "model.layers.2.mlp.up_proj"
+    name = f"{layer}.weight_values"
+    tiny.edit_tensor(tiny.shard_of(out, name), name, lambda values: values[0, :2].copy_(values[0, :2].flip(0)))
+    tiny.reseal(out)
+    assert run("verify", out, "--quiet").exit_code == 0
+    result = run("verify", out, "--source", sources("llama"), "--quiet")
+    assert result.exit_code == 1
+    assert f"FAULT  {layer}: 2 kept values differ from the source's" in result.stdout
+    assert result.stdout.endswith("1 faults\n")
+    tiny.flip_byte(tiny.shard_of(out, name), 5000)
+    result = run("verify", out, "--quiet", "--json")
+    assert result.exit_code == 1
+    assert strict_json(result.stdout)["ok"] is False
+
+
+def test_json_of_a_layer_that_cannot_be_checked(copy_of: Callable[..., Path]) -> None:
+    """A group with three of four kept has no product to compare; its JSON is still JSON."""
+    out, name = copy_of("llama"), "model.layers.2.mlp.up_proj.weight_mask"
+    tiny.edit_tensor(tiny.shard_of(out, name), name, lambda mask: mask[0, :1].fill_(0x33 ^ 0x04))
+    tiny.reseal(out)
+    result = run("verify", out, "--quiet", "--json")
+    assert result.exit_code == 1
+    layers = strict_json(result.stdout)["layers"]
+    assert [layer["name"] for layer in layers if not layer["ok"]] == ["model.layers.2.mlp.up_proj"]
+
+
+def failing(
+    name: str, job: list[str], sources: Callable[[str], Path], outputs: Callable[..., Path], held_out: Path, folder: Path
+) -> list[object]:
+    """A command that ends with an error of the kind."""
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.tex").write_text("mine")
+    text: list[object] = ["--text", held_out, "--quiet"]
+    return {
+        "unknown option": [*job, "--sparsity", "0.5"],
+        "no output": ["compress", sources("llama")],
+        "pattern": [*job, "--pattern", "2:2"],
+        "metric": [*job, "--metric", "best"],
+        "too long": ["evaluate", sources("llama"), *text, "--sequence-length", 321],
+        "no model": ["compress", folder / "nowhere", "--out", folder / "out"],
+        "not packed": ["inspect", sources("llama")],
+        "no text": ["evaluate", sources("llama"), "--text", folder / "nowhere.txt"],
+        "short text": [*job, "--samples", 10_000],
+        "foreign output": [*job[:2], "--out", folder / "foreign", *job[4:]],
+        "export exists": ["export", outputs("llama"), "--out", folder / "foreign"],
+        "other settings": [*job[:2], "--out", outputs("llama"), *job[4:], "--alpha", 3],
+        "budget": [*job, "--max-block-error", 0],
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("unknown option", 2, "No such option"),
+        ("no output", 2, "Missing option '--out'"),
+        ("pattern", 2, "streamprune: pattern 2:2: N:M needs"),
+        ("metric", 2, "streamprune: metric 'best' is none of"),
+        ("too long", 2, "beyond the model's 320 positions"),
+        ("no model", 3, "nowhere"),
+        ("not packed", 3, "is not a finished streamprune output"),
+        ("no text", 4, "nowhere.txt: no such file"),
+        ("short text", 4, "10000 are asked for"),
+        ("foreign output", 5, "is not empty and not an output of streamprune"),
+        ("export exists", 5, "exists already"),
+        ("other settings", 5, "settings.alpha: 1.0 there, 3.0 now"),
+        ("budget", 8, "model.layers.0: block error"),
+    ],
+)
+def test_errors_are_one_line_with_the_right_exit_code(
+    name: str,
+    code: int,
+    message: str,
+    job: list[str],
+    sources: Callable[[str], Path],
+    outputs: Callable[..., Path],
+    held_out: Path,
+    tmp_path: Path,
+) -> None:
+    arguments = failing(name, job, sources, outputs, held_out, tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    lines = result.stderr.splitlines()
+    assert message in lines[-1]
+    assert "Traceback" not in result.output
+    if not lines[-1].startswith("Error: "):  # click's own come with a line of usage
+        assert [line for line in lines if line.startswith("streamprune: ")] == lines[-1:]
+        assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OutputError("several\n  lines"), 5, "streamprune: several lines"),
+        (ZeroDivisionError("odd"), 1, "streamprune: unexpected ZeroDivisionError: odd (run with --debug for the traceback)"),
+        (MemoryError(), 1, "streamprune: out of memory; use fewer --samples or a shorter --sequence-length"),
+        (KeyboardInterrupt(), 130, "streamprune: interrupted"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_unforeseen_errors_are_one_line_too(
+    error: BaseException, code: int, line: str, job: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(writer, "sync_folder", fail)
+    result = run(*job, "--quiet")
+    assert (result.exit_code, result.stderr) == (code, f"{line}\n")
+    result = run("--debug", *job, "--quiet")
+    assert result.exception is error or result.exit_code != 0
+
+
+def test_debug_shows_the_traceback(sources: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-m", "streamprune"]
+    arguments = ["inspect", str(sources("llama"))]
+    plain, debug = (
+        subprocess.run([*command, *flag, *arguments], capture_output=True, text=True) for flag in ([], ["--debug"])
+    )
+    assert plain.returncode == 3
+    assert plain.stderr.count("\n") == 1
+    assert plain.stderr.startswith("streamprune: ")
+    assert debug.returncode != 0
+    assert "Traceback (most recent call last)" in debug.stderr
+    assert "CheckpointError: " in debug.stderr
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda kind: kind.name)
+def test_signals_end_a_job_that_goes_on_to_the_same_bytes(
+    kind: signal.Signals,
+    job: list[str],
+    prune: Callable[..., Any],
+    outputs: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Exit code 85 ("interrupted, resumable") and one line; the same command, 24 long samples to be hit in, goes on."""
+    settings = {"samples": 24, "sequence_length": 320}
+    expected = tiny.digests(outputs("llama", **settings))
+    job = [argument for argument in job if not argument.startswith(("--samples", "--sequence-length"))]
+    job += ["--samples", "24", "--sequence-length", "320", "--quiet"]
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-m", "streamprune", *job], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / ".work" / "block-00000.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(kind)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 85, errors
+    assert errors == f"streamprune: {out}: interrupted; the same command goes on where it stopped\n"
+    assert (out / ".work" / "block-00000.json").exists()
+    assert not (out / tiny.MANIFEST_DIGEST).exists()
+    result = run(*job)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("finished: ")
+    assert tiny.digests(out) == expected
+
+
+def test_a_second_process_is_refused(job: list[str], tmp_path: Path) -> None:
+    """A real one: the first is stopped in the middle of its work, so that it certainly holds the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "streamprune", *job, "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / ".work" / "identity.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        result = run(*job, "--quiet")
+        assert result.exit_code == 5
+        assert f"is in use by process {process.pid} on " in result.stderr
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert run(*job, "--quiet").stdout.startswith("already finished")

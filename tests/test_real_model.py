@@ -1,0 +1,254 @@
+"""One run on a real model, SmolLM2-135M, checked by numpy code that shares nothing with streamprune.
+
+`make inputs` makes the model and the texts.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import packed_reader
+import pytest
+import tiny
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from streamprune import compress, evaluate, export, verify
+from streamprune.config import PruneConfig
+from streamprune.errors import Interrupted
+from streamprune.pipeline.calibration import calibration_tokens
+from streamprune.pruning.metrics import esparse_score, score
+from streamprune.pruning.statistics import StatisticsAccumulator
+
+DEMO = Path(__file__).parent.parent / "demo"
+MODEL, CALIBRATION, WIKI = DEMO / "smollm2-135m", DEMO / "text/calibration.txt", DEMO / "text/wiki.txt"
+SAMPLES, LENGTH = 4, 256
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+LOAD_DENSE = """
+import sys, torch, transformers
+transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+"""
+PEAK = """
+print([int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    for path in (MODEL / "config.json", CALIBRATION, WIKI):
+        if not path.exists():
+            pytest.fail(f"{path} is missing: run `make inputs`")
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def source(model: Path) -> dict[str, torch.Tensor]:
+    return tiny.read_tensors(model)
+
+
+@pytest.fixture(scope="session")
+def plain(model: Path) -> PreTrainedModel:
+    """The dense model as transformers loads it, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def pruned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default method at 2:4 on 4 x 256 tokens."""
+    out = tmp_path_factory.mktemp("real") / "pruned"
+    compress(model, out, calibration=str(CALIBRATION), samples=SAMPLES, sequence_length=LENGTH)
+    return out
+
+
+@pytest.fixture(scope="session")
+def activations(model: Path, plain: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Inputs of block 0's linear layers on the calibration tokens, [tokens, in], by plain transformers and hooks."""
+    tokens = calibration_tokens(model, str(CALIBRATION), SAMPLES, LENGTH, seed=0)
+    seen: dict[str, list[torch.Tensor]] = {}
+    hooks = []
+    for name, module in plain.model.layers[0].named_modules():
+        if isinstance(module, torch.nn.Linear):
+            seen[name] = []
+            hooks.append(module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0][0])))
+    with torch.inference_mode():
+        for row in tokens:
+            plain.model(row[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def packed_share(manifest: dict) -> float:
+    layers = [layer for block in manifest["blocks"] for layer in block["layers"]]
+    return max(layer["packed_bytes"] / layer["dense_bytes"] for layer in layers)
+
+
+def test_every_group_keeps_two_of_four_and_every_kept_bit_is_the_sources(
+    pruned: Path, source: dict[str, torch.Tensor]
+) -> None:
+    packed = packed_reader.PackedFolder(pruned)
+    kept = packed.check_against(source)
+    linear = {name for name in source if ".layers." in name and source[name].ndim == 2}
+    assert len(linear) == 210
+    assert {f"{name}.weight" for name in packed.patterns} == linear
+    assert kept * 2 == sum(source[name].numel() for name in linear)
+    sizes = {
+        name: sum(packed.tensors[f"{name}.{part}"].nbytes for part in ("weight_values", "weight_mask"))
+        for name in packed.patterns
+    }
+    assert max(size / (2 * source[f"{name}.weight"].numel()) for name, size in sizes.items()) <= 0.5626
+    recorded = {
+        layer["name"]: layer["packed_bytes"]
+        for block in tiny.read_json(pruned / tiny.MANIFEST)["blocks"]
+        for layer in block["layers"]
+    }
+    assert recorded == sizes
+
+
+def test_four_of_eight(model: Path, source: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    compress(
+        model, tmp_path / "out", pattern="4:8", metric="magnitude", shuffle="global", calibration=str(CALIBRATION),
+        samples=1, sequence_length=32,
+    )  # fmt: skip
+    packed = packed_reader.PackedFolder(tmp_path / "out")
+    assert set(packed.patterns.values()) == {(4, 8)}
+    assert packed.check_against(source) * 2 == sum(
+        t.numel() for n, t in source.items() if ".layers." in n and t.ndim == 2
+    )
+    assert packed_share(tiny.read_json(tmp_path / "out" / tiny.MANIFEST)) <= 0.5626
+    assert verify(tmp_path / "out", source=model).faults == []
+
+
+def test_verified_against_its_source(pruned: Path, model: Path) -> None:
+    verification = verify(pruned, source=model)
+    assert verification.faults == []
+    assert verification.against_source
+    assert len(verification.layers) == 210
+    assert all(layer.ok and layer.relative_error < 1e-6 for layer in verification.layers)
+
+
+def test_shuffles_never_lose_and_nearly_always_gain(pruned: Path) -> None:
+    blocks = tiny.read_json(pruned / tiny.MANIFEST)["blocks"]
+    layers = {layer["name"]: layer for block in blocks for layer in block["layers"]}
+    assert len(layers) == 210
+    for block in blocks:
+        for group in GROUPS:
+            members = [layer for layer in block["layers"] if layer["name"].endswith(group)]
+            assert len(members) == len(group)
+            start = sum(layer["retained_score_start"] for layer in members)
+            assert sum(layer["retained_score"] for layer in members) >= start
+    raised = [layer["retained_score"] > layer["retained_score_start"] for layer in layers.values()]
+    assert sum(raised) >= 0.9 * len(raised)
+
+
+def numpy_entropy(x: numpy.ndarray, bins: int) -> numpy.ndarray:
+    """Entropy in nats of each column, by numpy.histogram."""
+    entropies = []
+    for column in x.T:
+        counts, _ = numpy.histogram(column, bins=bins)
+        p = counts[counts > 0] / counts.sum()
+        entropies.append(-(p * numpy.log(p)).sum())
+    return numpy.array(entropies)
+
+
+@pytest.mark.parametrize("layer", ["self_attn.q_proj", "mlp.down_proj"])
+def test_esparse_scores_are_those_of_numpy_on_real_activations(
+    layer: str, activations: dict[str, torch.Tensor], source: dict[str, torch.Tensor]
+) -> None:
+    x, weight = activations[layer].double().numpy(), source[f"model.layers.0.{layer}.weight"]
+    entropy, norm = numpy_entropy(x, bins=100), numpy.sqrt((x**2).sum(axis=0))
+    expected = numpy.abs(weight.double().numpy()) * (entropy + 1.0 * norm)
+
+    exact = esparse_score(weight.double(), torch.from_numpy(entropy), torch.from_numpy(norm), 1.0)
+    numpy.testing.assert_allclose(exact.numpy(), expected, rtol=1e-12)
+
+    accumulator = StatisticsAccumulator(x.shape[1], 100, torch.device("cpu"))
+    for sequence in activations[layer].split(LENGTH):
+        accumulator.add(sequence)
+    statistics = accumulator.result()
+    assert statistics.entropy is not None
+    error = numpy.abs(statistics.entropy.numpy() - entropy)
+    assert error.mean() <= 0.01
+    assert error.max() <= 0.05
+    streamed = score(weight, statistics, PruneConfig()).double().numpy()
+    bound = numpy.abs(weight.double().numpy()) * (error + 1e-5 * (entropy + norm)) + 1e-30
+    assert (numpy.abs(streamed - expected) <= bound).all()
+    numpy.testing.assert_allclose(streamed, expected, rtol=0.01)
+
+
+def test_wanda_masks_are_those_of_a_wanda_in_five_lines(
+    model: Path, activations: dict[str, torch.Tensor], source: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Block 0, whose inputs no pruning has changed. Only weights whose scores are within rounding of a tie may differ."""
+    out = tmp_path / "out"
+
+    def should_stop() -> bool:
+        return (out / ".work/block-00000.json").exists()
+
+    with pytest.raises(Interrupted):
+        compress(
+            model, out, metric="wanda", shuffle="none", calibration=str(CALIBRATION), samples=SAMPLES,
+            sequence_length=LENGTH, should_stop=should_stop,
+        )  # fmt: skip
+    written = packed_reader.open_folder(out)
+    for name, x in activations.items():
+        weight = source[f"model.layers.0.{name}.weight"].double()
+        scores = weight.abs() * x.double().square().sum(dim=0).sqrt()
+        groups = scores.view(len(scores), -1, 4)
+        keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(
+            2, groups.argsort(2, True, stable=True)[:, :, :2], True
+        )
+        mask = written[f"model.layers.0.{name}.weight_mask"].numpy()
+        stored = torch.from_numpy(numpy.unpackbits(mask, axis=1, bitorder="little").astype(bool)).view(keep.shape)
+        ordered = groups.sort(dim=2, descending=True).values
+        tie = (ordered[:, :, 1] - ordered[:, :, 2]) <= 1e-6 * ordered[:, :, 1]
+        assert ((stored == keep).all(dim=2) | tie).all(), name
+        assert tie.float().mean() < 0.2
+
+
+def test_dense_evaluation_agrees_with_transformers(model: Path, plain: PreTrainedModel) -> None:
+    length, count = 256, 4
+    ids = AutoTokenizer.from_pretrained(model)("".join(documents(str(WIKI)))[:20_000], add_special_tokens=False)[
+        "input_ids"
+    ]
+    with torch.inference_mode():
+        losses = [float(plain(w, labels=w).loss) for w in list(tiny.windows(ids, length))[:count]]
+    expected = sum(losses) / count
+    result = evaluate(model, text=WIKI, sequence_length=length, max_tokens=length * count)
+    assert result.tokens == length * count
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.perplexity == pytest.approx(numpy.exp(expected), rel=1e-4)
+
+
+def test_dense_export_computes_what_the_packed_model_does(pruned: Path, model: Path, tmp_path: Path) -> None:
+    export(pruned, out=tmp_path / "dense")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    state = packed_reader.PackedFolder(pruned).unpacked_state(tiny.read_tensors(model))
+    unpacked = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    unpacked.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    ids = AutoTokenizer.from_pretrained(model)(WIKI.read_text()[:4_000], add_special_tokens=False)["input_ids"][:256]
+    with torch.inference_mode():
+        one, other = exported(torch.tensor([ids])).logits[0], unpacked(torch.tensor([ids])).logits[0]
+    assert (one - other).norm() <= 1e-4 * other.norm()
+    loss = float(functional.cross_entropy(one[:-1], torch.tensor(ids[1:])))
+    packed = evaluate(pruned, text=WIKI, sequence_length=256, max_tokens=256)
+    assert packed.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_peak_memory_is_below_that_of_loading_the_dense_model(model: Path, tmp_path: Path) -> None:
+    def peak(code: str, *arguments: str) -> int:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        return int(done.stdout.splitlines()[-1])
+
+    job = f"""
+import sys, streamprune
+streamprune.compress(sys.argv[1], sys.argv[2], calibration=sys.argv[3], samples={SAMPLES}, sequence_length={LENGTH},
+                     shuffle="global")
+{PEAK}"""
+    ours = peak(job, str(model), str(tmp_path / "out"), str(CALIBRATION))
+    assert ours < peak(LOAD_DENSE + PEAK, str(model))
+    assert json.loads((tmp_path / "out/timings.json").read_text())["peak_memory_bytes"] <= ours * 1.05
