@@ -153,10 +153,10 @@ def show_verification(result: Any) -> None:
     for fault in result.faults:
         click.echo(f"FAULT  {fault}")
     how = "against the source, position by position" if result.against_source else "by itself, without its source"
-    worst = max((layer.relative_error for layer in result.layers), default=0.0)
+    worst = max((layer.relative_error for layer in result.layers if layer.relative_error is not None), default=0.0)
     click.echo(f"{len(result.layers)} layers checked {how}; largest error of a sparse product {worst:.2g}")
     click.echo(f"manifest sha256 {result.manifest_sha256}")
-    click.echo("ok" if result.ok else f"{len(result.faults)} faults")
+    click.echo("ok" if result.ok else f"{len(result.faults)} fault{'s' if len(result.faults) > 1 else ''}")
 
 
 @command(show_verification, "verify ./pruned", "verify ./pruned --source /models/llama-65b --json")

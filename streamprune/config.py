@@ -59,7 +59,7 @@ class PruneConfig:
     alpha: float = 1.0
     entropy_bins: int = 100
     amplitude: Amplitude = "l2"
-    shuffle_block: int = 128
+    shuffle_block: int = 64
     max_block_error: float | None = None
     on_excess: OnExcess = "stop"
 

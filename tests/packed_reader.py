@@ -46,7 +46,9 @@ class PackedFolder:
     def __init__(self, folder: Path) -> None:
         self.config = json.loads((folder / "config.json").read_text())["quantization_config"]
         self.tensors = open_folder(folder)
-        self.patterns = {name: tuple(map(int, entry["pattern"].split(":"))) for name, entry in self.config["layers"].items()}
+        self.patterns = {
+            name: tuple(map(int, entry["pattern"].split(":"))) for name, entry in self.config["layers"].items()
+        }
         self.orders: dict[str, dict[int, numpy.ndarray]] = {}  # of a tensor: dimension to folded permutation
         with safe_open(folder / "streamprune_permutations.safetensors", "pt") as file:
             self.folded = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118

@@ -189,7 +189,12 @@ def test_json_of_a_layer_that_cannot_be_checked(copy_of: Callable[..., Path]) ->
 
 
 def failing(
-    name: str, job: list[str], sources: Callable[[str], Path], outputs: Callable[..., Path], held_out: Path, folder: Path
+    name: str,
+    job: list[str],
+    sources: Callable[[str], Path],
+    outputs: Callable[..., Path],
+    held_out: Path,
+    folder: Path,
 ) -> list[object]:
     """A command that ends with an error of the kind."""
     (folder / "foreign").mkdir()
@@ -255,7 +260,11 @@ def test_errors_are_one_line_with_the_right_exit_code(
     ("error", "code", "line"),
     [
         (OutputError("several\n  lines"), 5, "streamprune: several lines"),
-        (ZeroDivisionError("odd"), 1, "streamprune: unexpected ZeroDivisionError: odd (run with --debug for the traceback)"),
+        (
+            ZeroDivisionError("odd"),
+            1,
+            "streamprune: unexpected ZeroDivisionError: odd (run with --debug for the traceback)",
+        ),
         (MemoryError(), 1, "streamprune: out of memory; use fewer --samples or a shorter --sequence-length"),
         (KeyboardInterrupt(), 130, "streamprune: interrupted"),
     ],

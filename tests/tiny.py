@@ -116,7 +116,9 @@ def copy_without_weights(source: Path, folder: Path) -> None:
 def text(characters: int, seed: int = 0) -> str:
     """Sentences of made-up words: letters differ in frequency, as in a language."""
     draw = random.Random(seed)
-    words = ["".join(draw.choices("etaoinshrdlucmfwypvbgkjqxz", range(26, 0, -1), k=draw.randint(1, 9))) for _ in range(300)]
+    words = [
+        "".join(draw.choices("etaoinshrdlucmfwypvbgkjqxz", range(26, 0, -1), k=draw.randint(1, 9))) for _ in range(300)
+    ]
     sentences: list[str] = []
     size = 0
     while size < characters:

@@ -17,8 +17,11 @@ from streamprune.errors import OutputError
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], temporary: Path, about: Any = None) -> None:
-    """Write CPU tensors as one safetensors file; `about` is plain data kept as JSON under the key "streamprune"."""
-    metadata = {"streamprune": canonical_json(about)} if about is not None else None
+    """Write CPU tensors as one safetensors file; `about` is plain data kept as JSON under the key "streamprune".
+
+    Without it the one key is "format", which loaders of plain checkpoints look for.
+    """
+    metadata = {"streamprune": canonical_json(about)} if about is not None else {"format": "pt"}
     write_atomically(path, temporary, lambda target: save_file(tensors, target, metadata=metadata))
 
 

@@ -1,6 +1,9 @@
 """Which device and dtype a job computes in, resolved and written down: they are part of what decides the bytes."""
 
+import resource
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -56,6 +59,14 @@ def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmet
     if dtype == "float16" and resolved.type == "cpu":
         raise SettingsError("dtype float16 is about 100 times slower than float32 on a CPU; use float32 or bfloat16")
     return Arithmetic(resolved, DTYPES[dtype])
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far (VmHWM; ru_maxrss would start at the parent's)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def name_of(dtype: torch.dtype) -> str:

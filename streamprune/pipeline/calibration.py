@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from streamprune.errors import CalibrationError
+from streamprune.errors import CalibrationError, SettingsError
 from streamprune.model.text import BATCH_CHARACTERS, documents, load_tokenizer, tokenize
 
 CANDIDATES_PER_SAMPLE = 8  # reading stops when the text could give this many times the samples asked for
@@ -20,7 +20,7 @@ def calibration_tokens(
     Raises CalibrationError where the text is missing, is not text, or is too short for that many windows.
     """
     if samples < 1 or sequence_length < 2:
-        raise CalibrationError("calibration needs at least 1 sample of at least 2 tokens")
+        raise SettingsError("calibration needs at least 1 sample of at least 2 tokens")
     tokenizer = load_tokenizer(model)
     enough = CANDIDATES_PER_SAMPLE * samples * sequence_length
     tokens: list[int] = []

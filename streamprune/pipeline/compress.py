@@ -27,6 +27,7 @@ from streamprune.checkpoint.safetensors_header import read_header
 from streamprune.checkpoint.writer import file_digest, write_atomically, write_json, write_safetensors, write_text
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import OutputError
+from streamprune.model.arithmetic import peak_memory_bytes
 from streamprune.model.streaming import read_outer
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
@@ -39,7 +40,7 @@ from streamprune.pipeline.journal import (
 )
 from streamprune.pipeline.plan import check_disk
 from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.scheduler import Run, check_outcomes, compress_blocks, peak_memory_bytes
+from streamprune.pipeline.scheduler import Run, check_outcomes, compress_blocks
 
 COPIED_FILES = (
     "generation_config.json",
@@ -219,7 +220,7 @@ def _dense_layers(job: Job, entries: Sequence[dict[str, Any]], pruned: set[str])
     above = {entry["name"]: entry["block_error"] for entry in entries if entry["outcome"] == "kept dense"}
     reasons = dict(job.plan.dense)
     for entry, layers in zip(entries, job.plan.blocks, strict=True):
-        for name in layers.keys() - pruned:
+        for name in sorted(layers.keys() - pruned):
             reasons[name] = f"block error {above[entry['name']]:.6g} is above the budget"
     return reasons
 
@@ -272,7 +273,7 @@ def _result(status: str, out: Path, manifest: dict[str, Any], timings: dict[str,
         packed_bytes=sum(layer["packed_bytes"] for layer in layers),
         permutation_bytes=sum(layer["permutation_bytes"] for layer in layers),
         source_bytes=manifest["source_bytes"],
-        output_bytes=sum(file["bytes"] for file in manifest["files"].values()),
+        output_bytes=sum(file["bytes"] for name, file in manifest["files"].items() if name.startswith("model-")),
         worst_layers=tuple((layer["name"], layer["layer_error"]) for layer in worst),
         worst_block=(block["name"], block["block_error"]),
         kept_dense=tuple(block["name"] for block in blocks if block["outcome"] == "kept dense"),

@@ -86,7 +86,7 @@ def check_identity(out: Path, recorded: dict[str, Any], asked: dict[str, Any]) -
     old, new = _flatten(recorded), _flatten(asked)
     differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if differing:
-        shown = "; ".join(f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing)
+        shown = "; ".join(f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now" for name in differing)
         raise JobMismatchError(
             f"{out}: holds a job with other settings ({shown}); use them, another --out, or --restart"
         )
@@ -140,6 +140,11 @@ def _is_as_recorded(path: Path, digest: str) -> bool:
         return file_digest(path) == digest
     except OSError:
         return False
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:8]}..."  # a digest
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

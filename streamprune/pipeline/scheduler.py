@@ -6,7 +6,6 @@ read -> pass 1, dense: statistics -> scores, shuffles, masks -> pack, write -> p
 
 import dataclasses
 import logging
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.checkpoint.writer import file_digest, write_safetensors
 from streamprune.config import PruneConfig
 from streamprune.errors import BlockErrorExceeded, CheckpointError, Interrupted, JobMismatchError, NumericsError
+from streamprune.model.arithmetic import peak_memory_bytes
 from streamprune.model.blocks import dense_block, inputs_observed
 from streamprune.model.streaming import BlockArguments, advance, embed, input_parameters, load_block, read_outer
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
@@ -49,7 +49,7 @@ class Run:
         """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
         self.progress.sample_done()
         if self.should_stop():
-            raise Interrupted(f"{self.journal.out}: interrupted; the same command goes on where it stopped")
+            raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
 
     def hidden_states(self, name: str) -> HiddenStates:
         samples, length = self.job.tokens.shape
@@ -284,11 +284,6 @@ def _sparse_pass(
                 }
             )
     return total.value, layers
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far (ru_maxrss; VmHWM)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:

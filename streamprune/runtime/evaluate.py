@@ -1,7 +1,6 @@
 """Perplexity of a dense checkpoint or a packed output, streamed block by block."""
 
 import math
-import resource
 import tempfile
 import time
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from streamprune.checkpoint.packed import is_packed, open_packed
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import CalibrationError, CheckpointError, SettingsError
-from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
+from streamprune.model.arithmetic import Arithmetic, peak_memory_bytes, resolve_arithmetic
 from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
 from streamprune.model.streaming import advance, embed, input_parameters, load_block, output_names, read_outer
 from streamprune.model.text import documents, load_tokenizer, tokenize
@@ -55,6 +54,8 @@ def evaluate(
     method.md). `scratch` is a folder for hidden states (default: the system's temporary folder).
     """
     start = time.perf_counter()
+    if scratch is not None and not Path(scratch).is_dir():
+        raise SettingsError(f"scratch {scratch}: no such folder")
     folder = Path(model)
     skeleton = build_skeleton(folder)
     packed = is_packed(folder)
@@ -93,13 +94,14 @@ def evaluate(
             tick()
     loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Evaluation(math.exp(loss), loss, windows.numel(), sequence_length, packed, seconds, peak)
+    return Evaluation(math.exp(loss), loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
 
 
 def _windows(folder: Path, text: str | Path, sequence_length: int, max_tokens: int | None) -> torch.Tensor:
     if sequence_length < 2:
         raise SettingsError("sequence length must be at least 2: the first token has no prediction")
+    if max_tokens is not None and max_tokens < 1:
+        raise SettingsError(f"max tokens {max_tokens} must be at least 1")
     ids = tokenize(load_tokenizer(folder), _whole(text))
     if max_tokens is not None:
         ids = ids[:max_tokens]

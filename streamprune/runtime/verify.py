@@ -38,10 +38,13 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """`relative_error` is that of the layer's sparse product on seeded inputs against unpack + plain linear."""
+    """`relative_error` is that of the layer's sparse product on seeded inputs against unpack + plain linear.
+
+    None where the layer's structure allows no product.
+    """
 
     name: str
-    relative_error: float
+    relative_error: float | None
     ok: bool
 
 
@@ -82,25 +85,28 @@ def verify(folder: str | Path, *, source: str | Path | None = None, progress: bo
     position through the stored permutations, and that the weighted error recomputed from the bytes is the recorded one.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    original = open_checkpoint(Path(source)) if source is not None else None
     findings = _Findings()
+    compared = False
     try:
         manifest = _check_files(folder, findings)
         output = _open_output(folder, manifest)
         _check_layers(output, findings, progress)
-        if source is not None:
-            _check_against_source(output, Path(source), findings, progress)
+        if original is not None:
+            _check_against_source(output, original, findings, progress)
+            compared = True
     except (CheckpointError, NumericsError) as error:
         findings.faults.append(str(error))
     except (KeyError, TypeError, AttributeError) as error:
         findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
     digest = file_digest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else None
-    return Verification(not findings.faults, source is not None, findings.layers, findings.faults, digest)
+    return Verification(not findings.faults, compared, findings.layers, findings.faults, digest)
 
 
 def _check_files(folder: Path, findings: _Findings) -> dict[str, Any]:
     """Compare the manifest with its digest file, and every file with the manifest; returns the manifest."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
     if not (folder / MANIFEST_DIGEST_FILE).is_file():
         raise CheckpointError(f"{folder}: is not a finished output of streamprune ({MANIFEST_DIGEST_FILE} is missing)")
     digest_line = (folder / MANIFEST_DIGEST_FILE).read_bytes()
@@ -149,11 +155,9 @@ def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
         leader = leaders.get(name, name)
         if not _same(shared.setdefault(leader, layer.permutation), layer.permutation):
             faults.append(f"its input_permutation differs from that of {leader}, whose input it shares")
-        error = math.nan
-        if not faults:
-            error = _product_error(layer, number)
-            if not error <= PRODUCT_TOLERANCE:
-                faults.append(f"its sparse product is off by {error:.3g} (relative; {PRODUCT_TOLERANCE:g} is allowed)")
+        error = None if faults else _product_error(layer, number)
+        if error is not None and not error <= PRODUCT_TOLERANCE:
+            faults.append(f"its sparse product is off by {error:.3g} (relative; {PRODUCT_TOLERANCE:g} is allowed)")
         findings.layers.append(LayerCheck(name, error, not faults))
         findings.faults += [f"{name}: {fault}" for fault in faults]
 
@@ -206,8 +210,7 @@ def _product_error(layer: PackedLayer, seed: int) -> float:
     return math.sqrt(stable_sum(difference.square().sum(dim=1)) / norm) if norm > 0 else 0.0
 
 
-def _check_against_source(output: _Output, source: Path, findings: _Findings, progress: bool) -> None:
-    checkpoint = open_checkpoint(source)
+def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Findings, progress: bool) -> None:
     names = match_names(output.skeleton, checkpoint)
     orders = _orders(output)
     rms = open_file(output.folder / STATISTICS_FILE)

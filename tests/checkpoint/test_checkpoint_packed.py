@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from streamprune.checkpoint.packed import (
     check_layer,
-    packed_shape,
     is_packed,
     layer_from_tensors,
     open_packed,
     pack_layer,
+    packed_shape,
     quantization_config,
     tensor_names,
 )

@@ -30,7 +30,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     (folder / "whole.txt").write_text(TEXT)
     (folder / "joined.txt").write_text("\n\n".join(DOCUMENTS))
-    (folder / "documents.jsonl").write_text("\n".join(json.dumps({"text": document, "id": 1}) for document in DOCUMENTS))
+    (folder / "documents.jsonl").write_text(
+        "\n".join(json.dumps({"text": document, "id": 1}) for document in DOCUMENTS)
+    )
     datasets.Dataset.from_dict({"text": DOCUMENTS, "id": range(10)}).to_parquet(folder / "documents.parquet")
     (folder / "set").mkdir()
     (folder / "set" / "train.jsonl").write_text((folder / "documents.jsonl").read_text())
@@ -83,7 +85,9 @@ def test_a_data_sets_other_split(llama: Path, texts: Path) -> None:
 
 def test_the_shipped_text(llama: Path) -> None:
     """Works offline; long enough for the command's defaults, 128 x 2,048 tokens of a subword tokenizer."""
-    shipped = gzip.decompress((importlib.resources.files("streamprune.data") / "calibration.txt.gz").read_bytes()).decode()
+    shipped = gzip.decompress(
+        (importlib.resources.files("streamprune.data") / "calibration.txt.gz").read_bytes()
+    ).decode()
     assert len(shipped) > 4 * 128 * 2_048
     tokens = calibration_tokens(llama, None, 3, 100, seed=0)
     ascii_only = "".join(character if ord(character) < 127 else chr(127) for character in shipped)

@@ -41,9 +41,13 @@ def test_errors_are_of_what_the_block_adds(outputs: Callable[..., Path]) -> None
     assert len(set(errors)) == 3
 
 
-def test_stop_names_the_block(prune: Prune, between: tuple[float, int], outputs: Callable[..., Path], tmp_path: Path) -> None:
+def test_stop_names_the_block(
+    prune: Prune, between: tuple[float, int], outputs: Callable[..., Path], tmp_path: Path
+) -> None:
     budget, first = between
-    with pytest.raises(BlockErrorExceeded, match=rf"model\.layers\.{first}: block error .* above --max-block-error") as stop:
+    with pytest.raises(
+        BlockErrorExceeded, match=rf"model\.layers\.{first}: block error .* above --max-block-error"
+    ) as stop:
         prune("llama", tmp_path / "out", max_block_error=budget)
     assert stop.value.exit_code == 8
     assert sorted((tmp_path / "out" / ".work").glob("block-*.json")) == [
@@ -56,7 +60,11 @@ def test_stop_names_the_block(prune: Prune, between: tuple[float, int], outputs:
 
 
 def test_warn_says_so_and_prunes_all_the_same(
-    prune: Prune, between: tuple[float, int], outputs: Callable[..., Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
+    prune: Prune,
+    between: tuple[float, int],
+    outputs: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     budget, first = between
     errors = block_errors(outputs("llama"))
@@ -135,8 +143,6 @@ def test_hidden_states_after_a_block_kept_dense(
     assert not torch.equal(seen[1][0], seen[0][0])
 
 
-
-
 def test_every_block_kept_dense(
     outputs: Callable[..., Path], sources: Callable[[str], Path], held_out: Path, tmp_path: Path
 ) -> None:
@@ -208,7 +214,9 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
     with pytest.raises(KernelFault, match=rf"{layer}: kernel_error \S+ is beyond") as fault:
         prune("llama", tmp_path / "out")
     assert fault.value.exit_code == 7
-    assert [name for name in written if name.startswith("model-")] == [f"model-0000{i}-of-00004.safetensors" for i in (2, 3)]
+    assert [name for name in written if name.startswith("model-")] == [
+        f"model-0000{i}-of-00004.safetensors" for i in (2, 3)
+    ]
     assert [path.name for path in sorted((tmp_path / "out" / ".work").glob("block-*.json"))] == ["block-00000.json"]
     monkeypatch.undo()
     prune("llama", tmp_path / "out")

@@ -62,9 +62,7 @@ def test_stopped_between_blocks(
     assert tiny.digests(tmp_path / "out") == expected
 
 
-def test_stopped_before_the_first_block(
-    prune: Prune, outputs: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_stopped_before_the_first_block(prune: Prune, outputs: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         prune("llama", tmp_path / "out", should_stop=lambda: True)
     prune("llama", tmp_path / "out")
@@ -264,7 +262,11 @@ def test_another_source_is_refused(
     """Also one that differs in a single weight: two fine-tunes share their headers."""
     tiny.copy_without_weights(sources("llama"), tmp_path / "tuned")
     (tmp_path / "tuned" / "model.safetensors").write_bytes((sources("llama") / "model.safetensors").read_bytes())
-    tiny.edit_tensor(tmp_path / "tuned" / "model.safetensors", "model.layers.1.mlp.up_proj.weight", lambda weight: weight[3, 5].add_(1))
+    tiny.edit_tensor(
+        tmp_path / "tuned" / "model.safetensors",
+        "model.layers.1.mlp.up_proj.weight",
+        lambda weight: weight[3, 5].add_(1),
+    )
     with pytest.raises(JobMismatchError, match=r"source\.fingerprint"):
         prune(tmp_path / "tuned", copy_of("llama"))
 
@@ -299,7 +301,9 @@ def test_restart_does_not_touch_a_folder_that_is_not_ours(prune: Prune, tmp_path
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
-def test_a_looser_budget_goes_on(prune: Prune, outputs: Callable[..., Path], pruned_blocks: list[int], tmp_path: Path) -> None:
+def test_a_looser_budget_goes_on(
+    prune: Prune, outputs: Callable[..., Path], pruned_blocks: list[int], tmp_path: Path
+) -> None:
     """All finished blocks would have ended the same: allowed, and the bytes are those of the new budget's own run."""
     expected = tiny.digests(outputs("llama", max_block_error=9.0, on_excess="warn"))
     stop_after(prune, tmp_path / "out", 2, max_block_error=5.0)
@@ -314,21 +318,23 @@ def test_a_budget_that_would_have_ended_otherwise_is_refused(
 ) -> None:
     stop_after(prune, tmp_path / "out", 1)
     for out in (tmp_path / "out", finished):
-        with pytest.raises(JobMismatchError, match=r"model\.layers\.0: was pruned .* with these settings it would be kept dense"):
+        with pytest.raises(
+            JobMismatchError, match=r"model\.layers\.0: was pruned .* with these settings it would be kept dense"
+        ):
             prune("llama", out, max_block_error=0.0, on_excess="keep-dense")
     prune("llama", tmp_path / "out")
     assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
 
 
-def test_a_folder_in_use_is_refused(
-    prune: Prune, sources: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_folder_in_use_is_refused(prune: Prune, sources: Callable[[str], Path], tmp_path: Path) -> None:
     """While the first works, a second one on the same folder ends at once and disturbs nothing."""
     attempts: list[str] = []
 
     def try_a_second() -> bool:
         if not attempts:
-            with pytest.raises(OutputError, match=rf"is in use by process {os.getpid()} on .*; wait or stop it") as caught:
+            with pytest.raises(
+                OutputError, match=rf"is in use by process {os.getpid()} on .*; wait or stop it"
+            ) as caught:
                 prune("llama", tmp_path / "out", restart=True)
             attempts.append(str(caught.value))
         return False

@@ -60,9 +60,7 @@ def test_kinds_of_source_files(one: str, other: str, outputs: Callable[..., Path
     assert {name for name in first if first[name] != second[name]} <= {tiny.MANIFEST, tiny.MANIFEST_DIGEST}
 
 
-def test_scratch_elsewhere(
-    prune: Callable[..., CompressResult], outputs: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_scratch_elsewhere(prune: Callable[..., CompressResult], outputs: Callable[..., Path], tmp_path: Path) -> None:
     """Same bytes, hidden states lie there and not in the output folder, and nothing stays behind."""
     seen: set[str] = set()
 

@@ -20,16 +20,14 @@ def transformers_loss(folder: Path, text: str, length: int) -> float:
     """Mean of the model's own loss over windows that do not overlap."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
-        losses = [
-            float(model(window, labels=window).loss) for window in tiny.windows([ord(c) for c in text], length)
-        ]
+        losses = [float(model(window, labels=window).loss) for window in tiny.windows([ord(c) for c in text], length)]
     return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("source", ["llama", "llama-plain", "opt", "opt-bin", "llama-sharded"])
 @pytest.mark.parametrize("length", [100, 300])
 def test_equals_transformers(source: str, length: int, sources: Callable[[str], Path], held_out: Path) -> None:
-    assert 300 > LOGIT_POSITIONS  # logits in more than one piece
+    assert LOGIT_POSITIONS < 300  # logits in more than one piece
     folder = sources(source)
     result = evaluate(folder, text=held_out, sequence_length=length, max_tokens=700)
     loss = transformers_loss(sources(source.removesuffix("-bin")), held_out.read_text()[:700], length)
@@ -84,9 +82,7 @@ def test_refusals(sources: Callable[[str], Path], held_out: Path, tmp_path: Path
         evaluate(tmp_path / "nowhere", text=held_out)
 
 
-def test_an_unfinished_output_is_refused(
-    prune: Callable[..., Any], held_out: Path, tmp_path: Path
-) -> None:
+def test_an_unfinished_output_is_refused(prune: Callable[..., Any], held_out: Path, tmp_path: Path) -> None:
     last = tmp_path / "out" / ".work" / "block-00001.json"
     with pytest.raises(Interrupted):
         prune("llama", tmp_path / "out", should_stop=last.exists)

@@ -16,7 +16,8 @@ TOKENS = torch.tensor([[ord(character) for character in tiny.text(300, seed=6)]]
 
 
 @pytest.mark.parametrize(
-    ("source", "pattern"), [("llama", "2:4"), ("llama", "8:32"), ("llama", "3:5"), ("llama-plain", "2:4"), ("opt", "2:4")]
+    ("source", "pattern"),
+    [("llama", "2:4"), ("llama", "8:32"), ("llama", "3:5"), ("llama-plain", "2:4"), ("opt", "2:4")],
 )
 def test_logits_are_those_of_the_unpacked_weights(
     source: str, pattern: str, sources: Callable[[str], Path], outputs: Callable[..., Path], tmp_path: Path

@@ -264,7 +264,9 @@ def test_a_tampered_weighted_error(out: Path, llama: Path) -> None:
     assert found(verify(out, source=llama), DOWN)
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.gate_proj.bias", "model.layers.1.input_layernorm.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.gate_proj.bias", "model.layers.1.input_layernorm.weight", "model.norm.weight"]
+)
 def test_a_changed_dense_tensor(name: str, out: Path, llama: Path) -> None:
     forge(out, name, lambda tensor: tensor[5:6].mul_(-1))
     assert verify(out).ok
@@ -303,12 +305,12 @@ def test_another_source(out: Path, llama: Path, tmp_path: Path) -> None:
     bit = next(bit for bit in range(4) if not int(tensors[f"{QUERY}.weight_mask"][0, 0]) >> bit & 1)
     tiny.edit_tensor(other / "model.safetensors", f"{QUERY}.weight", lambda weight: weight[0, order[bit]].mul_(0.5))
     verification = verify(out, source=other)
-    assert any(f"{QUERY}.weight: the source is not the one that was compressed" in fault for fault in verification.faults)
+    assert any(
+        f"{QUERY}.weight: the source is not the one that was compressed" in fault for fault in verification.faults
+    )
 
 
-def test_a_source_of_another_shape_and_none_at_all(
-    out: Path, sources: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_source_of_another_shape_and_none_at_all(out: Path, sources: Callable[[str], Path], tmp_path: Path) -> None:
     for source in (sources("opt"), sources("llama-plain"), tmp_path / "nowhere", out):
         verification = verify(out, source=source)
         assert not verification.ok
