@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one-line errors, JSON, and signals to a real process."""
 
+import inspect
 import json
 import os
 import re
@@ -11,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import tiny
 from click.testing import CliRunner, Result
 
+import streamprune
 from streamprune.checkpoint import writer
 from streamprune.cli import cli
 from streamprune.errors import OutputError
@@ -23,7 +26,7 @@ COMMANDS = ["compress", "verify", "evaluate", "export", "inspect"]
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="streamprune")
 
 
 def strict_json(text: str) -> Any:
@@ -46,8 +49,9 @@ def job(sources: Callable[[str], Path], calibration: Path, tmp_path: Path) -> li
 def test_help_names_every_command_and_exit_code() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    assert re.findall(r"^  (\w+) ", result.stdout, re.MULTILINE) == sorted(COMMANDS)
-    for code in ("2 settings", "3 checkpoint", "4 text", "7 kernel fault", "85 interrupted"):
+    listed = result.stdout.partition("Commands:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^  (\w+) ", listed, re.MULTILINE) == sorted(COMMANDS)
+    for code in ("1 fault", "2 settings", "3 checkpoint", "4 text", "7 kernel fault", "85 interrupted"):
         assert code in " ".join(result.stdout.split())
 
 
@@ -56,24 +60,21 @@ def test_help_of_every_command_has_examples(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "Examples:" in result.stdout
-    assert f"\n  streamprune {command} " in result.stdout
+    assert f"\n    streamprune {command} " in result.stdout
     assert "--json" in result.stdout
 
 
-def test_options_are_the_functions_parameters() -> None:
-    """The command line's arguments are the function's, by the same names and defaults."""
-    import inspect as python
-
-    import streamprune
-
-    for name in COMMANDS:
-        command, function = cli.commands[name], getattr(streamprune, name)
-        options = {parameter.name: parameter for parameter in command.params}
-        parameters = python.signature(function).parameters
-        assert options.keys() - {"quiet", "as_json"} == parameters.keys() - {"progress", "should_stop"}, name
-        for parameter in parameters.values():
-            if parameter.name in options and parameter.default is not parameter.empty:
-                assert options[parameter.name].get_default(None) == parameter.default, (name, parameter.name)  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_are_the_functions_parameters(name: str) -> None:
+    """By the same names and with the same defaults."""
+    command = cli.commands[name]
+    line = ["x" if isinstance(part, click.Argument) else f"--{part.name}=x" for part in command.params if part.required]
+    options = command.make_context(name, line).params
+    parameters = inspect.signature(getattr(streamprune, name)).parameters
+    assert options.keys() - {"quiet", "as_json"} == parameters.keys() - {"progress", "should_stop"}
+    for parameter in parameters.values():
+        if parameter.name in options and parameter.default is not parameter.empty:
+            assert options[parameter.name] == parameter.default, parameter.name
 
 
 def test_version() -> None:
@@ -95,7 +96,7 @@ def test_all_commands_in_a_row(job: list[str], sources: Callable[[str], Path], h
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"finished: {out}, 3 blocks\n")
     assert f"manifest sha256   {tiny.sha256(out / tiny.MANIFEST)}" in result.stdout
-    assert "no error budget is set" in result.stderr
+    assert "no --max-block-error: every block is pruned" in result.stderr
     assert "model.layers.0: pruned, block error" in result.stderr
     again = run(*job)
     assert again.exit_code == 0
@@ -137,7 +138,7 @@ def test_json_keys_that_others_rely_on(
         run("evaluate", out, "--text", held_out, "--sequence-length", 100, "--quiet", "--json").stdout
     )
     assert figures["tokens"] == 2000
-    assert 1 < figures["perplexity"] < 10_000
+    assert figures["perplexity"] > 1
     table = strict_json(run("inspect", out, "--json").stdout)
     keys = {"name", "pattern", "shape", "packed_bytes", "dense_bytes", "kernel_error", "layer_error", "block_error"}
     assert all(layer.keys() >= keys for layer in table["layers"])
@@ -170,7 +171,7 @@ def test_a_fault_is_exit_code_1_and_named(copy_of: Callable[..., Path], sources:
     result = run("verify", out, "--source", sources("llama"), "--quiet")
     assert result.exit_code == 1
     assert f"FAULT  {layer}: 2 kept values differ from the source's" in result.stdout
-    assert result.stdout.endswith("1 faults\n")
+    assert result.stdout.endswith("1 fault\n")
     tiny.flip_byte(tiny.shard_of(out, name), 5000)
     result = run("verify", out, "--quiet", "--json")
     assert result.exit_code == 1
@@ -260,18 +261,12 @@ def test_errors_are_one_line_with_the_right_exit_code(
     ("error", "code", "line"),
     [
         (OutputError("several\n  lines"), 5, "streamprune: several lines"),
-        (
-            ZeroDivisionError("odd"),
-            1,
-            "streamprune: unexpected ZeroDivisionError: odd (run with --debug for the traceback)",
-        ),
-        (MemoryError(), 1, "streamprune: out of memory; use fewer --samples or a shorter --sequence-length"),
-        (KeyboardInterrupt(), 130, "streamprune: interrupted"),
+        (ZeroDivisionError("odd"), 1, "streamprune: unexpected ZeroDivisionError: odd (--debug shows where)"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_unforeseen_errors_are_one_line_too(
-    error: BaseException, code: int, line: str, job: list[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, code: int, line: str, job: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> None:
         raise error
@@ -279,8 +274,7 @@ def test_unforeseen_errors_are_one_line_too(
     monkeypatch.setattr(writer, "sync_folder", fail)
     result = run(*job, "--quiet")
     assert (result.exit_code, result.stderr) == (code, f"{line}\n")
-    result = run("--debug", *job, "--quiet")
-    assert result.exception is error or result.exit_code != 0
+    assert run("--debug", *job, "--quiet").exception is error
 
 
 def test_debug_shows_the_traceback(sources: Callable[[str], Path]) -> None:
@@ -297,35 +291,53 @@ def test_debug_shows_the_traceback(sources: Callable[[str], Path]) -> None:
     assert "CheckpointError: " in debug.stderr
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda kind: kind.name)
-def test_signals_end_a_job_that_goes_on_to_the_same_bytes(
-    kind: signal.Signals,
-    job: list[str],
-    prune: Callable[..., Any],
-    outputs: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    """Exit code 85 ("interrupted, resumable") and one line; the same command, 24 long samples to be hit in, goes on."""
-    settings = {"samples": 24, "sequence_length": 320}
-    expected = tiny.digests(outputs("llama", **settings))
-    job = [argument for argument in job if not argument.startswith(("--samples", "--sequence-length"))]
-    job += ["--samples", "24", "--sequence-length", "320", "--quiet"]
-    out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-m", "streamprune", *job], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (out / ".work" / "block-00000.json").exists() and process.poll() is None and time.monotonic() < deadline:
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+LONG = {"samples": 24, "sequence_length": 320}  # long enough to be hit in the middle of a block
+
+
+@pytest.fixture(scope="module")
+def signalled(
+    sources: Callable[[str], Path], calibration: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[signal.Signals, tuple[list[str], int, str]]:
+    """Jobs that were sent a signal when their first block was done: arguments, exit code, standard error.
+
+    All three run at once, since starting takes most of their time.
+    """
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in LONG.items()]
+    settings += ["--calibration", str(calibration), "--quiet"]
+    jobs, processes = {}, {}
+    for kind in SIGNALS:
+        out = tmp_path_factory.mktemp("signalled") / kind.name
+        jobs[kind] = ["compress", str(sources("llama")), "--out", str(out), *settings]
+        command = [sys.executable, "-m", "streamprune", *jobs[kind]]
+        processes[kind] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), out
+    waiting, deadline = set(SIGNALS), time.monotonic() + 100
+    while waiting and time.monotonic() < deadline:
+        for kind in list(waiting):
+            process, out = processes[kind]
+            if (out / ".work" / "block-00000.json").exists() or process.poll() is not None:
+                process.send_signal(kind)
+                waiting.remove(kind)
         time.sleep(0.001)
-    process.send_signal(kind)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 85, errors
-    assert errors == f"streamprune: {out}: interrupted; the same command goes on where it stopped\n"
+    ends = {kind: (process.communicate(timeout=60)[1], process.returncode) for kind, (process, _) in processes.items()}
+    return {kind: (jobs[kind], code, errors) for kind, (errors, code) in ends.items()}
+
+
+@pytest.mark.parametrize("kind", SIGNALS, ids=lambda kind: kind.name)
+def test_signals_end_a_job_that_goes_on_to_the_same_bytes(
+    kind: signal.Signals, signalled: dict[signal.Signals, Any], outputs: Callable[..., Path]
+) -> None:
+    """Exit code 85 ("interrupted, resumable") and one line; the same command again goes on."""
+    job, code, errors = signalled[kind]
+    out = Path(job[3])
+    assert code == 85, errors
+    assert re.fullmatch(rf"streamprune: {out}: interrupted; .*\n", errors)
     assert (out / ".work" / "block-00000.json").exists()
     assert not (out / tiny.MANIFEST_DIGEST).exists()
     result = run(*job)
     assert result.exit_code == 0
     assert result.stdout.startswith("finished: ")
-    assert tiny.digests(out) == expected
+    assert tiny.digests(out) == tiny.digests(outputs("llama", **LONG))
 
 
 def test_a_second_process_is_refused(job: list[str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, texts and edits of outputs for the tests: seconds to compress, but nothing about them is degenerate.
+"""Tiny checkpoints, texts and edits of outputs for the tests: seconds to compress, nothing about them degenerate.
 
 Weights are scaled so that every block adds something of the size of its input; biases and norms are random, so that a
 permutation that forgets one of them changes the logits; channels differ in size, so that shuffles have work to do.
@@ -36,8 +36,8 @@ def write_llama(folder: Path, *, kv_heads: int = 2, biases: bool = True, tied: b
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=blocks, num_attention_heads=4,
-        num_key_value_heads=kv_heads, max_position_embeddings=POSITIONS, tie_word_embeddings=tied, attention_bias=biases,
-        mlp_bias=biases, bos_token_id=None, eos_token_id=None,
+        num_key_value_heads=kv_heads, max_position_embeddings=POSITIONS, tie_word_embeddings=tied,
+        attention_bias=biases,        mlp_bias=biases, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return write_model(folder, LlamaForCausalLM(config), torch.bfloat16)
 
@@ -47,7 +47,8 @@ def write_opt(folder: Path, *, blocks: int = 3) -> Path:
     torch.manual_seed(2)
     config = OPTConfig(
         vocab_size=VOCABULARY, hidden_size=64, ffn_dim=156, num_hidden_layers=blocks, num_attention_heads=4,
-        max_position_embeddings=POSITIONS, word_embed_proj_dim=64, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        max_position_embeddings=POSITIONS, word_embed_proj_dim=64, bos_token_id=None, eos_token_id=None,
+        pad_token_id=None,
     )  # fmt: skip
     return write_model(folder, OPTForCausalLM(config), torch.float16)
 
@@ -172,7 +173,7 @@ def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], object]) -
 
 
 def reseal(folder: Path, edit: Callable[[Any], None] = lambda manifest: None) -> None:
-    """Make every checksum of an output right again after a change, as a forger would; `edit` may change the manifest."""
+    """Make every checksum of an output right again, as a forger would; `edit` may change the manifest."""
     manifest = read_json(folder / MANIFEST)
     edit(manifest)
     for name, entry in manifest["files"].items():

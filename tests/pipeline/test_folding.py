@@ -47,7 +47,7 @@ def prune_all(folder: Path, config: PruneConfig) -> list[PrunedBlock]:
     skeleton, tensors = build_skeleton(folder), tiny.read_tensors(folder)
     groups = [skeleton.group_layers(index) for index in range(len(skeleton.blocks))]
     layers = [[name for _, names in block for name in names] for block in groups]
-    statistics = statistics_of(load(folder), sum(layers, []))
+    statistics = statistics_of(load(folder), [name for block in layers for name in block])
     m = config.pattern.group_size
     return [
         prune_block(
