@@ -28,10 +28,16 @@ def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return weight[keep].view(weight.shape[0], -1)
 
 
-def expand(values: torch.Tensor, mask: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Dense weight [out, in] in the values' dtype; dropped weights are +0."""
+def expand(
+    values: torch.Tensor, mask: torch.Tensor, in_features: int, permutation: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Dense weight [out, in] in the values' dtype; dropped weights are +0.
+
+    With `permutation` [in] (place j holds source channel p[j]) the columns are put back in the source's order.
+    """
     dense = torch.zeros(values.shape[0], in_features, dtype=values.dtype, device=values.device)
-    return dense.masked_scatter_(unpack_mask(mask, in_features), values)
+    dense.masked_scatter_(unpack_mask(mask, in_features), values)
+    return dense if permutation is None else torch.empty_like(dense).index_copy_(1, permutation.long(), dense)
 
 
 def nm_linear(

@@ -85,8 +85,6 @@ def _dense_tensors(checkpoint: Checkpoint, names: list[str], layers: dict[str, N
     tensors = checkpoint.read(name for name in names if name not in parts)
     for name in packed:
         layer = layer_from_tensors(name, checkpoint.read(tensor_names(checkpoint, name)))
-        weight = expand(layer.values, layer.mask, packed_shape(checkpoint, name, layers[name])[1])
-        if layer.permutation is not None:
-            weight = torch.empty_like(weight).index_copy_(1, layer.permutation.long(), weight)
-        tensors[f"{name}.weight"] = weight
+        _, in_features = packed_shape(checkpoint, name, layers[name])
+        tensors[f"{name}.weight"] = expand(layer.values, layer.mask, in_features, layer.permutation)
     return tensors

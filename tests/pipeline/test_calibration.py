@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from streamprune.errors import CalibrationError
+from streamprune.errors import CalibrationError, SettingsError
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 
 TEXT = tiny.text(4_000, seed=7)
@@ -138,5 +138,5 @@ def test_what_is_missing_is_refused(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("samples", "length"), [(0, 10), (-1, 10), (1, 1), (1, 0)])
 def test_no_tokens_are_refused(samples: int, length: int, llama: Path, texts: Path) -> None:
-    with pytest.raises(CalibrationError, match="at least 1 sample of at least 2 tokens"):
+    with pytest.raises(SettingsError, match="at least 1 sample of at least 2 tokens"):
         calibration_tokens(llama, str(texts / "whole.txt"), samples, length, seed=0)

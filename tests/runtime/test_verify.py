@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from streamprune.errors import CheckpointError
 from streamprune.runtime.verify import Verification, verify
 
 DOWN, OUT = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"
@@ -310,18 +311,28 @@ def test_another_source(out: Path, llama: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_source_of_another_shape_and_none_at_all(out: Path, sources: Callable[[str], Path], tmp_path: Path) -> None:
-    for source in (sources("opt"), sources("llama-plain"), tmp_path / "nowhere", out):
+def test_a_source_of_another_shape(out: Path, sources: Callable[[str], Path]) -> None:
+    """The comparison cannot be done, and the result says that it was not."""
+    for source in (sources("opt"), sources("llama-plain"), out):
         verification = verify(out, source=source)
         assert not verification.ok
-        assert verification.against_source
+        assert verification.faults
+
+
+def test_no_source_and_no_folder(out: Path, tmp_path: Path) -> None:
+    """Not a fault of the output: the command was given something else."""
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        verify(out, source=tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        verify(tmp_path / "nowhere")
 
 
 def test_folders_that_are_no_output(llama: Path, tmp_path: Path) -> None:
-    for folder in (tmp_path / "nowhere", tmp_path, llama):
+    for folder in (tmp_path, llama):
         verification = verify(folder)
         assert not verification.ok
         assert len(verification.faults) == 1
+        assert "is not a finished output" in verification.faults[0]
         assert verification.layers == []
         assert verification.manifest_sha256 is None
 
