@@ -21,7 +21,15 @@ from streamprune.checkpoint.packed import (
     open_packed,
     tensor_names,
 )
-from streamprune.checkpoint.reader import Checkpoint, open_checkpoint, open_file, read_about, read_json, tensor_digest
+from streamprune.checkpoint.reader import (
+    SAFETENSORS_INDEX,
+    Checkpoint,
+    open_checkpoint,
+    open_file,
+    read_about,
+    read_json,
+    tensor_digest,
+)
 from streamprune.checkpoint.writer import file_digest
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError
@@ -115,6 +123,9 @@ def _check_files(folder: Path, findings: _Findings) -> dict[str, Any]:
         raise CheckpointError(
             f"{MANIFEST_FILE}: its sha256 is not the one in {MANIFEST_DIGEST_FILE}; nothing else is checked"
         )
+    needed = {"config.json", SAFETENSORS_INDEX, PERMUTATIONS_FILE, STATISTICS_FILE}
+    needed.update(path.name for path in folder.glob("model-*.safetensors"))
+    findings.faults += [f"{name}: is not in {MANIFEST_FILE}" for name in sorted(needed - manifest["files"].keys())]
     for name, recorded in sorted(manifest["files"].items()):
         path = folder / name
         if Path(name).name != name or not path.is_file():
@@ -220,12 +231,7 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
         tensor = checkpoint.read([original])[original]
         if tensor_digest(tensor) != output.source_digests.get(original):
             findings.faults.append(f"{original}: the source is not the one that was compressed")
-        for dim, permutation in orders.get(parameter, ()):
-            if len(permutation) != tensor.shape[dim]:
-                raise CheckpointError(
-                    f"{parameter}: its permutation has {len(permutation)} places for {list(tensor.shape)}"
-                )
-            tensor = tensor.index_select(dim, permutation)
+        tensor = _in_output_order(parameter, tensor, orders.get(parameter, []))
         layer_name = parameter.removesuffix(".weight")
         if layer_name in output.layers:
             faults = _layer_faults(output, layer_name, tensor, orders.get(parameter, ()), rms)
@@ -236,6 +242,18 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
         if faults:
             faulty.add(layer_name)
     findings.layers = [LayerCheck(c.name, c.relative_error, c.ok and c.name not in faulty) for c in findings.layers]
+
+
+def _in_output_order(name: str, tensor: torch.Tensor, orders: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """A source tensor with its rows and columns in the output's order."""
+    for dim, permutation in orders:
+        if dim not in range(tensor.ndim) or len(permutation) != tensor.shape[dim]:
+            raise CheckpointError(
+                f"{name}: a permutation of {len(permutation)} places along dimension {dim} does not fit its shape "
+                f"{list(tensor.shape)}"
+            )
+        tensor = tensor.index_select(dim, permutation)
+    return tensor
 
 
 def _orders(output: _Output) -> dict[str, list[tuple[int, torch.Tensor]]]:
