@@ -18,7 +18,8 @@ from streamprune.errors import StreampruneError
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 fault, 2 settings, 3 checkpoint, 4 text, 5 output folder, 6 NaN or infinity, 7 "
-    "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on)."
+    "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on), "
+    "130 ended by Ctrl-C."
 )
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 DTYPE = click.option(
@@ -72,6 +73,9 @@ def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[.
 def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
+    except KeyboardInterrupt:
+        click.echo("streamprune: interrupted", err=True)
+        sys.exit(130)
     except Exception as error:
         if click.get_current_context().find_root().obj:  # --debug
             raise

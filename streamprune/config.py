@@ -48,7 +48,7 @@ class PruneConfig:
     alpha           weight of the amplitude beside the entropy (E-Sparse, eq. of the metric)
     entropy_bins    K, bins of the histogram between a channel's least and greatest activation
     amplitude       l2: ||X_j|| over all tokens; wanda: divided by sqrt(sequences); rms: divided by sqrt(tokens)
-    shuffle_block   channels in one block of the local shuffle
+    shuffle_block   channels in one block of the local shuffle; two groups where that is more
     max_block_error budget on what a block adds, relative (Frobenius); None: no budget
     on_excess       what to do with a block above the budget
     """
@@ -71,10 +71,8 @@ class PruneConfig:
             raise SettingsError(f"entropy_bins {self.entropy_bins} is outside 2..512")
         if not 0 <= self.alpha < float("inf"):
             raise SettingsError(f"alpha {self.alpha} is not a finite number >= 0")
-        if self.shuffle_block < 2 * self.pattern.group_size:
-            raise SettingsError(
-                f"shuffle_block {self.shuffle_block} holds fewer than two groups of {self.pattern.group_size} channels"
-            )
+        if self.shuffle_block < 2:
+            raise SettingsError(f"shuffle_block {self.shuffle_block} is fewer than 2 channels")
         if self.max_block_error is not None and not 0 <= self.max_block_error < float("inf"):
             raise SettingsError(f"max_block_error {self.max_block_error} is not a finite number >= 0")
 

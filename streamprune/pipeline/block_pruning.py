@@ -125,10 +125,13 @@ def _prune_group(
     permutation = None if torch.equal(found, torch.arange(len(found), device=found.device)) else found
     masks, retained = {}, {}
     for name, layer_scores in scores.items():
-        start = retained_score(layer_scores, select(layer_scores, config.pattern))
-        permuted = layer_scores if permutation is None else layer_scores[:, permutation]
-        masks[name] = select(permuted, config.pattern)
-        retained[name] = (start, retained_score(permuted, masks[name]))
+        masks[name] = select(layer_scores, config.pattern)
+        start = end = retained_score(layer_scores, masks[name])
+        if permutation is not None:
+            permuted = layer_scores[:, permutation]
+            masks[name] = select(permuted, config.pattern)
+            end = retained_score(permuted, masks[name])
+        retained[name] = (start, end)
     return _GroupResult(masks, permutation, retained)
 
 

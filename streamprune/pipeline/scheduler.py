@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from streamprune.checkpoint.packed import pack_layer
+from streamprune.checkpoint.packed import layer_from_tensors, pack_layer
 from streamprune.checkpoint.reader import open_file, tensor_digest
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.checkpoint.writer import file_digest, write_safetensors
@@ -28,7 +28,7 @@ from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.journal import Journal
 from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.validation import BlockErrorSum, InputSample, layer_errors
+from streamprune.pipeline.validation import BlockErrorSum, InputSample, check_bits, check_packed_bits, layer_errors
 from streamprune.pruning.statistics import ChannelStatistics, StatisticsAccumulator
 
 logger = logging.getLogger("streamprune")
@@ -204,7 +204,7 @@ def _dense_pass(
             channels = job.plan.blocks[index][names[0]].shape[1]
             accumulator = StatisticsAccumulator(channels, bins, job.arithmetic.device)
             accumulators.update(dict.fromkeys(names, accumulator))
-            observers[names[0].removeprefix(prefix)] = _timed_call(seconds, "statistics", accumulator.add)
+            observers[names[0].removeprefix(prefix)] = _observer(names[0], accumulator, seconds)
     with _timed(seconds, "dense pass"), inputs_observed(block, observers):
         advance(block, run.job.skeleton.blocks[index], arguments[index], states, dense, job.arithmetic, run.tick)
     seconds["dense pass"] -= seconds.get("statistics", 0.0)
@@ -212,10 +212,8 @@ def _dense_pass(
     with _timed(seconds, "statistics"):
         for _, names in job.skeleton.group_layers(index):
             if names[0] in accumulators:
-                try:
+                with _named(names[0]):
                     statistics.update(dict.fromkeys(names, accumulators[names[0]].result()))
-                except NumericsError as error:
-                    raise NumericsError(f"{names[0]}: {error}") from error
     return statistics
 
 
@@ -264,6 +262,7 @@ def _sparse_pass(
         advance(block, name, arguments[index], states, following, job.arithmetic, run.tick, observe)
     layers = []
     with _timed(seconds, "validate"):
+        shard_tensors = shard.read(shard.tensors)
         for layer, result in pruned.layers.items():
             written = block.get_submodule(layer.removeprefix(f"{name}."))
             bias = pruned.others.get(f"{layer}.bias")
@@ -283,6 +282,9 @@ def _sparse_pass(
                     **dataclasses.asdict(errors),
                 }
             )
+            check_packed_bits(layer, result, layer_from_tensors(layer, shard_tensors))
+        for parameter, tensor in pruned.others.items():
+            check_bits(parameter, tensor, shard_tensors[parameter])
     return total.value, layers
 
 
@@ -299,11 +301,20 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _timed_call(
-    seconds: dict[str, float], stage: str, call: Callable[[torch.Tensor], None]
-) -> Callable[[torch.Tensor], None]:
-    def timed(x: torch.Tensor) -> None:
-        with _timed(seconds, stage):
-            call(x)
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Say in whose input it was that a number was not finite."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"{layer}: {error}") from error
 
-    return timed
+
+def _observer(
+    layer: str, accumulator: StatisticsAccumulator, seconds: dict[str, float]
+) -> Callable[[torch.Tensor], None]:
+    def observe(x: torch.Tensor) -> None:
+        with _timed(seconds, "statistics"), _named(layer):
+            accumulator.add(x)
+
+    return observe

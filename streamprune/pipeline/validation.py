@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from streamprune.checkpoint.packed import PackedLayer
+from streamprune.checkpoint.reader import tensor_digest
 from streamprune.errors import KernelFault
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.pipeline.block_pruning import PrunedLayer
 from streamprune.pruning.selection import stable_sum
+from streamprune_kernels import unpack_mask
 
 SAMPLE_TOKENS = 256
 
@@ -71,6 +74,25 @@ def layer_errors(
             "does not compute what its masked weight does; check the disk and memory, then run again"
         )
     return LayerErrors(kernel_error, relative_error(sparse, dense))
+
+
+def check_packed_bits(name: str, pruned: PrunedLayer, written: PackedLayer) -> None:
+    """Raise KernelFault unless a written layer holds exactly the source's kept bits, in their places.
+
+    A product on a sample cannot see a low bit of one weight; this can.
+    """
+    keep = pruned.keep.cpu()
+    if not torch.equal(unpack_mask(written.mask, keep.shape[1]), keep):
+        raise KernelFault(f"{name}: the written mask is not the chosen one; check the disk and memory, then run again")
+    check_bits(f"{name}.weight_values", pruned.weight.cpu()[keep].view(written.values.shape), written.values)
+    if pruned.gather is not None and written.permutation is not None:
+        check_bits(f"{name}.input_permutation", pruned.gather.cpu().to(torch.int32), written.permutation)
+
+
+def check_bits(name: str, expected: torch.Tensor, written: torch.Tensor) -> None:
+    """Raise KernelFault unless a tensor came back from disk with the bits that it went there with."""
+    if written.dtype != expected.dtype or tensor_digest(written) != tensor_digest(expected.cpu()):
+        raise KernelFault(f"{name}: came back from disk changed; check the disk and memory, then run again")
 
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:

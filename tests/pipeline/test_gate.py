@@ -223,6 +223,22 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
     assert tiny.digests(tmp_path / "out") == expected
 
 
+def test_one_low_bit_of_one_weight_is_stopped(prune: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No product on a sample sees it; the comparison of the bits does."""
+    layer, original = "model.layers.0.mlp.down_proj", scheduler.write_safetensors
+
+    def flip(path: Path, tensors: dict[str, torch.Tensor], *rest: Any) -> None:
+        values = tensors.get(f"{layer}.weight_values")
+        if values is not None:
+            values.view(torch.int16)[0, 0] ^= 1
+        original(path, tensors, *rest)
+
+    monkeypatch.setattr(scheduler, "write_safetensors", flip)
+    with pytest.raises(KernelFault, match=rf"^{layer}\.weight_values: came back from disk changed"):
+        prune("llama", tmp_path / "out")
+    assert list((tmp_path / "out" / ".work").glob("block-*.json")) == []
+
+
 def test_a_packer_that_is_wrong_is_stopped_too(prune: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The reference never went through pack and unpack, so an error of the packer itself is seen."""
     original = scheduler.pack_layer

@@ -127,7 +127,7 @@ class TestBeforeAnyBlock:
             ({"alpha": -1.0}, "alpha -1.0"),
             ({"alpha": float("nan")}, "alpha nan"),
             ({"entropy_bins": 1}, "entropy_bins 1"),
-            ({"shuffle_block": 4}, "shuffle_block 4"),
+            ({"shuffle_block": 1}, "shuffle_block 1"),
             ({"max_block_error": -0.1}, "max_block_error -0.1"),
             ({"device": "tpu"}, "device 'tpu'"),
             ({"dtype": "int8"}, "dtype 'int8'"),
