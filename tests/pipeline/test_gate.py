@@ -224,13 +224,13 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
 
 
 def test_one_low_bit_of_one_weight_is_stopped(prune: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No product on a sample sees it; the comparison of the bits does."""
+    """Of the smallest weight: no product on a sample sees it; the comparison of the bits does."""
     layer, original = "model.layers.0.mlp.down_proj", scheduler.write_safetensors
 
     def flip(path: Path, tensors: dict[str, torch.Tensor], *rest: Any) -> None:
         values = tensors.get(f"{layer}.weight_values")
         if values is not None:
-            values.view(torch.int16)[0, 0] ^= 1
+            values.view(torch.int16).view(-1)[values.abs().view(-1).argmin()] ^= 1
         original(path, tensors, *rest)
 
     monkeypatch.setattr(scheduler, "write_safetensors", flip)
