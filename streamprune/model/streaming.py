@@ -50,6 +50,9 @@ def embed(
     learn that. Raises UnsupportedModelError where it differs between sequences.
     """
     parameters = {name: tensor.to(arithmetic.dtype) for name, tensor in outer.items()}
+    # In one of some hundred processes the first recording was not that of all later ones. Which bytes a job writes must
+    # not hang on that, so the first call is made for nothing.
+    record_block_inputs(skeleton, parameters, tokens[:1])
     arguments: BlockArguments | None = None
     for index in range(len(tokens) if states is not None else 1):
         recorded = record_block_inputs(skeleton, parameters, tokens[index : index + 1])
