@@ -50,8 +50,8 @@ def embed(
     learn that. Raises UnsupportedModelError where it differs between sequences.
     """
     parameters = {name: tensor.to(arithmetic.dtype) for name, tensor in outer.items()}
-    # In one of some hundred processes the first recording was not that of all later ones. Which bytes a job writes must
-    # not hang on that, so the first call is made for nothing.
+    # Seen once in several hundred jobs and not reproduced: a later recording was not bit-equal to the first. In case a
+    # process's first call of a vector routine may round differently, that call is made for nothing.
     record_block_inputs(skeleton, parameters, tokens[:1])
     arguments: BlockArguments | None = None
     for index in range(len(tokens) if states is not None else 1):
@@ -59,7 +59,11 @@ def embed(
         if arguments is None:
             arguments = recorded.arguments
         elif not arguments_equal(arguments, recorded.arguments):
-            raise UnsupportedModelError("this model's blocks are called with something that depends on the text")
+            pairs = zip(arguments, recorded.arguments, strict=True)
+            names = {key for one, other in pairs for key in one if not arguments_equal(one[key], other.get(key))}
+            raise UnsupportedModelError(
+                f"blocks of this model are called with something that depends on the text: {', '.join(sorted(names))}"
+            )
         if states is not None:
             states.write(index, recorded.hidden_states)
             tick()
