@@ -5,8 +5,7 @@
 DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes. Compress runs with its default
 method at 8 x 256 tokens into a fresh folder; the floor is transformers' own dense model in fp32, already in memory, run
 twice over the same calibration tokens, one sequence at a time, without the head. The two take turns, so that a busy
-machine slows both; medians of three. Takes about three minutes on two quiet cores, nearly all of it
-compress. Prints a
+machine slows both; medians of three. Takes about three minutes on two quiet cores, nearly all of it compress. Prints a
 table, then the same figures as one line of JSON.
 """
 
