@@ -85,6 +85,8 @@ def check_packed_bits(name: str, pruned: PrunedLayer, written: PackedLayer) -> N
     if not torch.equal(unpack_mask(written.mask, keep.shape[1]), keep):
         raise KernelFault(f"{name}: the written mask is not the chosen one; check the disk and memory, then run again")
     check_bits(f"{name}.weight_values", pruned.weight.cpu()[keep].view(written.values.shape), written.values)
+    if (pruned.gather is None) != (written.permutation is None):
+        raise KernelFault(f"{name}: its input_permutation is missing or not wanted; check the disk, then run again")
     if pruned.gather is not None and written.permutation is not None:
         check_bits(f"{name}.input_permutation", pruned.gather.cpu().to(torch.int32), written.permutation)
 
