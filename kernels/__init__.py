@@ -3,6 +3,18 @@
 Importing it needs neither CuPy nor a driver nor a GPU.
 """
 
+from streamprune_kernels.cpu import add_range, count_bins, excess_sums, library, refine_rows
 from streamprune_kernels.reference import expand, nm_linear, pack_mask, pack_values, unpack_mask
 
-__all__ = ["expand", "nm_linear", "pack_mask", "pack_values", "unpack_mask"]
+__all__ = [
+    "add_range",
+    "count_bins",
+    "excess_sums",
+    "expand",
+    "library",
+    "nm_linear",
+    "pack_mask",
+    "pack_values",
+    "refine_rows",
+    "unpack_mask",
+]

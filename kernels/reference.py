@@ -45,3 +45,81 @@ def nm_linear(
 ) -> torch.Tensor:
     """y = x W^T + b for a packed W; x [..., in] in permuted channel order, computed in x's dtype."""
     return functional.linear(x, expand(values, mask, x.shape[-1]).to(x.dtype), bias)
+
+
+def excess_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of max(0, s_b - t_i), float32 [n_t, n_s]; s [n_s, rows] and t [n_t, rows] float32.
+
+    From an L1 distance: sum |s - t| = 2 sum max(0, s - t) - sum s + sum t.
+    """
+    return (torch.cdist(t, s, p=1) + s.sum(dim=1)[None, :] - t.sum(dim=1)[:, None]) / 2
+
+
+def add_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum: torch.Tensor) -> None:
+    """Update float32 `low` and `high` and float64 `square_sum`, all [channels], by x float32 [tokens, channels].
+
+    A NaN in x leaves the sum of squares NaN.
+    """
+    torch.minimum(low, x.amin(dim=0), out=low)
+    torch.maximum(high, x.amax(dim=0), out=high)
+    square_sum += x.to(torch.float64).square_().sum(dim=0)
+
+
+def count_bins(x: torch.Tensor, inverse_width: torch.Tensor, first_bin: torch.Tensor, counts: torch.Tensor) -> None:
+    """counts[c, floor(x * inverse_width[c]) - first_bin[c]] += 1 for x float32 [tokens, channels].
+
+    inverse_width float32, first_bin int32 [channels]; counts int32 [channels, bins]. Every value must fall in a bin.
+    """
+    bins = (x * inverse_width).floor_().sub_(first_bin).T.long()
+    counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.int32))
+
+
+def refine_rows(
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    q: torch.Tensor,
+    change: torch.Tensor,
+    moments: torch.Tensor,
+    places: torch.Tensor,
+    off_diagonal: float,
+    least_gain: float,
+) -> int:
+    """One pass of coordinate descent over the groups of every row; returns how many groups changed.
+
+    weight, q, change float32 [rows, width] and keep bool [rows, width], the last three updated in place; moments
+    float32 [width, width]; places bool [patterns, M], or [0, M] for all exchanges of one kept place for a dropped one.
+    With D the dropped weights and q = D H, a group takes the pattern that costs least given the others,
+    d H_gg d^T + 2 d (q_g - own part) with off-diagonal entries times `off_diagonal`, where that saves more than `least_gain` of the group's sum of w^2 h. `change` collects the differences in D.
+    """
+    m = places.shape[1]
+    changed = 0
+    for first in range(0, weight.shape[1], m):
+        columns = slice(first, first + m)
+        w, h, kept = weight[:, columns], moments[columns, columns], keep[:, columns]
+        diagonal = h.diagonal()
+        scaled = off_diagonal * h + (1 - off_diagonal) * torch.diag(diagonal)
+        dropped = torch.where(kept, 0, w)
+        linear = 2 * off_diagonal * (q[:, columns] - dropped @ h)
+        options = places.expand(len(w), -1, -1) if len(places) else _exchanges(kept)
+        d = torch.where(options, 0, w[:, None, :])  # [rows, options, M]
+        cost = ((d @ scaled) * d).sum(dim=2) + (d * linear[:, None, :]).sum(dim=2)
+        now = ((dropped @ scaled) * dropped).sum(dim=1) + (dropped * linear).sum(dim=1)
+        least, best = cost.min(dim=1)
+        rows = (least < now - least_gain * (w.square() * diagonal).sum(dim=1)).nonzero()[:, 0]
+        delta = d[rows, best[rows]] - dropped[rows]
+        keep[rows, columns] = options[rows, best[rows]]
+        change[rows, columns] += delta
+        q[rows] += delta @ moments[columns]
+        changed += len(rows)
+    return changed
+
+
+def _exchanges(kept: torch.Tensor) -> torch.Tensor:
+    """Every mask that differs from bool [rows, M] by one kept place exchanged for a dropped one, [rows, N (M-N), M]."""
+    rows = len(kept)
+    inside = kept.nonzero()[:, 1].view(rows, -1, 1)
+    outside = (~kept).nonzero()[:, 1].view(rows, 1, -1)
+    pairs = inside.shape[1] * outside.shape[2]
+    drop, restore = (places.expand(rows, inside.shape[1], outside.shape[2]).reshape(rows, pairs, 1)
+                     for places in (inside, outside))  # fmt: skip
+    return kept[:, None, :].repeat(1, pairs, 1).scatter_(2, drop, False).scatter_(2, restore, True)

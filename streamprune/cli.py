@@ -119,20 +119,42 @@ def show_compression(result: Any) -> None:
 @click.option("--out", required=True, type=click.Path(), help="Output folder; the same command again goes on there.")
 @click.option("--pattern", default="2:4", show_default=True, help="N:M, N of every M weights are KEPT.")
 @click.option("--metric", default=PruneConfig.metric, show_default=True, help="esparse, wanda, ria or magnitude.")
-@click.option("--shuffle", default=PruneConfig.shuffle, show_default=True, help="none, global or global+local.")
+@click.option("--shuffle", default=PruneConfig.shuffle, show_default=True,
+              help="none, or searches joined by +: stride, global, local, assignment; residual in front: one permutation "
+                   "of the residual stream for the whole model.")  # fmt: skip
+@click.option("--fold", default=PruneConfig.fold, show_default=True,
+              help="Attention's output: heads (inside heads, nothing to do at run time) or free (a gather).")  # fmt: skip
+@click.option("--refine/--no-refine", default=PruneConfig.refine, show_default=True,
+              help="Improve the masks by the inputs' second moments; kept weights stay.")  # fmt: skip
+@click.option("--reconstruct", is_flag=True, help="Fit the kept weights too: they are then NOT the source's.")
 @click.option("--calibration", help="A .txt, .jsonl or .parquet file, or a data set NAME[:CONFIG[:SPLIT]]. "
                                     "Default: a text that ships with the package.")  # fmt: skip
 @click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
 @click.option("--sequence-length", default=2048, show_default=True, help="Tokens in each.")
 @click.option("--seed", default=0, show_default=True, help="Draws the calibration sequences.")
+@click.option("--objective", default=PruneConfig.objective, show_default=True,
+              help="What searches raise: sum of retained score, or of its squares (energy).")  # fmt: skip
+@click.option(
+    "--shuffle-block", default=PruneConfig.shuffle_block, show_default=True, help="Channels in a block of local."
+)
 @click.option(
     "--alpha", default=PruneConfig.alpha, show_default=True, help="esparse: amplitude's weight beside entropy."
 )
 @click.option("--entropy-bins", default=PruneConfig.entropy_bins, show_default=True, help="esparse: histogram bins.")
-@click.option("--amplitude", default=PruneConfig.amplitude, show_default=True, help="esparse: l2, wanda or rms.")
 @click.option(
-    "--shuffle-block", default=PruneConfig.shuffle_block, show_default=True, help="Channels in a local block."
+    "--entropy-range", default=PruneConfig.entropy_range, show_default=True, help="esparse: bins span channel or layer."
 )
+@click.option("--amplitude", default=PruneConfig.amplitude, show_default=True, help="esparse: l2, wanda or rms.")
+@click.option("--relative/--absolute", default=PruneConfig.relative, show_default=True,
+              help="esparse: divide entropy and amplitude by their means first.")  # fmt: skip
+@click.option("--shrinkage", type=float, help="Refinement: of second moments towards their diagonal, 0 to 1. "
+                                              "Default: chosen for each input by held-out samples.")  # fmt: skip
+@click.option("--correction", default=PruneConfig.correction, show_default=True,
+              help="Refinement: share of earlier blocks' error that masks shall undo, 0 to 1.")  # fmt: skip
+@click.option("--correction-stride", default=PruneConfig.correction_stride, show_default=True,
+              help="Every k-th sample also runs behind dense blocks, to learn that error.")  # fmt: skip
+@click.option("--moments-width", default=PruneConfig.moments_width, show_default=True,
+              help="Channels in one block of second moments; 4 to 12 bytes a square.")  # fmt: skip
 @click.option("--max-block-error", type=float, help="Budget on the error of what a block adds. Default: no budget.")
 @click.option("--on-excess", default="stop", show_default=True, help="Above the budget: stop, keep-dense or warn.")
 @DEVICE
@@ -156,6 +178,8 @@ def show_verification(result: Any) -> None:
     """Faults, then what was checked."""
     for fault in result.faults:
         click.echo(f"FAULT  {fault}")
+    if result.reconstructed:
+        click.echo("weights were reconstructed: kept values are not the source's, only masks are compared with it")
     how = "against the source, position by position" if result.against_source else "by itself, without its source"
     worst = max((layer.relative_error for layer in result.layers if layer.relative_error is not None), default=0.0)
     click.echo(f"{len(result.layers)} layers checked {how}; largest error of a sparse product {worst:.2g}")
@@ -224,13 +248,20 @@ def export(quiet: bool, **settings: Any) -> Any:
 def show_inspection(result: Any) -> None:
     """The table of layers, then the sums."""
     width = max([len(row.name) for row in result.layers] + [5])
-    click.echo(f"{'layer':{width}}  N:M   {'shape':>13}  {'packed':>10}  {'kept':>6}  kernel err  layer err  block err")
+    names = ("selection", "shuffle", "refinement", "reconstruction")
+    click.echo(
+        f"{'layer':{width}}  N:M   {'shape':>13}  {'packed':>10}  {'kept':>6}  kernel err  layer err  block err"
+        f"  {'output error after ' + ', '.join(names)}"
+    )
     for row in result.layers:
         shape = f"{row.shape[0]} x {row.shape[1]}"
-        kept = row.retained_score / row.retained_score_start if row.retained_score_start else 1.0
+        first, last = row.steps[0]["retained_score"], row.steps[-1]["retained_score"]
+        after = {step["name"]: step["output_error"] for step in row.steps}
+        errors = "  ".join(f"{'-' if after.get(name) is None else format(after[name], '.4f'):>6}" for name in names)
         click.echo(
-            f"{row.name:{width}}  {row.pattern:4}  {shape:>13}  {_size(row.packed_bytes):>10}  {kept:6.3f}"
-            f"  {row.kernel_error:10.1e}  {row.layer_error:9.4f}  {row.block_error:9.4f}"
+            f"{row.name:{width}}  {row.pattern:4}  {shape:>13}  {_size(row.packed_bytes):>10}"
+            f"  {last / first if first else 1.0:6.3f}"
+            f"  {row.kernel_error:10.1e}  {row.layer_error:9.4f}  {row.block_error:9.4f}  {errors}"
         )
     for name, reason in result.dense_layers.items():
         click.echo(f"{name:{width}}  dense: {reason}")
@@ -239,7 +270,7 @@ def show_inspection(result: Any) -> None:
         f"{len(result.layers)} pruned layers: {_size(result.dense_bytes)} dense, {_size(result.packed_bytes)} packed "
         f"({share:.2%}), and {_size(result.permutation_bytes)} of stored permutations"
     )
-    click.echo("kept: retained score after the shuffles over that before them")
+    click.echo("kept: retained score after the last step over that of the plain selection")
 
 
 @command(show_inspection, "inspect ./pruned", "inspect ./pruned --json")

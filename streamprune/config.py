@@ -11,9 +11,21 @@ from typing import Any, Literal, get_args
 from streamprune.errors import SettingsError
 
 Metric = Literal["esparse", "wanda", "ria", "magnitude"]
-Shuffle = Literal["none", "global", "global+local"]
 Amplitude = Literal["l2", "wanda", "rms"]
+EntropyRange = Literal["channel", "layer"]
+Objective = Literal["score", "energy"]
+Fold = Literal["heads", "free"]
 OnExcess = Literal["stop", "keep-dense", "warn"]
+CHOICES = {
+    "metric": Metric,
+    "amplitude": Amplitude,
+    "entropy_range": EntropyRange,
+    "objective": Objective,
+    "fold": Fold,
+    "on_excess": OnExcess,
+}
+SEARCHES = ("stride", "global", "local", "assignment")
+RESIDUAL = "residual"
 
 
 @dataclass(frozen=True)
@@ -44,37 +56,91 @@ class PruneConfig:
     """The method and its open choices (docs/method.md says how each default was chosen).
 
     metric          which score ranks the weights of a group
-    shuffle         which search orders the input channels before selection
+    shuffle         "none", or searches joined by "+", one after the other: stride, global, local, assignment. With
+                    "residual" in front one permutation of the residual stream serves the whole model, and the others
+                    order the inputs of o and down alone
+    fold            the input of o_proj: "heads" permutes inside heads and folds into v_proj, "free" across heads, with
+                    a gather at run time
+    objective       what a search raises: the sum of retained scores, or of their squares ("energy")
+    shuffle_block   channels in one block of the local search; two groups where that is more
     alpha           weight of the amplitude beside the entropy (E-Sparse, eq. of the metric)
-    entropy_bins    K, bins of the histogram between a channel's least and greatest activation
+    entropy_bins    K, bins of the histogram
+    entropy_range   bins lie between the least and greatest activation of each channel, or of the layer
     amplitude       l2: ||X_j|| over all tokens; wanda: divided by sqrt(sequences); rms: divided by sqrt(tokens)
-    shuffle_block   channels in one block of the local shuffle; two groups where that is more
+    relative        divide entropy and amplitude by their means over the layer's channels first
+    refine          improve the masks by the inputs' second moments
+    shrinkage       how far refinement shrinks the moments towards their diagonal, 0 to 1; None: by held-out samples
+    correction      how much of the error that earlier blocks left in a layer's inputs its mask shall undo, 0 to 1
+    correction_stride  every k-th sequence also runs behind dense blocks, to learn that error
+    moments_width   channels in one block of second moments; wider inputs are cut into equal blocks, and neither
+                    permutation nor refinement crosses them
+    reconstruct     fit the kept weights to the dense layer's outputs: they are then no longer the source's
     max_block_error budget on what a block adds, relative (Frobenius); None: no budget
     on_excess       what to do with a block above the budget
     """
 
     pattern: NMPattern = NMPattern(2, 4)
     metric: Metric = "esparse"
-    shuffle: Shuffle = "global+local"
+    shuffle: str = "global+assignment"
+    fold: Fold = "heads"
+    objective: Objective = "score"
+    shuffle_block: int = 64
     alpha: float = 1.0
     entropy_bins: int = 100
+    entropy_range: EntropyRange = "channel"
     amplitude: Amplitude = "l2"
-    shuffle_block: int = 64
+    relative: bool = False
+    refine: bool = True
+    shrinkage: float | None = None
+    correction: float = 0.2
+    correction_stride: int = 2
+    moments_width: int = 16384
+    reconstruct: bool = False
     max_block_error: float | None = None
     on_excess: OnExcess = "stop"
 
     def __post_init__(self) -> None:
-        for name, kind in (("metric", Metric), ("shuffle", Shuffle), ("amplitude", Amplitude), ("on_excess", OnExcess)):
+        for name, kind in CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise SettingsError(f"{name} {getattr(self, name)!r} is none of {', '.join(get_args(kind))}")
+        stages = self.shuffle.split("+")
+        unknown = [stage for stage in stages[stages[0] in ("none", RESIDUAL) :] if stage not in SEARCHES]
+        if unknown or (stages[0] == "none" and len(stages) > 1):
+            raise SettingsError(
+                f"shuffle {self.shuffle!r} is not none, nor {', '.join(SEARCHES)} joined by +, nor residual before them"
+            )
         if not 2 <= self.entropy_bins <= 512:
             raise SettingsError(f"entropy_bins {self.entropy_bins} is outside 2..512")
         if not 0 <= self.alpha < float("inf"):
             raise SettingsError(f"alpha {self.alpha} is not a finite number >= 0")
         if self.shuffle_block < 2:
             raise SettingsError(f"shuffle_block {self.shuffle_block} is fewer than 2 channels")
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
+            raise SettingsError(f"shrinkage {self.shrinkage} is outside 0..1")
+        if not 0 <= self.correction <= 1:
+            raise SettingsError(f"correction {self.correction} is outside 0..1")
+        if self.correction and not self.needs_moments:
+            object.__setattr__(self, "correction", 0.0)
+        if self.correction_stride < 1:
+            raise SettingsError(f"correction_stride {self.correction_stride} is not a whole number >= 1")
+        if self.moments_width < 64:
+            raise SettingsError(f"moments_width {self.moments_width} is fewer than 64 channels")
         if self.max_block_error is not None and not 0 <= self.max_block_error < float("inf"):
             raise SettingsError(f"max_block_error {self.max_block_error} is not a finite number >= 0")
+
+    @property
+    def search_stages(self) -> tuple[str, ...]:
+        """The searches of `shuffle`, in order."""
+        return tuple(stage for stage in self.shuffle.split("+") if stage in SEARCHES)
+
+    @property
+    def residual(self) -> bool:
+        """Whether one permutation of the residual stream serves the whole model."""
+        return self.shuffle.split("+")[0] == RESIDUAL
+
+    @property
+    def needs_moments(self) -> bool:
+        return self.refine or self.reconstruct
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the pattern as "N:M"."""

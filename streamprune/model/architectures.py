@@ -3,6 +3,7 @@
 A table of data. An architecture is added by a row here, if its blocks are a plain list of modules with linear layers.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streamprune.errors import UnsupportedModelError
@@ -24,11 +25,25 @@ class InputGroup:
 
 
 @dataclass(frozen=True)
+class ResidualStream:
+    """Parameters along the residual stream, with their dimension that it is; those that a model lacks are passed over.
+
+    block: inside every block; outer: outside, full names; norms: which norm feeds the input group that begins with a
+    layer.
+    """
+
+    block: tuple[tuple[str, int], ...]
+    outer: tuple[tuple[str, int], ...]
+    norms: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """Where a model class keeps its blocks (a module path), and the input groups of a block."""
+    """Where a model class keeps its blocks (a module path), the input groups of a block, and the residual stream."""
 
     blocks: str
     groups: tuple[InputGroup, ...]
+    residual: ResidualStream
 
 
 _LLAMA = Architecture(
@@ -39,6 +54,23 @@ _LLAMA = Architecture(
         InputGroup(("mlp.gate_proj", "mlp.up_proj")),
         InputGroup(("mlp.down_proj",), producers=("mlp.gate_proj", "mlp.up_proj")),
     ),
+    residual=ResidualStream(
+        block=(
+            ("input_layernorm.weight", 0),
+            ("self_attn.q_proj.weight", 1),
+            ("self_attn.k_proj.weight", 1),
+            ("self_attn.v_proj.weight", 1),
+            ("self_attn.o_proj.weight", 0),
+            ("self_attn.o_proj.bias", 0),
+            ("post_attention_layernorm.weight", 0),
+            ("mlp.gate_proj.weight", 1),
+            ("mlp.up_proj.weight", 1),
+            ("mlp.down_proj.weight", 0),
+            ("mlp.down_proj.bias", 0),
+        ),
+        outer=(("model.embed_tokens.weight", 1), ("model.norm.weight", 0), ("lm_head.weight", 1)),
+        norms={"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": "post_attention_layernorm"},
+    ),
 )
 
 _OPT = Architecture(
@@ -48,6 +80,32 @@ _OPT = Architecture(
         InputGroup(("self_attn.out_proj",), producers=("self_attn.v_proj",), per_head=True),
         InputGroup(("fc1",)),
         InputGroup(("fc2",), producers=("fc1",)),
+    ),
+    residual=ResidualStream(
+        block=(
+            ("self_attn_layer_norm.weight", 0),
+            ("self_attn_layer_norm.bias", 0),
+            ("self_attn.q_proj.weight", 1),
+            ("self_attn.k_proj.weight", 1),
+            ("self_attn.v_proj.weight", 1),
+            ("self_attn.out_proj.weight", 0),
+            ("self_attn.out_proj.bias", 0),
+            ("final_layer_norm.weight", 0),
+            ("final_layer_norm.bias", 0),
+            ("fc1.weight", 1),
+            ("fc2.weight", 0),
+            ("fc2.bias", 0),
+        ),
+        outer=(
+            ("model.decoder.embed_tokens.weight", 1),
+            ("model.decoder.embed_positions.weight", 1),
+            ("model.decoder.project_in.weight", 0),
+            ("model.decoder.project_out.weight", 1),
+            ("model.decoder.final_layer_norm.weight", 0),
+            ("model.decoder.final_layer_norm.bias", 0),
+            ("lm_head.weight", 1),
+        ),
+        norms={"self_attn.q_proj": "self_attn_layer_norm", "fc1": "final_layer_norm"},
     ),
 )
 

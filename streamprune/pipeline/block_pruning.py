@@ -1,36 +1,62 @@
 """Pruning one block in memory: scores, permutations, masks, and which tensors a folded permutation reorders."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from streamprune.config import PruneConfig
+from streamprune.errors import NumericsError
 from streamprune.model.architectures import InputGroup
 from streamprune.model.skeleton import Skeleton
 from streamprune.pruning.metrics import score
-from streamprune.pruning.selection import retained_score, select, weighted_error
+from streamprune.pruning.reconstruction import reconstruct_weight
+from streamprune.pruning.refinement import choose_shrinkage, quadratic_form, refine_mask
+from streamprune.pruning.selection import retained_score, select, stable_sum, weighted_error
 from streamprune.pruning.shuffle import search_permutation
-from streamprune.pruning.statistics import ChannelStatistics
+from streamprune.pruning.statistics import ChannelStatistics, SecondMoments
+
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a layer is after one step of pruning.
+
+    name            "selection" in the source's channel order, "shuffle", "refinement" or "reconstruction"
+    retained_score  sum of the kept scores
+    output_error    ||(W - V) X|| / ||W X|| over the calibration tokens, from second moments; None without them
+    corrected_error the same with what correction adds (refinement.py) under the root, less a constant, as a square:
+                    what refinement lowers, and so negative where it undoes more than it costs; None without correction
+    """
+
+    name: str
+    retained_score: float
+    output_error: float | None
+    corrected_error: float | None
 
 
 @dataclass(frozen=True)
 class PrunedLayer:
     """A pruned linear layer in the channel order of the output.
 
-    weight          source values [out, in], rows and columns permuted, nothing dropped yet
-    keep            bool [out, in], the mask
-    gather          int64 [in], the permutation to apply to the input at run time, or None
-    rms             float32 [in], the inputs' root mean square in the source's channel order
-    retained_start  retained score in the source's channel order; `retained` after the shuffles
+    weight     source values [out, in], rows and columns permuted, nothing dropped yet
+    written    the same tensor, or where weights were reconstructed the fitted ones, in the source's dtype
+    keep       bool [out, in], the mask
+    gather     int64 [in], the permutation to apply to the input at run time, or None
+    rms        float32 [in], the inputs' root mean square in the channel order before this block's permutations
+    shrinkage  of the second moments in refinement, one for each of their blocks; empty without refinement
     """
 
     weight: torch.Tensor
+    written: torch.Tensor
     keep: torch.Tensor
     gather: torch.Tensor | None
     rms: torch.Tensor
-    retained_start: float
-    retained: float
+    steps: tuple[Step, ...]
+    shrinkage: tuple[float, ...]
     weighted_error: float
 
 
@@ -54,9 +80,13 @@ class PrunedBlock:
 
 @dataclass(frozen=True)
 class _GroupResult:
-    masks: dict[str, torch.Tensor]  # columns permuted, rows in the source's order
+    """Of the layers that share an input: columns permuted, rows in the source's order."""
+
     permutation: torch.Tensor | None
-    retained: dict[str, tuple[float, float]]
+    keep: dict[str, torch.Tensor]
+    written: dict[str, torch.Tensor]  # of reconstructed layers
+    steps: dict[str, list[Step]]
+    shrinkage: tuple[float, ...]
 
 
 def prune_block(
@@ -66,6 +96,7 @@ def prune_block(
     statistics: Mapping[str, ChannelStatistics],
     prunable: set[str],
     config: PruneConfig,
+    timed: Timed,
 ) -> PrunedBlock:
     """Prune a block's source tensors (by full name); `statistics` of a layer's input by the layer's full name."""
     results: dict[str, _GroupResult] = {}
@@ -75,7 +106,8 @@ def prune_block(
             continue
         weights = {name: tensors[name + ".weight"] for name in names}
         heads = _fold_heads(skeleton, group, config)
-        result = _prune_group(weights, statistics[names[0]], heads, config)
+        fixed = config.residual and not group.producers  # the residual stream's permutation is this group's
+        result = _prune_group(weights, statistics[names[0]], heads, fixed, config, timed)
         results.update(dict.fromkeys(names, result))
         if result.permutation is not None and can_fold(skeleton, group, config):
             folded += _fold(skeleton, index, names[0], result.permutation, group, heads)
@@ -84,13 +116,15 @@ def prune_block(
     layers = {}
     for name, result in results.items():
         columns = result.permutation
-        weight, keep, rms = tensors[name + ".weight"], result.masks[name], statistics[name].rms
+        weight, keep, rms = tensors[name + ".weight"], result.keep[name], statistics[name].rms
         weight = weight if columns is None else weight[:, columns]
         error = weighted_error(weight, keep, rms if columns is None else rms[columns])
-        if name + ".weight" in rows:
-            weight, keep = weight[rows[name + ".weight"]], keep[rows[name + ".weight"]]
+        weight, keep = (_reordered(t, rows.get(name + ".weight")).contiguous() for t in (weight, keep))
+        written = result.written.get(name)
+        written = weight if written is None else _reordered(written, rows.get(name + ".weight")).contiguous()
         gather = None if name + ".weight" in folded_inputs else columns
-        layers[name] = PrunedLayer(weight.contiguous(), keep, gather, rms, *result.retained[name], error)
+        steps = tuple(result.steps[name])
+        layers[name] = PrunedLayer(weight, written, keep, gather, rms, steps, result.shrinkage, error)
     pruned = {name + ".weight" for name in layers}
     existing = set(skeleton.block_parameters(index))
     others = {name: _reordered(tensors[name], rows.get(name)) for name in sorted(existing - pruned)}
@@ -101,11 +135,19 @@ def prune_block(
 
 
 def can_fold(skeleton: Skeleton, group: InputGroup, config: PruneConfig) -> bool:
-    """Whether a permutation of the group's input folds into its producers.
+    """Whether a permutation of the group's input folds into its producers; elsewhere it is stored.
 
-    Inside heads only where groups of M do not cross heads; elsewhere it is stored and applied at run time.
+    Attention's output folds inside heads only, if asked for, and only where groups of M do not cross heads.
     """
-    return bool(group.producers) and not (group.per_head and skeleton.heads()[2] % config.pattern.group_size)
+    if not group.per_head:
+        return bool(group.producers)
+    return config.fold == "heads" and skeleton.heads()[2] % config.pattern.group_size == 0
+
+
+def moment_unit(skeleton: Skeleton, group: InputGroup, config: PruneConfig) -> int:
+    """Channels that blocks of second moments do not divide: a group of M, or a head that a permutation stays inside."""
+    heads = _fold_heads(skeleton, group, config)
+    return config.pattern.group_size if heads is None else heads[2]
 
 
 def _fold_heads(skeleton: Skeleton, group: InputGroup, config: PruneConfig) -> tuple[int, int, int] | None:
@@ -116,23 +158,126 @@ def _prune_group(
     weights: Mapping[str, torch.Tensor],
     statistics: ChannelStatistics,
     heads: tuple[int, int, int] | None,
+    fixed: bool,
     config: PruneConfig,
+    timed: Timed,
 ) -> _GroupResult:
-    """Layers that share an input share a permutation: the search sees their rows as one matrix."""
-    scores = {name: score(weight, statistics, config) for name, weight in weights.items()}
-    joint = torch.cat(list(scores.values()))
-    found = search_permutation(joint, config) if heads is None else _search_in_heads(joint, heads, config)
-    permutation = None if torch.equal(found, torch.arange(len(found), device=found.device)) else found
-    masks, retained = {}, {}
-    for name, layer_scores in scores.items():
-        masks[name] = select(layer_scores, config.pattern)
-        start = end = retained_score(layer_scores, masks[name])
-        if permutation is not None:
-            permuted = layer_scores[:, permutation]
-            masks[name] = select(permuted, config.pattern)
-            end = retained_score(permuted, masks[name])
-        retained[name] = (start, end)
-    return _GroupResult(masks, permutation, retained)
+    """Layers that share an input share a permutation: the search and refinement see their rows as one matrix."""
+    names, counts = list(weights), [len(weight) for weight in weights.values()]
+    steps: dict[str, list[Step]] = {name: [] for name in names}
+    shrinkage: tuple[float, ...] = ()
+    moments = statistics.moments
+    with timed("select"):
+        scores = torch.cat([score(weight, statistics, config) for weight in weights.values()])
+        dense = torch.cat([weight.to(torch.float32) for weight in weights.values()])
+        keep = select(scores, config.pattern)
+        energy = None if moments is None else _energy(dense, moments).split(counts)
+        linear = None if moments is None or moments.cross is None else config.correction * _times(dense, moments.cross)
+
+    def record(step: str, difference: torch.Tensor) -> None:
+        """Note a step, by the difference float32 [out, in] between the dense and the pruned weights."""
+        kept = torch.where(keep, scores, 0).sum(dim=1, dtype=torch.float64).split(counts)
+        quadratic = None if moments is None else _energy(difference, moments).split(counts)
+        undone = None if linear is None else (difference * linear).sum(dim=1, dtype=torch.float64).split(counts)
+        for i, name in enumerate(names):
+            error = corrected = None
+            if energy is not None and quadratic is not None:
+                whole, own = stable_sum(energy[i]), stable_sum(quadratic[i])
+                error = _ratio(math.sqrt(max(own, 0.0)), math.sqrt(whole))
+                corrected = None if undone is None else _ratio(own + 2 * stable_sum(undone[i]), whole)
+            steps[name].append(Step(step, stable_sum(kept[i]), error, corrected))
+
+    with timed("select"):
+        record("selection", torch.where(keep, 0, dense))
+    with timed("search"):
+        permutation = None if fixed else _search(scores, heads, moments, config)
+    if permutation is not None:
+        with timed("select"):
+            scores, dense = scores[:, permutation].contiguous(), dense[:, permutation].contiguous()
+            keep = select(scores, config.pattern)
+            moments = None if moments is None else moments.permuted(permutation)
+            linear = None if linear is None else linear[:, permutation].contiguous()
+            record("shuffle", torch.where(keep, 0, dense))
+    if config.refine and moments is not None:
+        with timed("refine"):
+            keep, shrinkage = _refine(dense, keep, moments, linear, config)
+            record("refinement", torch.where(keep, 0, dense))
+    written: dict[str, torch.Tensor] = {}
+    if config.reconstruct and moments is not None:
+        with timed("reconstruct"):
+            fitted = _reconstruct(dense, keep, moments, linear).to(next(iter(weights.values())).dtype)
+            if not bool(torch.isfinite(fitted).all()):
+                raise NumericsError(f"{names[0]}: reconstructed weights are beyond {fitted.dtype}")
+            record("reconstruction", dense - torch.where(keep, fitted.to(torch.float32), 0))
+            written = dict(zip(names, fitted.split(counts), strict=True))
+    return _GroupResult(permutation, dict(zip(names, keep.split(counts), strict=True)), written, steps, shrinkage)
+
+
+def _search(
+    scores: torch.Tensor, heads: tuple[int, int, int] | None, moments: SecondMoments | None, config: PruneConfig
+) -> torch.Tensor | None:
+    """The permutation found, None for the identity; it stays inside heads, and inside blocks of second moments."""
+    if heads is not None:
+        found = _search_in_heads(scores, heads, config)
+    else:
+        bounds = ((0, scores.shape[1]),) if moments is None else moments.bounds
+        found = torch.cat([begin + search_permutation(scores[:, begin:end], config) for begin, end in bounds])
+    return None if torch.equal(found, torch.arange(len(found), device=found.device)) else found
+
+
+def _refine(
+    dense: torch.Tensor,
+    keep: torch.Tensor,
+    moments: SecondMoments,
+    linear: torch.Tensor | None,
+    config: PruneConfig,
+) -> tuple[torch.Tensor, tuple[float, ...]]:
+    masks, strengths = [], []
+    for block, ((begin, end), whole) in enumerate(zip(moments.bounds, moments.whole(), strict=True)):
+        weight, mask = dense[:, begin:end], keep[:, begin:end]
+        halves = moments.halves[0][block], moments.halves[1][block]
+        strength = config.shrinkage
+        if strength is None:
+            strength = choose_shrinkage(weight, mask, halves, config.pattern)
+        part = None if linear is None else linear[:, begin:end]
+        masks.append(refine_mask(weight, mask, whole, config.pattern, strength, part))
+        strengths.append(strength)
+    return torch.cat(masks, dim=1), tuple(strengths)
+
+
+def _reconstruct(
+    dense: torch.Tensor, keep: torch.Tensor, moments: SecondMoments, linear: torch.Tensor | None
+) -> torch.Tensor:
+    parts = [slice(*bounds) for bounds in moments.bounds]
+    return torch.cat(
+        [
+            reconstruct_weight(dense[:, c], keep[:, c], whole, None if linear is None else linear[:, c])
+            for c, whole in zip(parts, moments.whole(), strict=True)
+        ],
+        dim=1,
+    )
+
+
+def _times(rows: torch.Tensor, blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Rows [out, in] times a matrix in diagonal blocks."""
+    parts = rows.split([len(block) for block in blocks], dim=1)
+    return torch.cat([part @ block for part, block in zip(parts, blocks, strict=True)], dim=1)
+
+
+def _energy(rows: torch.Tensor, moments: SecondMoments) -> torch.Tensor:
+    """r H r^T of each row over all samples, float64 [out]; channels of different blocks count as uncorrelated."""
+    return sum(
+        (
+            quadratic_form(rows[:, begin:end], block)
+            for half in moments.halves
+            for (begin, end), block in zip(moments.bounds, half, strict=True)
+        ),
+        start=rows.new_zeros(len(rows), dtype=torch.float64),
+    )
+
+
+def _ratio(value: float, whole: float) -> float:
+    return value / whole if whole > 0 else 0.0
 
 
 def _search_in_heads(scores: torch.Tensor, heads: tuple[int, int, int], config: PruneConfig) -> torch.Tensor:

@@ -22,13 +22,12 @@ from streamprune.checkpoint.packed import (
     TIMINGS_FILE,
     quantization_config,
 )
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, open_file, read_about, read_json, tensor_digest
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, open_file, read_about, read_json
 from streamprune.checkpoint.safetensors_header import read_header
 from streamprune.checkpoint.writer import file_digest, write_atomically, write_json, write_safetensors, write_text
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import OutputError
 from streamprune.model.arithmetic import peak_memory_bytes
-from streamprune.model.streaming import read_outer
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
     WORK_FOLDER,
@@ -40,7 +39,8 @@ from streamprune.pipeline.journal import (
 )
 from streamprune.pipeline.plan import check_disk
 from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.scheduler import Run, check_outcomes, compress_blocks
+from streamprune.pipeline.residual import residual_permutation
+from streamprune.pipeline.scheduler import Run, about_permutation, check_outcomes, compress_blocks, read_source_outer
 
 COPIED_FILES = (
     "generation_config.json",
@@ -83,18 +83,28 @@ def compress(
     out: str | Path,
     *,
     pattern: str = "2:4",
-    metric: str = "esparse",
-    shuffle: str = "global+local",
+    metric: str = PruneConfig.metric,
+    shuffle: str = PruneConfig.shuffle,
+    fold: str = PruneConfig.fold,
+    objective: str = PruneConfig.objective,
+    shuffle_block: int = PruneConfig.shuffle_block,
+    alpha: float = PruneConfig.alpha,
+    entropy_bins: int = PruneConfig.entropy_bins,
+    entropy_range: str = PruneConfig.entropy_range,
+    amplitude: str = PruneConfig.amplitude,
+    relative: bool = PruneConfig.relative,
+    refine: bool = PruneConfig.refine,
+    shrinkage: float | None = PruneConfig.shrinkage,
+    correction: float = PruneConfig.correction,
+    correction_stride: int = PruneConfig.correction_stride,
+    moments_width: int = PruneConfig.moments_width,
+    reconstruct: bool = PruneConfig.reconstruct,
+    max_block_error: float | None = None,
+    on_excess: str = "stop",
     calibration: str | None = None,
     samples: int = 128,
     sequence_length: int = 2048,
     seed: int = 0,
-    alpha: float = PruneConfig.alpha,
-    entropy_bins: int = PruneConfig.entropy_bins,
-    amplitude: str = PruneConfig.amplitude,
-    shuffle_block: int = PruneConfig.shuffle_block,
-    max_block_error: float | None = None,
-    on_excess: str = "stop",
     device: str = "auto",
     dtype: str = "auto",
     scratch: str | Path | None = None,
@@ -110,8 +120,9 @@ def compress(
     """
     start = time.perf_counter()
     config = PruneConfig(
-        NMPattern.parse(pattern), metric, shuffle, alpha, entropy_bins, amplitude, shuffle_block,  # type: ignore[arg-type]
-        max_block_error, on_excess,  # type: ignore[arg-type]
+        NMPattern.parse(pattern), metric, shuffle, fold, objective, shuffle_block, alpha, entropy_bins,  # type: ignore[arg-type]
+        entropy_range, amplitude, relative, refine, shrinkage, correction, correction_stride,  # type: ignore[arg-type]
+        moments_width, reconstruct, max_block_error, on_excess,  # type: ignore[arg-type]
     )  # fmt: skip
     model, out = Path(model), Path(out)
     if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
@@ -129,10 +140,12 @@ def compress(
         with ExitStack() as open_files:
             open_files.callback(bars.close)
             check_disk(job.plan, len(entries), out, folder)
-            entries = compress_blocks(Run(job, journal, folder, bars, should_stop, open_files), entries)
+            residual = residual_permutation(job, journal) if config.residual else None
+            run = Run(job, journal, folder, bars, should_stop, open_files, residual)
+            entries = compress_blocks(run, entries)
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        manifest = _finish(job, journal, entries)
+        manifest = _finish(run, entries)
         timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         _write_manifest(journal, manifest)
@@ -163,14 +176,14 @@ def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
     return folder
 
 
-def _finish(job: Job, journal: Journal, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _finish(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write what is not a block: the outer shard, permutations, statistics, index, config; returns the manifest."""
-    out, temporary = journal.out, journal.temporary
-    outer = read_outer(job.skeleton, job.checkpoint, job.names, job.skeleton.outer_parameters())
+    job, out, temporary = run.job, run.journal.out, run.journal.temporary
+    digests: dict[str, str] = {}
+    outer = read_source_outer(run, job.skeleton.outer_parameters(), digests)
     write_safetensors(out / job.shard_name(None), outer, temporary)
-    digests = {job.names[name]: tensor_digest(tensor) for name, tensor in outer.items()}
     del outer
-    _merge_evidence(job, journal)
+    _merge_evidence(run)
     shards = [job.shard_name(None), *(job.shard_name(index) for index in range(len(entries)))]
     _write_index(out, shards, temporary)
     pruned = {layer["name"]: job.config.pattern for entry in entries for layer in entry["layers"]}
@@ -181,7 +194,7 @@ def _finish(job: Job, journal: Journal, entries: Sequence[dict[str, Any]]) -> di
     for entry in entries:
         digests.update(entry["source_tensors"])
     written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *copied]
-    kept = ("name", "outcome", "block_error", "layers")
+    kept = ("name", "outcome", "block_error", "moments", "layers")
     return {
         "format_version": 1,
         "identity": job.identity,
@@ -193,12 +206,16 @@ def _finish(job: Job, journal: Journal, entries: Sequence[dict[str, Any]]) -> di
     }
 
 
-def _merge_evidence(job: Job, journal: Journal) -> None:
-    """Gather the blocks' folded permutations and input RMS into one file each."""
+def _merge_evidence(run: Run) -> None:
+    """Gather the folded permutations, the residual stream's and the blocks', and the input RMS into one file each."""
+    journal = run.journal
     permutations: dict[str, torch.Tensor] = {}
     statistics: dict[str, torch.Tensor] = {}
     reorders: list[dict[str, Any]] = []
-    for index in range(len(job.skeleton.blocks)):
+    if run.residual is not None:
+        permutations[run.residual.name] = run.residual.permutation.to(torch.int32)
+        reorders.append(about_permutation(run.residual))
+    for index in range(len(run.job.skeleton.blocks)):
         path = journal.evidence_path(index)
         tensors = open_file(path)
         for name, tensor in tensors.read(tensors.tensors).items():

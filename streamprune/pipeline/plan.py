@@ -1,5 +1,6 @@
 """What a job will do, from headers alone: layers, bytes, and what stays dense and why."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,9 @@ def make_plan(
         raise SettingsError(f"pattern {config.pattern}: no layer of this model can be pruned ({reason})")
     source_bytes = sum(checkpoint.tensors[name].size_bytes for name in names.values())
     saved = sum(layer.dense_bytes - layer.packed_bytes for block in blocks for layer in block.values())
-    scratch_bytes = 3 * tokens * skeleton.hidden_size * dtype.itemsize
+    # hidden states in, dense and out; with correction the reference in and out, of every k-th sequence
+    sets = 3 + (2 / config.correction_stride if config.correction else 0)
+    scratch_bytes = math.ceil(sets * tokens) * skeleton.hidden_size * dtype.itemsize
     return Plan(tuple(blocks), dense, source_bytes, source_bytes - saved, scratch_bytes)
 
 

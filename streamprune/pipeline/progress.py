@@ -1,6 +1,12 @@
-"""Progress for people: a bar over blocks, one over a block's samples; a line a block where there is no terminal."""
+"""Progress for people: a bar over blocks, one over a block's samples; a line a block where there is no terminal.
+
+And where the time went: seconds of each stage.
+"""
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -50,3 +56,22 @@ class Progress:
         for bar in (self._samples, self._blocks):
             if bar is not None:
                 bar.close()
+
+
+class StageTimes:
+    """Seconds spent in named stages; a stage inside another counts for itself alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self._inner.pop()
+            self._inner[-1] += spent

@@ -2,11 +2,14 @@
 
 read -> pass 1, dense: statistics -> scores, shuffles, masks -> pack, write -> pass 2, from the written bytes: errors
      -> gate -> journal -> next block, whose inputs are pass 2's outputs
+
+Where refinement corrects for the error of earlier blocks, pass 1 also carries some of the sequences through the dense
+blocks alone (the reference), and compares each layer's inputs there with those that it will have.
 """
 
 import dataclasses
+import functools
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from streamprune.checkpoint.packed import layer_from_tensors, pack_layer
 from streamprune.checkpoint.reader import open_file, tensor_digest
@@ -22,12 +26,13 @@ from streamprune.checkpoint.writer import file_digest, write_safetensors
 from streamprune.config import PruneConfig
 from streamprune.errors import BlockErrorExceeded, CheckpointError, Interrupted, JobMismatchError, NumericsError
 from streamprune.model.arithmetic import peak_memory_bytes
-from streamprune.model.blocks import dense_block, inputs_observed
+from streamprune.model.blocks import dense_block, inputs_observed, run_block
 from streamprune.model.streaming import BlockArguments, advance, embed, input_parameters, load_block, read_outer
-from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
+from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, moment_unit, prune_block
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.journal import Journal
-from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.progress import Progress, StageTimes
+from streamprune.pipeline.residual import reordered, source_order
 from streamprune.pipeline.validation import BlockErrorSum, InputSample, check_bits, check_packed_bits, layer_errors
 from streamprune.pruning.statistics import ChannelStatistics, StatisticsAccumulator
 
@@ -44,6 +49,7 @@ class Run:
     progress: Progress
     should_stop: Callable[[], bool]
     open_files: ExitStack  # closes the hidden states, however the job ends
+    residual: FoldedPermutation | None = None  # of the residual stream, for the whole model
 
     def tick(self) -> None:
         """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
@@ -51,8 +57,8 @@ class Run:
         if self.should_stop():
             raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
 
-    def hidden_states(self, name: str) -> HiddenStates:
-        samples, length = self.job.tokens.shape
+    def hidden_states(self, name: str, samples: int) -> HiddenStates:
+        length = self.job.tokens.shape[1]
         hidden, dtype = self.job.skeleton.hidden_size, self.job.arithmetic.dtype
         states = HiddenStates(self.scratch / f"{name}.bin", samples, length, hidden, dtype)
         self.open_files.callback(states.close)
@@ -66,15 +72,15 @@ def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, A
     if len(entries) == len(blocks):
         return entries
     run.progress.start(len(blocks), len(entries), len(run.job.tokens))
-    arguments, states = _inputs_of_next_block(run, entries)
+    arguments, streams = _inputs_of_next_block(run, entries)
     for index in range(len(entries), len(blocks)):
-        entry, following = _compress_block(run, index, arguments, states)
+        entry, following = _compress_block(run, index, arguments, streams)
         run.journal.record(index, entry)
         entries.append(entry)
-        states.close(remove=True)
-        states = following
+        streams.close(remove=True)
+        streams = following
         run.progress.block_done(blocks[index], entry)
-    states.close(remove=True)
+    streams.close(remove=True)
     return entries
 
 
@@ -96,30 +102,90 @@ def check_outcomes(config: PruneConfig, entries: list[dict[str, Any]]) -> None:
             )
 
 
-def _inputs_of_next_block(run: Run, entries: list[dict[str, Any]]) -> tuple[BlockArguments, HiddenStates]:
+@dataclass(frozen=True)
+class _Streams:
+    """Inputs of a block: behind the pruned blocks, and for every k-th sequence behind the dense ones."""
+
+    hidden: HiddenStates
+    reference: HiddenStates | None
+
+    def close(self, *, remove: bool = False) -> None:
+        for states in (self.hidden, self.reference):
+            if states is not None:
+                states.close(remove=remove)
+
+
+def _inputs_of_next_block(run: Run, entries: list[dict[str, Any]]) -> tuple[BlockArguments, _Streams]:
     """Hidden states for the first unfinished block: those on disk if they are whole, or made again by replaying."""
+    job = run.job
+    outer = read_source_outer(run, input_parameters(job.skeleton))
+    arguments, hidden = _resumed(run, outer, entries, "hidden", job.tokens, _written_block)
+    if not job.config.correction:
+        return arguments, _Streams(hidden, None)
+    tokens = job.tokens[:: job.config.correction_stride]
+    return arguments, _Streams(hidden, _resumed(run, outer, entries, "reference", tokens, _source_block)[1])
+
+
+def _resumed(
+    run: Run,
+    outer: dict[str, torch.Tensor],
+    entries: list[dict[str, Any]],
+    kind: str,
+    tokens: torch.Tensor,
+    block_of: Callable[[Run, int, dict[str, Any]], nn.Module],
+) -> tuple[BlockArguments, HiddenStates]:
     job, finished = run.job, len(entries)
-    outer = read_outer(job.skeleton, job.checkpoint, job.names, input_parameters(job.skeleton))
     if finished:
-        states = run.hidden_states(f"hidden-{finished:05d}")
-        states.checksums = list(entries[-1]["hidden_states"])
+        states = run.hidden_states(f"{kind}-{finished:05d}", len(tokens))
+        states.checksums = list(entries[-1][f"{kind}_states"])
         if _is_whole(states):
             return embed(job.skeleton, outer, job.tokens, job.arithmetic, None, run.tick), states
         states.close(remove=True)
-    states = run.hidden_states("hidden-00000")
+    states = run.hidden_states(f"{kind}-00000", len(tokens))
     run.progress.stage("embeddings")
-    arguments = embed(job.skeleton, outer, job.tokens, job.arithmetic, states, run.tick)
+    arguments = embed(job.skeleton, outer, tokens, job.arithmetic, states, run.tick)
     for index, entry in enumerate(entries):
         run.progress.stage("replaying")
-        shard = open_file(run.journal.out / job.shard_name(index))
-        packed = dict.fromkeys((layer["name"] for layer in entry["layers"]), job.config.pattern)
-        names = {name: name for name in job.skeleton.block_parameters(index)}
-        block = load_block(job.skeleton, index, shard, names, packed, job.arithmetic)
-        following = run.hidden_states(f"hidden-{index + 1:05d}")
+        block = block_of(run, index, entry)
+        following = run.hidden_states(f"{kind}-{index + 1:05d}", len(tokens))
         advance(block, entry["name"], arguments[index], states, following, job.arithmetic, run.tick)
         states.close(remove=True)
         states = following
     return arguments, states
+
+
+def _written_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
+    job = run.job
+    shard = open_file(run.journal.out / job.shard_name(index))
+    packed = dict.fromkeys((layer["name"] for layer in entry["layers"]), job.config.pattern)
+    names = {name: name for name in job.skeleton.block_parameters(index)}
+    return load_block(job.skeleton, index, shard, names, packed, job.arithmetic)
+
+
+def _source_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
+    job = run.job
+    tensors = _read_source_block(run, index, {})
+    return dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
+
+
+def _read_source_block(run: Run, index: int, digests: dict[str, str]) -> dict[str, torch.Tensor]:
+    """A block's parameters from the source, the residual stream in the job's order; notes the source's digests."""
+    job = run.job
+    parameters = job.skeleton.block_parameters(index)
+    source = job.checkpoint.read(job.names[parameter] for parameter in parameters)
+    digests.update((original, tensor_digest(tensor)) for original, tensor in source.items())
+    device = job.arithmetic.device
+    return reordered({parameter: source[job.names[parameter]].to(device) for parameter in parameters}, run.residual)
+
+
+def read_source_outer(
+    run: Run, parameters: list[str], digests: dict[str, str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Parameters outside the blocks, the residual stream in the job's order; notes the source's digests."""
+    tensors = read_outer(run.job.skeleton, run.job.checkpoint, run.job.names, parameters)
+    if digests is not None:
+        digests.update((run.job.names[name], tensor_digest(tensor)) for name, tensor in tensors.items())
+    return reordered(tensors, run.residual)
 
 
 def _is_whole(states: HiddenStates) -> bool:
@@ -134,27 +200,30 @@ def _is_whole(states: HiddenStates) -> bool:
 
 
 def _compress_block(
-    run: Run, index: int, arguments: BlockArguments, states: HiddenStates
-) -> tuple[dict[str, Any], HiddenStates]:
+    run: Run, index: int, arguments: BlockArguments, streams: _Streams
+) -> tuple[dict[str, Any], _Streams]:
     job, name = run.job, run.job.skeleton.blocks[index]
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "read"):
-        parameters = job.skeleton.block_parameters(index)
-        source = job.checkpoint.read(job.names[parameter] for parameter in parameters)
-        digests = {original: tensor_digest(tensor) for original, tensor in source.items()}
-        tensors = {parameter: source[job.names[parameter]].to(job.arithmetic.device) for parameter in parameters}
-        del source
-    dense = run.hidden_states("dense")
+    timed = StageTimes()
+    digests: dict[str, str] = {}
+    with timed("read"):
+        tensors = _read_source_block(run, index, digests)
+    dense = run.hidden_states("dense", len(job.tokens))
+    reference = None
+    if streams.reference is not None:
+        reference = run.hidden_states(f"reference-{index + 1:05d}", len(streams.reference))
     run.progress.stage(f"{name} dense")
-    statistics = _dense_pass(run, index, tensors, arguments, states, dense, seconds)
-    with _timed(seconds, "prune"):
-        prunable = set(job.plan.blocks[index])
-        pruned = prune_block(job.skeleton, index, tensors, statistics, prunable, job.config)
-    with _timed(seconds, "write"):
+    statistics = _dense_pass(run, index, tensors, arguments, streams, dense, reference, timed)
+    prunable = set(job.plan.blocks[index])
+    pruned = prune_block(job.skeleton, index, tensors, statistics, prunable, job.config, timed)
+    moments = {id(s.moments): s.moments for s in statistics.values() if s.moments is not None}
+    moments_bytes = sum(moment.size_bytes for moment in moments.values())
+    split = sorted({name for name, s in statistics.items() if s.moments is not None and len(s.moments.bounds) > 1})
+    del statistics, moments
+    with timed("write"):
         _write_block(run, index, pruned)
     run.progress.stage(f"{name} sparse")
-    following = run.hidden_states(f"hidden-{index + 1:05d}")
-    error, layers = _sparse_pass(run, index, pruned, arguments, states, dense, following, seconds)
+    following = run.hidden_states(f"hidden-{index + 1:05d}", len(job.tokens))
+    error, layers = _sparse_pass(run, index, pruned, arguments, streams.hidden, dense, following, timed)
     outcome = outcome_of(error, job.config.max_block_error, job.config.on_excess)
     if outcome == "stopped":
         raise BlockErrorExceeded(
@@ -162,7 +231,7 @@ def _compress_block(
             "choose --on-excess keep-dense or warn"
         )
     if outcome == "kept dense":
-        with _timed(seconds, "write"):
+        with timed("write"):
             _write_block(run, index, PrunedBlock({}, tensors, ()))
         for sequence in range(len(dense)):
             following.write(sequence, dense.read(sequence))
@@ -170,6 +239,8 @@ def _compress_block(
     if outcome != "pruned":
         logger.warning("%s: %s, block error %.4g above %g", name, outcome, error, job.config.max_block_error)
     following.sync()
+    if reference is not None:
+        reference.sync()
     dense.close(remove=True)
     files = [run.journal.out / job.shard_name(index), run.journal.evidence_path(index)]
     entry = {
@@ -180,9 +251,11 @@ def _compress_block(
         "source_tensors": digests,
         "files": {str(path.relative_to(run.journal.out)): file_digest(path) for path in files},
         "hidden_states": following.checksums,
-        "timings": {"seconds": seconds, "peak_memory_bytes": peak_memory_bytes()},
+        "reference_states": None if reference is None else reference.checksums,
+        "moments": {"bytes": moments_bytes, "layers_in_blocks": split},
+        "timings": {"seconds": timed.seconds, "peak_memory_bytes": peak_memory_bytes()},
     }
-    return entry, following
+    return entry, _Streams(following, reference)
 
 
 def _dense_pass(
@@ -190,30 +263,50 @@ def _dense_pass(
     index: int,
     tensors: dict[str, torch.Tensor],
     arguments: BlockArguments,
-    states: HiddenStates,
+    streams: _Streams,
     dense: HiddenStates,
-    seconds: dict[str, float],
+    reference: HiddenStates | None,
+    timed: StageTimes,
 ) -> dict[str, ChannelStatistics]:
-    """Pass 1: the dense block's outputs, and the statistics of every layer's input, by the layer's full name."""
-    job, prefix = run.job, f"{run.job.skeleton.blocks[index]}."
-    bins = job.config.entropy_bins if job.config.metric == "esparse" else None
+    """Pass 1: the dense block's outputs, and the statistics of every layer's input, by the layer's full name.
+
+    Every `correction_stride`-th sequence also goes through the block behind dense blocks alone, into `reference`.
+    """
+    job, name = run.job, run.job.skeleton.blocks[index]
     block = dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
-    accumulators, observers = {}, {}
-    for _, names in job.skeleton.group_layers(index):
+    accumulators: dict[str, StatisticsAccumulator] = {}  # by the first layer of each input group
+    seen: dict[str, torch.Tensor] = {}
+    observers: dict[str, Callable[[torch.Tensor], None]] = {}
+    for group, names in job.skeleton.group_layers(index):
         if names[0] in job.plan.blocks[index]:
             channels = job.plan.blocks[index][names[0]].shape[1]
-            accumulator = StatisticsAccumulator(channels, bins, job.arithmetic.device)
-            accumulators.update(dict.fromkeys(names, accumulator))
-            observers[names[0].removeprefix(prefix)] = _observer(names[0], accumulator, seconds)
-    with _timed(seconds, "dense pass"), inputs_observed(block, observers):
-        advance(block, run.job.skeleton.blocks[index], arguments[index], states, dense, job.arithmetic, run.tick)
-    seconds["dense pass"] -= seconds.get("statistics", 0.0)
+            unit = moment_unit(job.skeleton, group, job.config)
+            accumulators[names[0]] = StatisticsAccumulator(channels, job.config, job.arithmetic.device, unit)
+            observers[names[0].removeprefix(f"{name}.")] = functools.partial(seen.__setitem__, names[0])
+
+    def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        inputs = dict(seen)
+        with timed("statistics"):
+            for layer, accumulator in accumulators.items():
+                with _named(layer):
+                    accumulator.add(inputs[layer])
+        position, skipped = divmod(sequence, job.config.correction_stride)
+        if streams.reference is None or reference is None or skipped:
+            return
+        with timed("reference pass"):
+            states = streams.reference.read(position).to(job.arithmetic.device)
+            reference.write(position, run_block(block, states, arguments[index], name))
+        with timed("statistics"):
+            for layer, accumulator in accumulators.items():
+                accumulator.add_reference(seen[layer], inputs[layer])
+
+    with timed("dense pass"), inputs_observed(block, observers):
+        advance(block, name, arguments[index], streams.hidden, dense, job.arithmetic, run.tick, observe)
     statistics: dict[str, ChannelStatistics] = {}
-    with _timed(seconds, "statistics"):
+    with timed("statistics"):
         for _, names in job.skeleton.group_layers(index):
             if names[0] in accumulators:
-                with _named(names[0]):
-                    statistics.update(dict.fromkeys(names, accumulators[names[0]].result()))
+                statistics.update(dict.fromkeys(names, accumulators[names[0]].result()))
     return statistics
 
 
@@ -222,11 +315,16 @@ def _write_block(run: Run, index: int, pruned: PrunedBlock) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in pruned.others.items()}
     evidence = {fold.name: fold.permutation.cpu().to(torch.int32) for fold in pruned.folded}
     for name, layer in pruned.layers.items():
-        tensors.update(pack_layer(layer.weight.cpu(), layer.keep.cpu(), _on_cpu(layer.gather)).tensors(name))
-        evidence[f"{name}.input_rms"] = layer.rms.cpu()
-    about = [{"permutation": fold.name, "reorders": [list(item) for item in fold.reorders]} for fold in pruned.folded]
+        tensors.update(pack_layer(layer.written.cpu(), layer.keep.cpu(), _on_cpu(layer.gather)).tensors(name))
+        evidence[f"{name}.input_rms"] = source_order(layer.rms.cpu(), f"{name}.weight", run.residual)
+    about = [about_permutation(fold) for fold in pruned.folded]
     write_safetensors(run.journal.evidence_path(index), evidence, run.journal.temporary, about)
     write_safetensors(run.journal.out / run.job.shard_name(index), tensors, run.journal.temporary)
+
+
+def about_permutation(fold: FoldedPermutation) -> dict[str, Any]:
+    """A folded permutation's entry in the list of reordered tensors (docs/format.md)."""
+    return {"permutation": fold.name, "reorders": [list(item) for item in fold.reorders]}
 
 
 def _sparse_pass(
@@ -237,13 +335,13 @@ def _sparse_pass(
     states: HiddenStates,
     dense: HiddenStates,
     following: HiddenStates,
-    seconds: dict[str, float],
+    timed: StageTimes,
 ) -> tuple[float, list[dict[str, Any]]]:
     """Pass 2, from the shard as read back from disk: the next block's inputs, the block's error and its layers'."""
     job, name = run.job, run.job.skeleton.blocks[index]
     shard = open_file(run.journal.out / job.shard_name(index))
     packed = dict.fromkeys(pruned.layers, job.config.pattern)
-    with _timed(seconds, "read"):
+    with timed("read"):
         names = {parameter: parameter for parameter in job.skeleton.block_parameters(index)}
         block = load_block(job.skeleton, index, shard, names, packed, job.arithmetic)
     samples: dict[str, InputSample] = {}
@@ -258,10 +356,10 @@ def _sparse_pass(
     def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
         total.add(x, dense.read(sequence).to(x.device), y)
 
-    with _timed(seconds, "sparse pass"), inputs_observed(block, observers):
+    with timed("sparse pass"), inputs_observed(block, observers):
         advance(block, name, arguments[index], states, following, job.arithmetic, run.tick, observe)
     layers = []
-    with _timed(seconds, "validate"):
+    with timed("validate"):
         shard_tensors = shard.read(shard.tensors)
         for layer, result in pruned.layers.items():
             written = block.get_submodule(layer.removeprefix(f"{name}."))
@@ -276,8 +374,8 @@ def _sparse_pass(
                     "dense_bytes": plan.dense_bytes,
                     "packed_bytes": plan.packed_bytes,
                     "permutation_bytes": 0 if result.gather is None else 4 * len(result.gather),
-                    "retained_score_start": result.retained_start,
-                    "retained_score": result.retained,
+                    "steps": [dataclasses.asdict(step) for step in result.steps],
+                    "shrinkage": list(result.shrinkage),
                     "weighted_error": result.weighted_error,
                     **dataclasses.asdict(errors),
                 }
@@ -293,28 +391,9 @@ def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-@contextmanager
 def _named(layer: str) -> Iterator[None]:
     """Say in whose input it was that a number was not finite."""
     try:
         yield
     except NumericsError as error:
         raise NumericsError(f"{layer}: {error}") from error
-
-
-def _observer(
-    layer: str, accumulator: StatisticsAccumulator, seconds: dict[str, float]
-) -> Callable[[torch.Tensor], None]:
-    def observe(x: torch.Tensor) -> None:
-        with _timed(seconds, "statistics"), _named(layer):
-            accumulator.add(x)
-
-    return observe

@@ -55,17 +55,17 @@ def layer_errors(
     x: torch.Tensor,
     arithmetic: Arithmetic,
 ) -> LayerErrors:
-    """Hold a layer loaded from the written bytes against its source weight times mask, and against the dense weight.
+    """Hold a layer loaded from the written bytes against its kept weights times mask, and against the dense weight.
 
     x [tokens, in] is the layer's own input in pass 2. The reference tensors never went through pack and unpack. Raises
     KernelFault, naming the layer, where kernel_error is beyond the arithmetic's tolerance.
     """
-    weight = pruned.weight.to(arithmetic.dtype)
+    weight, kept = pruned.weight.to(arithmetic.dtype), pruned.written.to(arithmetic.dtype)
     offset = bias.to(arithmetic.dtype) if bias is not None else None
     permuted = x if pruned.gather is None else x[:, pruned.gather]
     with torch.inference_mode():
         sparse = written(x)
-        masked = functional.linear(permuted, torch.where(pruned.keep, weight, 0), offset)
+        masked = functional.linear(permuted, torch.where(pruned.keep, kept, 0), offset)
         dense = functional.linear(permuted, weight, offset)
     kernel_error = relative_error(sparse, masked)
     if not kernel_error <= arithmetic.kernel_tolerance:
@@ -77,14 +77,14 @@ def layer_errors(
 
 
 def check_packed_bits(name: str, pruned: PrunedLayer, written: PackedLayer) -> None:
-    """Raise KernelFault unless a written layer holds exactly the source's kept bits, in their places.
+    """Raise KernelFault unless a written layer holds exactly the kept bits (the source's, if not fitted) in place.
 
     A product on a sample cannot see a low bit of one weight; this can.
     """
     keep = pruned.keep.cpu()
     if not torch.equal(unpack_mask(written.mask, keep.shape[1]), keep):
         raise KernelFault(f"{name}: the written mask is not the chosen one; check the disk and memory, then run again")
-    check_bits(f"{name}.weight_values", pruned.weight.cpu()[keep].view(written.values.shape), written.values)
+    check_bits(f"{name}.weight_values", pruned.written.cpu()[keep].view(written.values.shape), written.values)
     if (pruned.gather is None) != (written.permutation is None):
         raise KernelFault(f"{name}: its input_permutation is missing or not wanted; check the disk, then run again")
     if pruned.gather is not None and written.permutation is not None:

@@ -31,8 +31,16 @@ def ria_score(weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     return (of_row + of_column) * norm.sqrt()
 
 
-def esparse_score(weight: torch.Tensor, entropy: torch.Tensor, amplitude: torch.Tensor, alpha: float) -> torch.Tensor:
-    """|W_ij| * (entropy_j + alpha * amplitude_j) (E-Sparse, the metric); entropy in nats and amplitude [in]."""
+def esparse_score(
+    weight: torch.Tensor, entropy: torch.Tensor, amplitude: torch.Tensor, alpha: float, relative: bool = False
+) -> torch.Tensor:
+    """|W_ij| * (entropy_j + alpha * amplitude_j) (E-Sparse, the metric); entropy in nats and amplitude [in].
+
+    With `relative` each term is divided by its mean over the channels first; a mean of 0 leaves it 0.
+    """
+    if relative:
+        tiny = torch.finfo(entropy.dtype).tiny
+        entropy, amplitude = (term / term.mean().clamp(min=tiny) for term in (entropy, amplitude))
     return weight.abs() * (entropy + alpha * amplitude)
 
 
@@ -56,7 +64,7 @@ def score(weight: torch.Tensor, statistics: ChannelStatistics, config: PruneConf
         if statistics.entropy is None:
             raise ValueError("esparse needs statistics with entropy")
         scaled = amplitude(statistics, config.amplitude).to(torch.float32)
-        scores = esparse_score(dense, statistics.entropy.to(torch.float32), scaled, config.alpha)
+        scores = esparse_score(dense, statistics.entropy.to(torch.float32), scaled, config.alpha, config.relative)
     if not bool(torch.isfinite(scores).all()):
         raise NumericsError(f"{config.metric} scores hold NaN or infinity")
     return scores

@@ -1,4 +1,4 @@
-"""What is known of a layer's input channels after the calibration text has passed: energy, range, histogram.
+"""What is known of a layer's input channels after the calibration text has passed: energy, histogram, second moments.
 
 The unit of reduction is one sequence, and partial results are combined in the order of the sequences, so that nothing
 depends on micro-batches or threads. Histogram counts are integers and do not depend on the order at all.
@@ -10,11 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
+from streamprune_kernels import add_range, count_bins
 
 LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
 FINE_BINS = 4096  # 16 KB a channel; the observed range fills 2048 or more. Errors measured: docs/method.md
 CHANNELS_AT_ONCE = 1024  # bounds the memory of moving and reading counts
+STRIP_WIDTH = 512  # channels of a strip of second moments; what lies below the diagonal strips is mirrored
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class ChannelStatistics:
 
     square_sum  float64 [in], sum of x^2
     entropy     float64 [in], nats, or None where the metric does not use it
+    moments     second moments, or None where nothing uses them
     tokens, sequences  how many were seen
     """
 
     square_sum: torch.Tensor
     entropy: torch.Tensor | None
+    moments: "SecondMoments | None"
     tokens: int
     sequences: int
 
@@ -40,30 +45,114 @@ class ChannelStatistics:
 class StatisticsAccumulator:
     """Takes a layer's inputs one sequence at a time; state that grows with channels, never with tokens."""
 
-    def __init__(self, channels: int, entropy_bins: int | None, device: torch.device) -> None:
+    def __init__(self, channels: int, config: PruneConfig, device: torch.device, unit: int | None = None) -> None:
+        """`unit`: channels that blocks of second moments do not divide (default: a group of M)."""
+        self.config = config
+        self.low = torch.full((channels,), math.inf, device=device)
+        self.high = torch.full((channels,), -math.inf, device=device)
         self.square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
-        self.histogram = StreamingHistogram(channels, device) if entropy_bins is not None else None
-        self.entropy_bins = entropy_bins
+        self.histogram = StreamingHistogram(channels, device) if config.metric == "esparse" else None
+        self.moments: SecondMoments | None = None
+        if config.needs_moments:
+            self.moments = SecondMoments.zeros(channels, config, device, unit or config.pattern.group_size)
         self.tokens = 0
         self.sequences = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Add one sequence's inputs [tokens, in]."""
-        channels_first = x.T.to(torch.float32).contiguous()
-        self.square_sum += channels_first.square().sum(dim=1, dtype=torch.float64)
+        """Add one sequence's inputs [tokens, in]. Raises NumericsError where one is not finite."""
+        x = x.to(torch.float32)
+        add_range(x, self.low, self.high, self.square_sum)
+        if not bool(torch.isfinite(self.square_sum).all()):
+            raise NumericsError("a layer's input holds NaN or infinity")
         if self.histogram is not None:
-            self.histogram.add(channels_first)
+            self.histogram.add(x, self.low, self.high)
+        if self.moments is not None:
+            self.moments.add(x, half=self.sequences % 2)
         self.tokens += x.shape[0]
         self.sequences += 1
 
+    def add_reference(self, dense: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the inputs [tokens, in] that a sequence has behind dense blocks, beside those behind pruned ones."""
+        if self.moments is None:
+            raise ValueError("a reference needs second moments")
+        x = x.to(torch.float32)
+        self.moments.add_cross(dense.to(torch.float32) - x, x)
+
     def result(self) -> ChannelStatistics:
-        """The statistics so far. Raises NumericsError where an activation was not finite."""
-        if not bool(torch.isfinite(self.square_sum).all()):
-            raise NumericsError("a layer's input holds NaN or infinity")
+        """The statistics so far; nothing may be added afterwards."""
         entropy = None
-        if self.histogram is not None and self.entropy_bins is not None:
-            entropy = histogram_entropy(self.histogram.coarse(self.entropy_bins))
-        return ChannelStatistics(self.square_sum, entropy, self.tokens, self.sequences)
+        if self.histogram is not None:
+            shared = self.config.entropy_range == "layer"
+            entropy = histogram_entropy(self.histogram.coarse(self.config.entropy_bins, shared))
+        if self.moments is not None:
+            self.moments.mirror()
+        return ChannelStatistics(self.square_sum, entropy, self.moments, self.tokens, self.sequences)
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """X^T X of a layer's inputs in diagonal blocks, apart for sequences of even and of odd number.
+
+    halves  halves[h][b] is float32 [width, width] of block b's channels. The halves serve to judge on one what was
+            chosen on the other; their sum is the whole
+    cross   (X_dense - X)^T X likewise, over the sequences that have a reference, scaled up to all; or None
+    bounds  each block's first channel and the one after its last
+    """
+
+    halves: tuple[list[torch.Tensor], list[torch.Tensor]]
+    cross: list[torch.Tensor] | None
+    bounds: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def zeros(cls, channels: int, config: PruneConfig, device: torch.device, unit: int) -> "SecondMoments":
+        bounds = moment_blocks(channels, config.moments_width, unit)
+        even, odd, cross = (
+            [torch.zeros(end - begin, end - begin, device=device) for begin, end in bounds] for _ in range(3)
+        )
+        return cls((even, odd), cross if config.correction else None, bounds)
+
+    def add(self, x: torch.Tensor, half: int) -> None:
+        """Add a sequence's inputs float32 [tokens, in]; entries right of the diagonal strips only, until `mirror`."""
+        for moments, (begin, end) in zip(self.halves[half], self.bounds, strict=True):
+            for first in range(begin, end, STRIP_WIDTH):
+                strip = x[:, first : min(first + STRIP_WIDTH, end)]
+                moments[first - begin : first - begin + STRIP_WIDTH, first - begin :].addmm_(strip.T, x[:, first:end])
+
+    def add_cross(self, difference: torch.Tensor, x: torch.Tensor) -> None:
+        """Add (X_dense - X)^T X of one sequence; both float32 [tokens, in]."""
+        for cross, (begin, end) in zip(self.cross or (), self.bounds, strict=True):
+            cross.addmm_(difference[:, begin:end].T, x[:, begin:end])
+
+    def mirror(self) -> None:
+        """Fill what lies left of the diagonal strips."""
+        for moments in (*self.halves[0], *self.halves[1]):
+            for first in range(STRIP_WIDTH, len(moments), STRIP_WIDTH):
+                moments[first : first + STRIP_WIDTH, :first] = moments[:first, first : first + STRIP_WIDTH].T
+
+    def whole(self) -> list[torch.Tensor]:
+        """The moments of all sequences, block by block."""
+        return [even + odd for even, odd in zip(*self.halves, strict=True)]
+
+    def permuted(self, permutation: torch.Tensor) -> "SecondMoments":
+        """The same with channel permutation[j] at place j; int64 [in], inside blocks."""
+        places = [permutation[begin:end] - begin for begin, end in self.bounds]
+
+        def gather(blocks: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [m[p][:, p] for m, p in zip(blocks, places, strict=True)]
+
+        even, odd = self.halves
+        return SecondMoments((gather(even), gather(odd)), gather(self.cross) if self.cross else None, self.bounds)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(m.numel() * m.itemsize for blocks in (*self.halves, self.cross or []) for m in blocks)
+
+
+def moment_blocks(channels: int, most: int, unit: int) -> tuple[tuple[int, int], ...]:
+    """Blocks of at most `most` channels, as equal as whole units allow; a unit that is wider is a block of its own."""
+    count = -(-channels // max(most // unit * unit, unit))
+    width = -(-channels // (count * unit)) * unit
+    return tuple((begin, min(begin + width, channels)) for begin in range(0, channels, width))
 
 
 class StreamingHistogram:
@@ -82,14 +171,15 @@ class StreamingHistogram:
         self.exponent = torch.full((channels,), LEAST_EXPONENT, dtype=torch.int32, device=device)
         self.first_bin = torch.zeros(channels, dtype=torch.int32, device=device)
 
-    def add(self, x: torch.Tensor) -> None:
-        """Count values [channels, n]. Raises NumericsError where one is not finite."""
-        minimum, maximum = torch.minimum(self.minimum, x.amin(dim=1)), torch.maximum(self.maximum, x.amax(dim=1))
-        if not bool(torch.isfinite(maximum - minimum).all()):
-            raise NumericsError("a layer's input holds NaN or infinity")
-        self._widen(minimum, maximum)
-        bins = _bins_of(x, self.exponent[:, None]).sub_(self.first_bin[:, None])
-        self.counts.scatter_add_(1, bins.long(), torch.ones_like(bins, dtype=torch.int32))
+    def add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Count finite values [n, channels]; low and high [channels] bound all values so far, these included.
+
+        Raises NumericsError where a range is beyond float32.
+        """
+        if not bool(torch.isfinite(high - low).all()):
+            raise NumericsError("a layer's input spans more than float32 holds")
+        self._widen(low.clone(), high.clone())
+        count_bins(x, torch.exp2(-self.exponent.to(torch.float32)), self.first_bin, self.counts)
 
     def _widen(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
         """Make the windows hold a new range, moving the counts so far."""
@@ -105,16 +195,20 @@ class StreamingHistogram:
             self.counts[rows] = torch.zeros_like(old).scatter_add_(1, target, self.counts[rows])
         self.exponent, self.first_bin = exponent, first
 
-    def coarse(self, bins: int) -> torch.Tensor:
+    def coarse(self, bins: int, shared: bool = False) -> torch.Tensor:
         """Counts float64 [channels, bins] over each channel's minimum..maximum in equal bins, as numpy.histogram.
 
-        A fine bin that an edge cuts is divided in proportion: that, and nothing else, is approximate.
+        With `shared` the range is that of all channels. A fine bin that an edge cuts is divided in proportion: that,
+        and nothing else, is approximate.
         """
+        low, high = self.minimum.to(torch.float64), self.maximum.to(torch.float64)
+        if shared:
+            low, high = low.amin().expand_as(low), high.amax().expand_as(high)
         starts = range(0, len(self.counts), CHANNELS_AT_ONCE)
-        return torch.cat([self._coarse(slice(start, start + CHANNELS_AT_ONCE), bins) for start in starts])
+        pieces = [slice(start, start + CHANNELS_AT_ONCE) for start in starts]
+        return torch.cat([self._coarse(rows, low[rows, None], high[rows, None], bins) for rows in pieces])
 
-    def _coarse(self, rows: slice, bins: int) -> torch.Tensor:
-        low, high = self.minimum[rows, None].to(torch.float64), self.maximum[rows, None].to(torch.float64)
+    def _coarse(self, rows: slice, low: torch.Tensor, high: torch.Tensor, bins: int) -> torch.Tensor:
         edges = low + (high - low) * torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=low.device)
         width = torch.exp2(self.exponent[rows, None].to(torch.float64))
         position = (edges / width - self.first_bin[rows, None]).clamp_(0, FINE_BINS)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed
 from streamprune.checkpoint.reader import read_json
@@ -10,7 +11,10 @@ from streamprune.errors import CheckpointError
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One pruned layer; bytes are of its weight (values and mask), errors as recorded when it was compressed."""
+    """One pruned layer; bytes are of its weight (values and mask), errors as recorded when it was compressed.
+
+    `steps` say what the layer was after selection, shuffle, refinement and reconstruction, as far as they were done.
+    """
 
     name: str
     pattern: str
@@ -21,8 +25,8 @@ class LayerRow:
     kernel_error: float
     layer_error: float
     block_error: float
-    retained_score_start: float
-    retained_score: float
+    steps: list[dict[str, Any]]
+    shrinkage: list[float]
 
 
 @dataclass(frozen=True)

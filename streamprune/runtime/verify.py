@@ -58,10 +58,14 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """`against_source` says which of the two checks was done; every fault is one line with the layer or file."""
+    """`against_source` says which of the two checks was done; every fault is one line with the layer or file.
+
+    `reconstructed`: the kept weights were fitted, so that they are not compared with the source's; masks are.
+    """
 
     ok: bool
     against_source: bool
+    reconstructed: bool
     layers: list[LayerCheck]
     faults: list[str]
     manifest_sha256: str | None
@@ -83,6 +87,7 @@ class _Output:
     layers: dict[str, NMPattern]
     recorded: dict[str, dict[str, Any]]
     source_digests: dict[str, str]
+    reconstructed: bool
 
 
 def verify(folder: str | Path, *, source: str | Path | None = None, progress: bool = False) -> Verification:
@@ -97,10 +102,11 @@ def verify(folder: str | Path, *, source: str | Path | None = None, progress: bo
         raise CheckpointError(f"{folder}: no such folder")
     original = open_checkpoint(Path(source)) if source is not None else None
     findings = _Findings()
-    compared = False
+    compared = reconstructed = False
     try:
         manifest = _check_files(folder, findings)
         output = _open_output(folder, manifest)
+        reconstructed = output.reconstructed
         _check_layers(output, findings, progress)
         if original is not None:
             _check_against_source(output, original, findings, progress)
@@ -110,7 +116,7 @@ def verify(folder: str | Path, *, source: str | Path | None = None, progress: bo
     except (KeyError, TypeError, AttributeError) as error:
         findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
     digest = file_digest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else None
-    return Verification(not findings.faults, compared, findings.layers, findings.faults, digest)
+    return Verification(not findings.faults, compared, reconstructed, findings.layers, findings.faults, digest)
 
 
 def _check_files(folder: Path, findings: _Findings) -> dict[str, Any]:
@@ -153,7 +159,8 @@ def _open_output(folder: Path, manifest: dict[str, Any]) -> _Output:
     for name, pattern in layers.items():
         if recorded[name]["pattern"] != str(pattern):
             raise CheckpointError(f"{name}: config.json says {pattern}, the manifest {recorded[name]['pattern']}")
-    return _Output(folder, skeleton, checkpoint, layers, recorded, manifest["source_tensors"])
+    reconstructed = manifest["identity"]["settings"]["reconstruct"] is True
+    return _Output(folder, skeleton, checkpoint, layers, recorded, manifest["source_tensors"], reconstructed)
 
 
 def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
@@ -288,7 +295,7 @@ def _layer_faults(output: _Output, name: str, weight: torch.Tensor, orders: Any,
     if expected is None:
         return ["its rows keep different numbers of weights"]
     different = (_bits(expected) != _bits(layer.values)).nonzero()
-    if len(different):
+    if len(different) and not output.reconstructed:
         row, place = different[0].tolist()
         return [f"{len(different)} kept values differ from the source's, first in row {row} at kept place {place}"]
     rms_name = f"{name}.input_rms"

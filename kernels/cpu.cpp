@@ -1,0 +1,279 @@
+// Kernels for a processor without a GPU, behind a plain C ABI. cpu.py loads and launches them; reference.py says what
+// each computes. A kernel works on the part [begin, end) of its problem; threads share no sum, so results do not depend
+// on their number. The threads are OpenMP's, and so torch's own: a pool beside them would wait for them to stop
+// spinning. Vectors are 16 floats: one AVX-512 register, two of AVX2.
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+static const int LANES = 16;
+
+#define LOAD(pointer) \
+    ({ Vector loaded_; std::memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+// Rows of scores that stay in the first-level cache while a tile is computed.
+static const int64_t ROWS_AT_ONCE = 1024;
+static const int TILE_T = 4, TILE_S = 6;  // 24 accumulators of the 32 registers
+static const int MOST_PLACES = 64, MOST_PATTERNS = 256;  // of a group; that are tried one by one
+
+
+// Calls work(begin, end) for `threads` parts of 0..count, cut at multiples of step.
+template <typename Work>
+static void in_parts(int64_t count, int64_t step, int64_t threads, Work work) {
+    int64_t size = (count + threads * step - 1) / (threads * step) * step;
+    int64_t parts = size ? (count + size - 1) / size : 0;
+#pragma omp parallel for schedule(static) num_threads(parts > 0 ? (int)parts : 1)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t end = (part + 1) * size;
+        work(part * size, end < count ? end : count);
+    }
+}
+
+// out[i, b] = sum over rows of max(s[b, row], t[i, row]), for i in [begin, end); s [n_s, rows], t [n_t, rows],
+// out [n_t, n_s]. Rows must be a multiple of 16 (padded with equal values on both sides by the caller).
+CLONES static void sum_of_maxima_part(const float* s, int64_t n_s, const float* t, int64_t begin, int64_t end, int64_t rows,
+                          float* out) {
+    for (int64_t i = begin; i < end; i++) std::memset(out + i * n_s, 0, sizeof(float) * n_s);
+    for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
+        int64_t last = first + ROWS_AT_ONCE < rows ? first + ROWS_AT_ONCE : rows;
+        for (int64_t b = 0; b < n_s; b += TILE_S) {
+            int64_t width = n_s - b < TILE_S ? n_s - b : TILE_S;
+            for (int64_t i = begin; i < end; i += TILE_T) {
+                int64_t height = end - i < TILE_T ? end - i : TILE_T;
+                const float *left[TILE_T], *right[TILE_S];
+                for (int k = 0; k < TILE_T; k++) left[k] = t + (i + (k < height ? k : 0)) * rows;
+                for (int k = 0; k < TILE_S; k++) right[k] = s + (b + (k < width ? k : 0)) * rows;
+                Vector sum[TILE_T][TILE_S] = {};
+                for (int64_t row = first; row < last; row += LANES) {
+                    Vector column[TILE_S];
+                    for (int k = 0; k < TILE_S; k++) column[k] = LOAD(right[k] + row);
+                    for (int j = 0; j < TILE_T; j++) {
+                        Vector threshold = LOAD(left[j] + row);
+                        for (int k = 0; k < TILE_S; k++) sum[j][k] += MAX(column[k], threshold);
+                    }
+                }
+                for (int j = 0; j < height; j++)
+                    for (int k = 0; k < width; k++) {
+                        float total = 0;
+                        for (int lane = 0; lane < LANES; lane++) total += sum[j][k][lane];
+                        out[(i + j) * n_s + b + k] += total;
+                    }
+            }
+        }
+    }
+}
+
+// Least and greatest value, and sum of squares, of channels [begin, end) of x [tokens, channels]; both multiples of 16
+// or the last channel. Adds to what low, high and square_sum hold.
+CLONES static void channel_range_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end, float* low,
+                          float* high, double* square_sum) {
+    for (int64_t c = begin; c < end; c += LANES) {
+        int width = end - c < LANES ? (int)(end - c) : LANES;
+        float least[LANES], greatest[LANES];
+        double squares[LANES] = {};
+        for (int k = 0; k < width; k++) least[k] = low[c + k], greatest[k] = high[c + k];
+        if (width == LANES) {
+            for (int64_t row = 0; row < tokens; row++) {
+                const float* values = x + row * channels + c;
+                for (int k = 0; k < LANES; k++) {
+                    float value = values[k];
+                    least[k] = value < least[k] ? value : least[k];
+                    greatest[k] = value > greatest[k] ? value : greatest[k];
+                    squares[k] += (double)value * value;
+                }
+            }
+        } else {
+            for (int64_t row = 0; row < tokens; row++)
+                for (int k = 0; k < width; k++) {
+                    float value = x[row * channels + c + k];
+                    least[k] = value < least[k] ? value : least[k];
+                    greatest[k] = value > greatest[k] ? value : greatest[k];
+                    squares[k] += (double)value * value;
+                }
+        }
+        for (int k = 0; k < width; k++) {
+            low[c + k] = least[k], high[c + k] = greatest[k];
+            square_sum[c + k] += squares[k];
+        }
+    }
+}
+
+// counts[c, floor(x * inverse_width[c]) - first_bin[c]] += 1 for channels [begin, end) of x [tokens, channels]; counts
+// [channels, bins]. The caller has made the window hold every value.
+CLONES static void count_bins_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end,
+                       const float* inverse_width, const int32_t* first_bin, int64_t bins, int32_t* counts) {
+    for (int64_t c = begin; c < end; c += LANES) {
+        int width = end - c < LANES ? (int)(end - c) : LANES;
+        float scale[LANES] = {}, first[LANES] = {};
+        for (int k = 0; k < width; k++) scale[k] = inverse_width[c + k], first[k] = (float)first_bin[c + k];
+        int32_t* window = counts + c * bins;
+        for (int64_t row = 0; row < tokens; row++) {
+            const float* values = x + row * channels + c;
+            int32_t at[LANES];
+            if (width == LANES)
+                for (int k = 0; k < LANES; k++) at[k] = (int32_t)(std::floor(values[k] * scale[k]) - first[k]);
+            else
+                for (int k = 0; k < width; k++) at[k] = (int32_t)(std::floor(values[k] * scale[k]) - first[k]);
+            for (int k = 0; k < width; k++) window[k * bins + at[k]]++;
+        }
+    }
+}
+
+// Cost of the pattern that costs least, and the places that it keeps.
+INLINE float cheapest_pattern(const float* term, int count, const float* terms, int64_t lanes, int64_t patterns, int m,
+                              const uint8_t* kept_places, uint8_t* wanted) {
+    float cost[MOST_PATTERNS] __attribute__((aligned(64)));
+    for (int64_t p = 0; p < lanes; p += LANES) {
+        Vector total = {};
+        for (int f = 0; f < count; f++) total += term[f] * LOAD(terms + f * lanes + p);
+        std::memcpy(cost + p, &total, sizeof total);
+    }
+    int64_t best = 0;
+    for (int64_t p = 1; p < patterns; p++)
+        if (cost[p] < cost[best]) best = p;
+    std::memcpy(wanted, kept_places + best * m, m);
+    return cost[best];
+}
+
+// What the best exchange of a kept place for a dropped one adds to the cost, and the places that are then kept.
+INLINE float cheapest_exchange(const float* term, int m, const uint8_t* kept, uint8_t* wanted) {
+    float marginal[MOST_PLACES];
+    for (int i = 0; i < m; i++) marginal[i] = term[i];
+    int pair = m;
+    for (int i = 0; i < m; i++)
+        for (int j = i + 1; j < m; j++, pair++) {
+            if (!kept[j]) marginal[i] += term[pair];
+            if (!kept[i]) marginal[j] += term[pair];
+        }
+    float least = INFINITY;
+    int drop = 0, restore = 0;
+    pair = m;
+    for (int i = 0; i < m; i++)
+        for (int j = i + 1; j < m; j++, pair++) {
+            if (kept[i] == kept[j]) continue;
+            int in = kept[i] ? i : j, out = kept[i] ? j : i;
+            float added = marginal[in] - marginal[out] - term[pair];
+            if (added < least) least = added, drop = in, restore = out;
+        }
+    std::memcpy(wanted, kept, m);
+    wanted[drop] = 0, wanted[restore] = 1;
+    return least;
+}
+
+// One pass of coordinate descent over the groups of rows [begin, end) of one block of columns.
+//   weight, q, change float [rows, width]; keep uint8 [rows, width]; h [width, width]; width a multiple of m
+//   kept_places uint8 [patterns, m]; terms [m + m (m - 1) / 2, lanes]: 1 where a pattern's cost has that term
+// A pattern costs the sum of u_i over the places i that it drops, and of a_ij over their pairs i < j, with
+//   u_i = w_i^2 h_ii + 2 w_i (q_i less the group's own part),  a_ij = 2 w_i w_j h_ij
+// where off-diagonal h (and so q) count `off` times. q is the row of D H (D: the dropped weights); here it is kept up
+// to date within the block, outside by the caller from `change`, the difference in D. Without patterns (0 of them) the
+// best exchange of one kept place for a dropped one is tried instead. A change must lower the cost by
+// least_gain of the group's sum of w^2 h. Returns how many groups changed.
+template <int M>
+INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* change, const float* h, int64_t begin,
+                      int64_t end, int64_t width, int64_t group_size, int64_t patterns, const uint8_t* kept_places,
+                      const float* terms, int64_t lanes, float off, float least_gain) {
+    const int m = M ? M : (int)group_size;
+    const int count = m + m * (m - 1) / 2;
+    int64_t changed = 0;
+    float term[MOST_PLACES + MOST_PLACES * (MOST_PLACES - 1) / 2];
+    for (int64_t row = begin; row < end; row++) {
+        const float* w = weight + row * width;
+        uint8_t* kept = keep + row * width;
+        float *running = q + row * width, *difference = change + row * width;
+        for (int64_t g = 0; g < width; g += m) {
+            float dropped[MOST_PLACES], energy = 0, now = 0;
+            for (int i = 0; i < m; i++) dropped[i] = kept[g + i] ? 0.0f : 1.0f;
+            int pair = m;
+            float rest[MOST_PLACES];
+            for (int i = 0; i < m; i++) {
+                float own = w[g + i] * w[g + i] * h[(g + i) * width + g + i];
+                energy += own;
+                rest[i] = 2 * off * w[g + i] * running[g + i] + own - 2 * off * own * dropped[i];
+            }
+            for (int i = 0; i < m; i++)
+                for (int j = i + 1; j < m; j++, pair++) {
+                    float both = 2 * off * w[g + i] * w[g + j] * h[(g + i) * width + g + j];
+                    term[pair] = both;
+                    rest[i] -= both * dropped[j];
+                    rest[j] -= both * dropped[i];
+                    now += both * dropped[i] * dropped[j];
+                }
+            for (int i = 0; i < m; i++) term[i] = rest[i], now += rest[i] * dropped[i];
+            uint8_t wanted_places[MOST_PLACES];
+            float least = patterns ? cheapest_pattern(term, count, terms, lanes, patterns, m, kept_places, wanted_places)
+                                   : now + cheapest_exchange(term, m, kept + g, wanted_places);
+            if (!(least < now - least_gain * energy)) continue;
+            changed++;
+            for (int i = 0; i < m; i++) {
+                uint8_t wanted = wanted_places[i];
+                if (wanted == kept[g + i]) continue;
+                float delta = wanted ? -w[g + i] : w[g + i];
+                kept[g + i] = wanted;
+                difference[g + i] += delta;
+                const float* line = h + (g + i) * width;
+                for (int64_t k = 0; k < width; k++) running[k] += delta * line[k];
+            }
+        }
+    }
+    return changed;
+}
+
+CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float* q, float* change, const float* h, int64_t begin,
+                           int64_t end, int64_t width, int64_t m, int64_t patterns, const uint8_t* kept_places,
+                           const float* terms, int64_t lanes, float off, float least_gain) {
+    if (m == 4)
+        return refine<4>(weight, keep, q, change, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
+                         least_gain);
+    if (m == 8)
+        return refine<8>(weight, keep, q, change, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
+                         least_gain);
+    return refine<0>(weight, keep, q, change, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
+                     least_gain);
+}
+
+extern "C" {
+
+void sum_of_maxima(const float* s, int64_t n_s, const float* t, int64_t n_t, int64_t rows, float* out,
+                   int64_t threads) {
+    in_parts(n_t, TILE_T, threads,
+             [=](int64_t begin, int64_t end) { sum_of_maxima_part(s, n_s, t, begin, end, rows, out); });
+}
+
+void channel_range(const float* x, int64_t tokens, int64_t channels, float* low, float* high, double* square_sum,
+                   int64_t threads) {
+    in_parts(channels, LANES, threads, [=](int64_t begin, int64_t end) {
+        channel_range_part(x, tokens, channels, begin, end, low, high, square_sum);
+    });
+}
+
+void count_bins(const float* x, int64_t tokens, int64_t channels, const float* inverse_width, const int32_t* first_bin,
+                int64_t bins, int32_t* counts, int64_t threads) {
+    in_parts(channels, LANES, threads, [=](int64_t begin, int64_t end) {
+        count_bins_part(x, tokens, channels, begin, end, inverse_width, first_bin, bins, counts);
+    });
+}
+
+int64_t refine_rows(const float* weight, uint8_t* keep, float* q, float* change, const float* h, int64_t rows,
+                    int64_t width, int64_t m, int64_t patterns, const uint8_t* kept_places, const float* terms,
+                    int64_t lanes, float off, float least_gain, int64_t threads) {
+    std::atomic<int64_t> changed{0};
+    in_parts(rows, 1, threads, [&](int64_t begin, int64_t end) {
+        changed += refine_rows_part(weight, keep, q, change, h, begin, end, width, m, patterns, kept_places, terms,
+                                    lanes, off, least_gain);
+    });
+    return changed;
+}
+}

@@ -1,0 +1,130 @@
+"""Launchers of the compiled CPU kernels (cpu.cpp), and which of them runs: the compiled one or the plain one beside it.
+
+The library is built with the package where a C++ compiler is there. Without it every function here is its plain version
+of reference.py: the same numbers up to rounding, several times slower. Threads are as many as torch's; results do not
+depend on their number.
+"""
+
+import ctypes
+import importlib.machinery
+import itertools
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from streamprune_kernels import reference
+
+LANES = 16  # floats of a vector
+MOST_PATTERNS = 256  # of a group that are tried one by one
+POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+SIGNATURES = {
+    "sum_of_maxima": [POINTER, INT64, POINTER, INT64, INT64, POINTER, INT64],
+    "channel_range": [POINTER, INT64, INT64, POINTER, POINTER, POINTER, INT64],
+    "count_bins": [POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64],
+    "refine_rows": [*[POINTER] * 5, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where the package was built without a compiler."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_cpu{suffix}")
+        if path.exists():
+            loaded = ctypes.CDLL(str(path))
+            for name, arguments in SIGNATURES.items():
+                function = getattr(loaded, name)
+                function.argtypes, function.restype = arguments, INT64 if name == "refine_rows" else None
+            return loaded
+    return None
+
+
+def excess_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of max(0, s_b - t_i), float32 [n_t, n_s]; s [n_s, rows] and t [n_t, rows] float32."""
+    compiled = _library_for(s)
+    if compiled is None:
+        return reference.excess_sums(s, t)
+    # max(0, s - t) = max(s, t) - t; padding adds 0 to both sums
+    padding = -s.shape[1] % LANES
+    padded_s, padded_t = (functional.pad(x, (0, padding)).contiguous() for x in (s, t))
+    sums = torch.empty(t.shape[0], s.shape[0])
+    compiled.sum_of_maxima(
+        padded_s.data_ptr(), len(s), padded_t.data_ptr(), len(t), padded_s.shape[1], sums.data_ptr(), _threads()
+    )
+    return sums.sub_(t.sum(dim=1)[:, None])
+
+
+def add_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum: torch.Tensor) -> None:
+    """Update float32 `low` and `high` and float64 `square_sum`, all [channels], by x float32 [tokens, channels]."""
+    compiled = _library_for(x)
+    if compiled is None:
+        reference.add_range(x, low, high, square_sum)
+        return
+    x = x.contiguous()
+    compiled.channel_range(x.data_ptr(), *x.shape, low.data_ptr(), high.data_ptr(), square_sum.data_ptr(), _threads())
+
+
+def count_bins(x: torch.Tensor, inverse_width: torch.Tensor, first_bin: torch.Tensor, counts: torch.Tensor) -> None:
+    """counts[c, floor(x * inverse_width[c]) - first_bin[c]] += 1 for x float32 [tokens, channels].
+
+    inverse_width float32, first_bin int32 [channels]; counts int32 [channels, bins]. Every value must fall in a bin.
+    """
+    compiled = _library_for(x)
+    if compiled is None:
+        reference.count_bins(x, inverse_width, first_bin, counts)
+        return
+    x = x.contiguous()
+    windows = inverse_width.data_ptr(), first_bin.data_ptr(), counts.shape[1], counts.data_ptr()
+    compiled.count_bins(x.data_ptr(), *x.shape, *windows, _threads())
+
+
+def refine_rows(
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    q: torch.Tensor,
+    change: torch.Tensor,
+    moments: torch.Tensor,
+    places: torch.Tensor,
+    off_diagonal: float,
+    least_gain: float,
+) -> int:
+    """One pass of coordinate descent over the groups of every row; returns how many groups changed.
+
+    weight, q, change float32 [rows, width] and keep bool [rows, width], the last three updated in place, all
+    contiguous; moments float32 [width, width]; places bool [patterns, M], which places of a group a pattern keeps, or
+    [0, M] to try exchanges of one place instead.
+    reference.refine_rows is the definition.
+    """
+    compiled = _library_for(weight)
+    if compiled is None:
+        return reference.refine_rows(weight, keep, q, change, moments, places, off_diagonal, least_gain)
+    for tensor in (weight, keep, q, change, moments):
+        if not tensor.is_contiguous():
+            raise ValueError("refine_rows works in place on contiguous tensors")
+    kept_places, terms = _cost_terms(tuple(map(tuple, places.tolist())), places.shape[1])
+    tensors = (tensor.data_ptr() for tensor in (weight, keep, q, change, moments))
+    patterns = len(kept_places), kept_places.data_ptr(), terms.data_ptr(), terms.shape[1]
+    m = places.shape[1]
+    return int(compiled.refine_rows(*tensors, *weight.shape, m, *patterns, off_diagonal, least_gain, _threads()))
+
+
+@cache
+def _cost_terms(places: tuple[tuple[bool, ...], ...], m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patterns as uint8, and the terms that each one's cost sums, float32 [M + M(M-1)/2, patterns rounded up]."""
+    kept = torch.tensor(places, dtype=torch.bool).view(-1, m)
+    if len(kept) > MOST_PATTERNS:
+        raise ValueError(f"{len(kept)} patterns are too many to try one by one")
+    dropped = (~kept).to(torch.float32).T
+    pairs = [dropped[i] * dropped[j] for i, j in itertools.combinations(range(m), 2)]
+    terms = functional.pad(torch.cat([dropped, torch.stack(pairs)]), (0, -len(kept) % LANES))
+    return kept.to(torch.uint8), terms.contiguous()
+
+
+def _library_for(x: torch.Tensor) -> ctypes.CDLL | None:
+    return library() if x.device.type == "cpu" else None
+
+
+def _threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,124 @@
+"""Mask refinement: coordinate descent over groups on the layer's output error. Kept weights are not touched.
+
+For one output row with dropped weights d the squared output error over the calibration tokens is d H d^T, H = X^T X the
+inputs' second moments. Scores see the diagonal of H alone. Here each group of M in turn takes the best of its patterns
+given all others, until nothing changes: the error never rises. H of few tokens is overfitted, so it is shrunk towards
+its diagonal, by a strength that held-out samples choose (docs/method.md).
+
+Correction: inputs X behind pruned blocks differ from the dense model's X_dense. The mask can undo a part c of what that
+does to the outputs, by lowering ||c (X_dense - X) w + X d||^2 instead: beside d H d^T it has the linear term
+2 d (c w C)^T with C = (X_dense - X)^T X (asymmetric calibration, as GPTAQ, arXiv 2504.02692, does for quantization).
+"""
+
+import itertools
+import math
+from functools import cache
+
+import torch
+
+from streamprune.config import NMPattern
+from streamprune_kernels import refine_rows
+
+BLOCK_WIDTH = 128  # columns refined before their changes are carried to the others by one product
+MAX_PASSES = 6  # what later passes gain is lost again on other text (docs/method.md)
+LEAST_GAIN = 1e-6  # share of a group's sum of w^2 h that a change must save: below lies float32's noise
+SHRINKAGES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)  # tried on one half of the samples and judged on the other
+SHRINKAGE_ROWS = 256  # rows that the strength is chosen on
+MOST_PATTERNS = 256  # more are not tried one by one
+
+
+def refine_mask(
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    moments: torch.Tensor,
+    pattern: NMPattern,
+    shrinkage: float,
+    linear: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A mask bool [out, in] whose objective under the shrunk moments is at most that of `keep`, row by row.
+
+    The objective is d H d^T + 2 d l^T. weight float32 [out, in], moments H float32 [in, in] and linear l float32
+    [out, in] (None: 0), all in the mask's order of channels.
+    """
+    places = group_patterns(pattern)
+    off_diagonal = 1.0 - shrinkage
+    refined = keep.clone()
+    q = torch.where(keep, 0, weight) @ moments
+    if linear is not None:
+        q += linear / off_diagonal  # the kernel scales what lies outside a group by off_diagonal
+    width = max(BLOCK_WIDTH // pattern.group_size, 1) * pattern.group_size
+    for _ in range(MAX_PASSES):
+        changed = 0
+        for begin in range(0, weight.shape[1], width):
+            columns = slice(begin, begin + width)
+            block_keep, block_q = refined[:, columns].contiguous(), q[:, columns].contiguous()
+            change = torch.zeros_like(block_q)
+            block_weight, block_moments = weight[:, columns].contiguous(), moments[columns, columns].contiguous()
+            count = refine_rows(
+                block_weight, block_keep, block_q, change, block_moments, places, off_diagonal, LEAST_GAIN
+            )
+            if count:
+                refined[:, columns] = block_keep
+                q.addmm_(change, moments[columns])
+                changed += count
+        if not changed:
+            break
+    before, after = (objective(weight, mask, moments, shrinkage, linear) for mask in (keep, refined))
+    worse = after > before
+    refined[worse] = keep[worse]  # q's rounding could have misled a row
+    return refined
+
+
+def choose_shrinkage(
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    halves: tuple[torch.Tensor, torch.Tensor],
+    pattern: NMPattern,
+) -> float:
+    """How far to shrink the moments of all samples: the strength that serves best from one half to the other.
+
+    Judged on a part of the rows, and halved in weight because all samples are twice as many as a half: a strength of s
+    on half of the samples stands for s / (2 - s) on all of them.
+    """
+    rows = slice(None, None, max(1, weight.shape[0] // SHRINKAGE_ROWS))
+    weight, keep = weight[rows].contiguous(), keep[rows]
+    seen, unseen = halves
+
+    def held_out(strength: float) -> float:
+        return float(objective(weight, refine_mask(weight, keep, seen, pattern, strength), unseen).sum())
+
+    best = min(SHRINKAGES, key=held_out)
+    return best / (2 - best)
+
+
+def objective(
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    moments: torch.Tensor,
+    shrinkage: float = 0,
+    linear: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """d H d^T + 2 d l^T of each row's dropped weights, float64 [out], off-diagonal H times 1 - shrinkage."""
+    dropped = torch.where(keep, 0, weight)
+    error = quadratic_form(dropped, moments, shrinkage)
+    return error if linear is None else error + 2 * (dropped * linear).sum(dim=1, dtype=torch.float64)
+
+
+def quadratic_form(rows: torch.Tensor, moments: torch.Tensor, shrinkage: float = 0) -> torch.Tensor:
+    """r H r^T of each row, float64 [out]; rows [out, in] and moments [in, in] float32."""
+    whole = ((rows @ moments) * rows).sum(dim=1, dtype=torch.float64)
+    if not shrinkage:
+        return whole
+    return (1 - shrinkage) * whole + shrinkage * (rows.square() @ moments.diagonal()).to(torch.float64)
+
+
+@cache
+def group_patterns(pattern: NMPattern) -> torch.Tensor:
+    """Which places of a group each of its patterns keeps, bool [C(M, N), M]; [0, M] where those are too many to try."""
+    n, m = pattern.kept, pattern.group_size
+    if math.comb(m, n) > MOST_PATTERNS:
+        return torch.zeros(0, m, dtype=torch.bool)
+    places = torch.zeros(math.comb(m, n), m, dtype=torch.bool)
+    for row, kept in enumerate(itertools.combinations(range(m), n)):
+        places[row, list(kept)] = True
+    return places
