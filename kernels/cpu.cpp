@@ -22,6 +22,7 @@ static const int LANES = 16;
 #define LOAD(pointer) \
     ({ Vector loaded_; std::memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 // Rows of scores that stay in the first-level cache while a tile is computed.
 static const int64_t ROWS_AT_ONCE = 1024;
@@ -134,17 +135,22 @@ CLONES static void count_bins_part(const float* x, int64_t tokens, int64_t chann
 // Cost of the pattern that costs least, and the places that it keeps.
 INLINE float cheapest_pattern(const float* term, int count, const float* terms, int64_t lanes, int64_t patterns, int m,
                               const uint8_t* kept_places, uint8_t* wanted) {
-    float cost[MOST_PATTERNS] __attribute__((aligned(64)));
-    for (int64_t p = 0; p < lanes; p += LANES) {
-        Vector total = {};
-        for (int f = 0; f < count; f++) total += term[f] * LOAD(terms + f * lanes + p);
-        std::memcpy(cost + p, &total, sizeof total);
+    Vector cost[MOST_PATTERNS / LANES], least;
+    int chunks = (int)(lanes / LANES);
+    for (int c = 0; c < chunks; c++) {
+        Vector total = LOAD(terms + count * lanes + c * LANES);
+        for (int f = 0; f < count; f++) total += term[f] * LOAD(terms + f * lanes + c * LANES);
+        cost[c] = total;
+        least = c ? MIN(least, total) : total;
     }
-    int64_t best = 0;
-    for (int64_t p = 1; p < patterns; p++)
-        if (cost[p] < cost[best]) best = p;
-    std::memcpy(wanted, kept_places + best * m, m);
-    return cost[best];
+    float lowest = least[0];
+    for (int lane = 1; lane < LANES; lane++) lowest = MIN(lowest, least[lane]);
+    for (int64_t p = 0; p < patterns; p++)
+        if (cost[p / LANES][p % LANES] == lowest) {
+            std::memcpy(wanted, kept_places + p * m, m);
+            return lowest;
+        }
+    return INFINITY;  // not a number: nothing changes
 }
 
 // What the best exchange of a kept place for a dropped one adds to the cost, and the places that are then kept.
@@ -174,7 +180,8 @@ INLINE float cheapest_exchange(const float* term, int m, const uint8_t* kept, ui
 
 // One pass of coordinate descent over the groups of rows [begin, end) of one block of columns.
 //   weight, q, change float [rows, width]; keep uint8 [rows, width]; h [width, width]; width a multiple of m
-//   kept_places uint8 [patterns, m]; terms [m + m (m - 1) / 2, lanes]: 1 where a pattern's cost has that term
+//   kept_places uint8 [patterns, m]; terms [m + m (m - 1) / 2 + 1, lanes]: 1 where a pattern's cost has that term; the
+//   last row is what a cost starts with: 0, or infinity in the lanes that are no pattern
 // A pattern costs the sum of u_i over the places i that it drops, and of a_ij over their pairs i < j, with
 //   u_i = w_i^2 h_ii + 2 w_i (q_i less the group's own part),  a_ij = 2 w_i w_j h_ij
 // where off-diagonal h (and so q) count `off` times. q is the row of D H (D: the dropped weights); here it is kept up

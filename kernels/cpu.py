@@ -48,7 +48,7 @@ def excess_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return reference.excess_sums(s, t)
     # max(0, s - t) = max(s, t) - t; padding adds 0 to both sums
     padding = -s.shape[1] % LANES
-    padded_s, padded_t = (functional.pad(x, (0, padding)).contiguous() for x in (s, t))
+    padded_s, padded_t = (functional.pad(x, (0, padding)) if padding else x.contiguous() for x in (s, t))
     sums = torch.empty(t.shape[0], s.shape[0])
     compiled.sum_of_maxima(
         padded_s.data_ptr(), len(s), padded_t.data_ptr(), len(t), padded_s.shape[1], sums.data_ptr(), _threads()
@@ -112,14 +112,19 @@ def refine_rows(
 
 @cache
 def _cost_terms(places: tuple[tuple[bool, ...], ...], m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patterns as uint8, and the terms that each one's cost sums, float32 [M + M(M-1)/2, patterns rounded up]."""
+    """Patterns as uint8, and the terms that each one's cost sums, float32 [M + M(M-1)/2 + 1, patterns rounded up].
+
+    The last row is what a cost starts with: infinity in the lanes that are no pattern.
+    """
     kept = torch.tensor(places, dtype=torch.bool).view(-1, m)
     if len(kept) > MOST_PATTERNS:
         raise ValueError(f"{len(kept)} patterns are too many to try one by one")
     dropped = (~kept).to(torch.float32).T
     pairs = [dropped[i] * dropped[j] for i, j in itertools.combinations(range(m), 2)]
-    terms = functional.pad(torch.cat([dropped, torch.stack(pairs)]), (0, -len(kept) % LANES))
-    return kept.to(torch.uint8), terms.contiguous()
+    padding = (0, -len(kept) % LANES)
+    terms = functional.pad(torch.cat([dropped, torch.stack(pairs)]), padding)
+    start = functional.pad(torch.zeros(1, len(kept)), padding, value=torch.inf)
+    return kept.to(torch.uint8), torch.cat([terms, start]).contiguous()
 
 
 def _library_for(x: torch.Tensor) -> ctypes.CDLL | None:

@@ -89,7 +89,8 @@ def refine_rows(
     weight, q, change float32 [rows, width] and keep bool [rows, width], the last three updated in place; moments
     float32 [width, width]; places bool [patterns, M], or [0, M] for all exchanges of one kept place for a dropped one.
     With D the dropped weights and q = D H, a group takes the pattern that costs least given the others,
-    d H_gg d^T + 2 d (q_g - own part) with off-diagonal entries times `off_diagonal`, where that saves more than `least_gain` of the group's sum of w^2 h. `change` collects the differences in D.
+    d H_gg d^T + 2 d (q_g - own part) with off-diagonal entries times `off_diagonal`, where that saves more than
+    `least_gain` of the group's sum of w^2 h. `change` collects the differences in D.
     """
     m = places.shape[1]
     changed = 0

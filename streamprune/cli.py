@@ -120,10 +120,10 @@ def show_compression(result: Any) -> None:
 @click.option("--pattern", default="2:4", show_default=True, help="N:M, N of every M weights are KEPT.")
 @click.option("--metric", default=PruneConfig.metric, show_default=True, help="esparse, wanda, ria or magnitude.")
 @click.option("--shuffle", default=PruneConfig.shuffle, show_default=True,
-              help="none, or searches joined by +: stride, global, local, assignment; residual in front: one permutation "
-                   "of the residual stream for the whole model.")  # fmt: skip
+              help="none, or searches joined by +: stride, global, local, assignment; residual in front: one "
+                   "permutation of the residual stream for the whole model.")  # fmt: skip
 @click.option("--fold", default=PruneConfig.fold, show_default=True,
-              help="Attention's output: heads (inside heads, nothing to do at run time) or free (a gather).")  # fmt: skip
+              help="Attention's output: heads (inside heads, free at run time) or free (a gather).")  # fmt: skip
 @click.option("--refine/--no-refine", default=PruneConfig.refine, show_default=True,
               help="Improve the masks by the inputs' second moments; kept weights stay.")  # fmt: skip
 @click.option("--reconstruct", is_flag=True, help="Fit the kept weights too: they are then NOT the source's.")
@@ -251,7 +251,7 @@ def show_inspection(result: Any) -> None:
     names = ("selection", "shuffle", "refinement", "reconstruction")
     click.echo(
         f"{'layer':{width}}  N:M   {'shape':>13}  {'packed':>10}  {'kept':>6}  kernel err  layer err  block err"
-        f"  {'output error after ' + ', '.join(names)}"
+        f"  output error after {', '.join(names)}"
     )
     for row in result.layers:
         shape = f"{row.shape[0]} x {row.shape[1]}"

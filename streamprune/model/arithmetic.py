@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from streamprune.errors import SettingsError
+from streamprune_kernels import library
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,13 +22,19 @@ class Arithmetic:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What of it decides the bytes: device kind, dtype, and the processor's instruction set."""
+        """What of it decides the bytes: device kind, dtype, the processor's instruction set, and which kernels run."""
         if self.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(self.device)
             instruction_set = f"sm_{major}{minor}"
         else:
             instruction_set = torch.backends.cpu.get_cpu_capability()
-        return {"device": self.device.type, "dtype": name_of(self.dtype), "instruction_set": instruction_set}
+        kernels = "compiled" if library() is not None else "plain"
+        return {
+            "device": self.device.type,
+            "dtype": name_of(self.dtype),
+            "instruction_set": instruction_set,
+            "kernels": kernels,
+        }
 
     @property
     def kernel_tolerance(self) -> float:

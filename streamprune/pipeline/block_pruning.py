@@ -14,7 +14,7 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.pruning.metrics import score
 from streamprune.pruning.reconstruction import reconstruct_weight
 from streamprune.pruning.refinement import choose_shrinkage, quadratic_form, refine_mask
-from streamprune.pruning.selection import retained_score, select, stable_sum, weighted_error
+from streamprune.pruning.selection import select, stable_sum, weighted_error
 from streamprune.pruning.shuffle import search_permutation
 from streamprune.pruning.statistics import ChannelStatistics, SecondMoments
 
@@ -171,20 +171,21 @@ def _prune_group(
         scores = torch.cat([score(weight, statistics, config) for weight in weights.values()])
         dense = torch.cat([weight.to(torch.float32) for weight in weights.values()])
         keep = select(scores, config.pattern)
-        energy = None if moments is None else _energy(dense, moments).split(counts)
+        whole = None if moments is None else moments.whole()
+        energy = None if whole is None else _energy(dense, whole).split(counts)
         linear = None if moments is None or moments.cross is None else config.correction * _times(dense, moments.cross)
 
     def record(step: str, difference: torch.Tensor) -> None:
         """Note a step, by the difference float32 [out, in] between the dense and the pruned weights."""
         kept = torch.where(keep, scores, 0).sum(dim=1, dtype=torch.float64).split(counts)
-        quadratic = None if moments is None else _energy(difference, moments).split(counts)
+        quadratic = None if whole is None else _energy(difference, whole).split(counts)
         undone = None if linear is None else (difference * linear).sum(dim=1, dtype=torch.float64).split(counts)
         for i, name in enumerate(names):
             error = corrected = None
             if energy is not None and quadratic is not None:
-                whole, own = stable_sum(energy[i]), stable_sum(quadratic[i])
-                error = _ratio(math.sqrt(max(own, 0.0)), math.sqrt(whole))
-                corrected = None if undone is None else _ratio(own + 2 * stable_sum(undone[i]), whole)
+                layer, own = stable_sum(energy[i]), stable_sum(quadratic[i])
+                error = _ratio(math.sqrt(max(own, 0.0)), math.sqrt(layer))
+                corrected = None if undone is None else _ratio(own + 2 * stable_sum(undone[i]), layer)
             steps[name].append(Step(step, stable_sum(kept[i]), error, corrected))
 
     with timed("select"):
@@ -196,16 +197,17 @@ def _prune_group(
             scores, dense = scores[:, permutation].contiguous(), dense[:, permutation].contiguous()
             keep = select(scores, config.pattern)
             moments = None if moments is None else moments.permuted(permutation)
+            whole = None if moments is None else moments.whole()
             linear = None if linear is None else linear[:, permutation].contiguous()
             record("shuffle", torch.where(keep, 0, dense))
-    if config.refine and moments is not None:
+    if config.refine and moments is not None and whole is not None:
         with timed("refine"):
-            keep, shrinkage = _refine(dense, keep, moments, linear, config)
+            keep, shrinkage = _refine(dense, keep, moments, whole, linear, config)
             record("refinement", torch.where(keep, 0, dense))
     written: dict[str, torch.Tensor] = {}
-    if config.reconstruct and moments is not None:
+    if config.reconstruct and whole is not None:
         with timed("reconstruct"):
-            fitted = _reconstruct(dense, keep, moments, linear).to(next(iter(weights.values())).dtype)
+            fitted = _reconstruct(dense, keep, whole, linear).to(next(iter(weights.values())).dtype)
             if not bool(torch.isfinite(fitted).all()):
                 raise NumericsError(f"{names[0]}: reconstructed weights are beyond {fitted.dtype}")
             record("reconstruction", dense - torch.where(keep, fitted.to(torch.float32), 0))
@@ -229,33 +231,30 @@ def _refine(
     dense: torch.Tensor,
     keep: torch.Tensor,
     moments: SecondMoments,
+    whole: list[torch.Tensor],
     linear: torch.Tensor | None,
     config: PruneConfig,
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
     masks, strengths = [], []
-    for block, ((begin, end), whole) in enumerate(zip(moments.bounds, moments.whole(), strict=True)):
+    for block, (begin, end) in enumerate(moments.bounds):
         weight, mask = dense[:, begin:end], keep[:, begin:end]
         halves = moments.halves[0][block], moments.halves[1][block]
         strength = config.shrinkage
         if strength is None:
             strength = choose_shrinkage(weight, mask, halves, config.pattern)
         part = None if linear is None else linear[:, begin:end]
-        masks.append(refine_mask(weight, mask, whole, config.pattern, strength, part))
+        masks.append(refine_mask(weight, mask, whole[block], config.pattern, strength, part))
         strengths.append(strength)
     return torch.cat(masks, dim=1), tuple(strengths)
 
 
 def _reconstruct(
-    dense: torch.Tensor, keep: torch.Tensor, moments: SecondMoments, linear: torch.Tensor | None
+    dense: torch.Tensor, keep: torch.Tensor, whole: list[torch.Tensor], linear: torch.Tensor | None
 ) -> torch.Tensor:
-    parts = [slice(*bounds) for bounds in moments.bounds]
-    return torch.cat(
-        [
-            reconstruct_weight(dense[:, c], keep[:, c], whole, None if linear is None else linear[:, c])
-            for c, whole in zip(parts, moments.whole(), strict=True)
-        ],
-        dim=1,
-    )
+    widths = [len(block) for block in whole]
+    weights, masks = dense.split(widths, dim=1), keep.split(widths, dim=1)
+    slopes = [None] * len(whole) if linear is None else linear.split(widths, dim=1)
+    return torch.cat([reconstruct_weight(*part) for part in zip(weights, masks, whole, slopes, strict=True)], dim=1)
 
 
 def _times(rows: torch.Tensor, blocks: list[torch.Tensor]) -> torch.Tensor:
@@ -264,16 +263,11 @@ def _times(rows: torch.Tensor, blocks: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([part @ block for part, block in zip(parts, blocks, strict=True)], dim=1)
 
 
-def _energy(rows: torch.Tensor, moments: SecondMoments) -> torch.Tensor:
+def _energy(rows: torch.Tensor, moments: list[torch.Tensor]) -> torch.Tensor:
     """r H r^T of each row over all samples, float64 [out]; channels of different blocks count as uncorrelated."""
-    return sum(
-        (
-            quadratic_form(rows[:, begin:end], block)
-            for half in moments.halves
-            for (begin, end), block in zip(moments.bounds, half, strict=True)
-        ),
-        start=rows.new_zeros(len(rows), dtype=torch.float64),
-    )
+    parts = rows.split([len(block) for block in moments], dim=1)
+    energies = [quadratic_form(part, block) for part, block in zip(parts, moments, strict=True)]
+    return torch.stack(energies).sum(dim=0)
 
 
 def _ratio(value: float, whole: float) -> float:

@@ -1,6 +1,7 @@
 """A job resolved: model, plan, calibration tokens, arithmetic, and the identity that a resumed job must share."""
 
 import importlib.metadata
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 from streamprune.pipeline.plan import Plan, make_plan
+from streamprune_kernels import library
+
+logger = logging.getLogger("streamprune")
 
 # Settings that decide which outcome a block has, but no byte of a block with the same outcome: a stopped job may go on
 # under another budget, if every finished block would have ended the same way.
@@ -59,6 +63,11 @@ def resolve_job(
     """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work."""
     if is_packed(model):
         raise CheckpointError(f"{model}: is already an output of streamprune; give the dense model")
+    if library() is None:
+        logger.warning(
+            "streamprune was built without its compiled kernels: search and refinement take several times longer; "
+            "install a C++ compiler and then streamprune again"
+        )
     skeleton = build_skeleton(model)
     checkpoint = open_checkpoint(model)
     names = match_names(skeleton, checkpoint)

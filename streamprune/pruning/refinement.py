@@ -19,11 +19,12 @@ import torch
 from streamprune.config import NMPattern
 from streamprune_kernels import refine_rows
 
-BLOCK_WIDTH = 128  # columns refined before their changes are carried to the others by one product
-MAX_PASSES = 6  # what later passes gain is lost again on other text (docs/method.md)
+BLOCK_WIDTH = 192  # columns refined before their changes are carried to the others by one product
+MAX_PASSES = 4  # what later passes gain is lost again on other text (docs/method.md)
 LEAST_GAIN = 1e-6  # share of a group's sum of w^2 h that a change must save: below lies float32's noise
-SHRINKAGES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)  # tried on one half of the samples and judged on the other
-SHRINKAGE_ROWS = 256  # rows that the strength is chosen on
+SHRINKAGES = (0.05, 0.15, 0.3, 0.5)  # tried on one half of the samples and judged on the other
+SHRINKAGE_ROWS = 64  # rows that the strength is chosen on
+SHRINKAGE_PASSES = 2
 MOST_PATTERNS = 256  # more are not tried one by one
 
 
@@ -34,6 +35,7 @@ def refine_mask(
     pattern: NMPattern,
     shrinkage: float,
     linear: torch.Tensor | None = None,
+    passes: int = MAX_PASSES,
 ) -> torch.Tensor:
     """A mask bool [out, in] whose objective under the shrunk moments is at most that of `keep`, row by row.
 
@@ -43,11 +45,13 @@ def refine_mask(
     places = group_patterns(pattern)
     off_diagonal = 1.0 - shrinkage
     refined = keep.clone()
-    q = torch.where(keep, 0, weight) @ moments
+    dropped = torch.where(keep, 0, weight)
+    q = dropped @ moments
+    before = _objective(dropped, q, moments, shrinkage, linear)
     if linear is not None:
-        q += linear / off_diagonal  # the kernel scales what lies outside a group by off_diagonal
+        q = q + linear / off_diagonal  # the kernel scales what lies outside a group by off_diagonal
     width = max(BLOCK_WIDTH // pattern.group_size, 1) * pattern.group_size
-    for _ in range(MAX_PASSES):
+    for _ in range(passes):
         changed = 0
         for begin in range(0, weight.shape[1], width):
             columns = slice(begin, begin + width)
@@ -63,8 +67,7 @@ def refine_mask(
                 changed += count
         if not changed:
             break
-    before, after = (objective(weight, mask, moments, shrinkage, linear) for mask in (keep, refined))
-    worse = after > before
+    worse = objective(weight, refined, moments, shrinkage, linear) > before
     refined[worse] = keep[worse]  # q's rounding could have misled a row
     return refined
 
@@ -77,15 +80,16 @@ def choose_shrinkage(
 ) -> float:
     """How far to shrink the moments of all samples: the strength that serves best from one half to the other.
 
-    Judged on a part of the rows, and halved in weight because all samples are twice as many as a half: a strength of s
-    on half of the samples stands for s / (2 - s) on all of them.
+    Judged on a part of the rows. All samples are twice as many as a half: a strength of s on a half stands for
+    s / (2 - s) on all of them.
     """
     rows = slice(None, None, max(1, weight.shape[0] // SHRINKAGE_ROWS))
     weight, keep = weight[rows].contiguous(), keep[rows]
     seen, unseen = halves
 
     def held_out(strength: float) -> float:
-        return float(objective(weight, refine_mask(weight, keep, seen, pattern, strength), unseen).sum())
+        refined = refine_mask(weight, keep, seen, pattern, strength, passes=SHRINKAGE_PASSES)
+        return float(objective(weight, refined, unseen).sum())
 
     best = min(SHRINKAGES, key=held_out)
     return best / (2 - best)
@@ -100,16 +104,23 @@ def objective(
 ) -> torch.Tensor:
     """d H d^T + 2 d l^T of each row's dropped weights, float64 [out], off-diagonal H times 1 - shrinkage."""
     dropped = torch.where(keep, 0, weight)
-    error = quadratic_form(dropped, moments, shrinkage)
-    return error if linear is None else error + 2 * (dropped * linear).sum(dim=1, dtype=torch.float64)
+    return _objective(dropped, dropped @ moments, moments, shrinkage, linear)
 
 
-def quadratic_form(rows: torch.Tensor, moments: torch.Tensor, shrinkage: float = 0) -> torch.Tensor:
+def quadratic_form(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """r H r^T of each row, float64 [out]; rows [out, in] and moments [in, in] float32."""
-    whole = ((rows @ moments) * rows).sum(dim=1, dtype=torch.float64)
-    if not shrinkage:
-        return whole
-    return (1 - shrinkage) * whole + shrinkage * (rows.square() @ moments.diagonal()).to(torch.float64)
+    return ((rows @ moments) * rows).sum(dim=1, dtype=torch.float64)
+
+
+def _objective(
+    dropped: torch.Tensor, product: torch.Tensor, moments: torch.Tensor, shrinkage: float, linear: torch.Tensor | None
+) -> torch.Tensor:
+    """The objective where `product` is dropped @ moments."""
+    value = (product * dropped).sum(dim=1, dtype=torch.float64)
+    if shrinkage:
+        diagonal = (dropped.square() @ moments.diagonal()).to(torch.float64)
+        value = (1 - shrinkage) * value + shrinkage * diagonal
+    return value if linear is None else value + 2 * (dropped * linear).sum(dim=1, dtype=torch.float64)
 
 
 @cache

@@ -25,7 +25,8 @@ from streamprune_kernels import excess_sums
 MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in practice after 10 to 20
 MIN_RELATIVE_GAIN = 1e-6  # a swap must gain this share of its group's score: below lies float32's noise
 ASSIGNMENT_ROUNDS = 8  # each goes once through the places of the groups
-MIN_ROUND_GAIN = 1e-4  # a round of assignments must raise the retained score by this share for another to follow
+ASSIGNMENT_GROUPS = 96  # in one assignment
+MIN_ROUND_GAIN = 5e-4  # share of what all places add that a round must gain for another to follow
 
 
 def search_permutation(scores: torch.Tensor, config: PruneConfig) -> torch.Tensor:
@@ -36,6 +37,7 @@ def search_permutation(scores: torch.Tensor, config: PruneConfig) -> torch.Tenso
     """
     objective = scores.square() if config.objective == "energy" else scores
     best = torch.arange(scores.shape[1], device=scores.device)
+    retained = _retained(objective, best, config.pattern)
     for stage in config.search_stages:
         if stage == "local":
             found = local_shuffle(objective, best, config.pattern, config.shuffle_block)
@@ -43,7 +45,9 @@ def search_permutation(scores: torch.Tensor, config: PruneConfig) -> torch.Tenso
             found = assignment_shuffle(objective, best, config.pattern)
         else:
             found = global_shuffle(objective, config.pattern, snake=stage == "global")
-        best = _better(objective, best, found, config.pattern)
+        now = _retained(objective, found, config.pattern)
+        if now > retained:
+            best, retained = found, now
     return best
 
 
@@ -65,27 +69,37 @@ def assignment_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPat
 
     For each place of the groups in turn the channels there are taken out and dealt anew, each group getting one, so
     that the sum of what they add to the retained score is the greatest possible. Rounds follow until one gains little.
+    Many groups are assigned in parts, drawn anew each time: the cost of one assignment grows with their cube.
     """
     channels_first = scores.T.contiguous()
     groups = start.view(-1, pattern.group_size).clone()
-    if len(groups) < 2:
-        return start
+    count = len(groups)
+    parts = -(-count // ASSIGNMENT_GROUPS)
+    generator = torch.Generator().manual_seed(0)
     for _ in range(ASSIGNMENT_ROUNDS):
         gained = total = 0.0
         for place in range(pattern.group_size):
-            others = [channels_first[groups[:, i]] for i in range(pattern.group_size) if i != place]
-            candidates = groups[:, place]
-            gain = excess_sums(channels_first[candidates], nth_best(others, pattern.kept)).cpu()
-            _, chosen = linear_sum_assignment(gain.numpy(), maximize=True)
-            taken = torch.from_numpy(chosen)
-            now = gain.diagonal().sum(dtype=torch.float64)
-            gained += float(gain.gather(1, taken[:, None]).sum(dtype=torch.float64) - now)
-            total += float(now)
-            groups[:, place] = candidates[taken.to(candidates.device)]
-        # what all places add is N / M of the groups' score at least: a bound on the share is enough to stop
+            order = torch.randperm(count, generator=generator).to(groups.device) if parts > 1 else torch.arange(count)
+            for part in order.tensor_split(parts):
+                gain = _gain_of_place(channels_first, groups[part], place, pattern)
+                _, chosen = linear_sum_assignment(gain.numpy(), maximize=True)
+                taken = torch.from_numpy(chosen)
+                now = float(gain.diagonal().sum(dtype=torch.float64))
+                gained += float(gain.gather(1, taken[:, None]).sum(dtype=torch.float64)) - now
+                total += now
+                groups[part, place] = groups[part[taken.to(part.device)], place]
         if gained <= MIN_ROUND_GAIN * total:
             break
     return ascending_in_groups(groups.reshape(-1), pattern)
+
+
+def _gain_of_place(channels_first: torch.Tensor, groups: torch.Tensor, place: int, pattern: NMPattern) -> torch.Tensor:
+    """What each candidate adds to each group [groups, candidates]: the candidates are the groups' channels at a place.
+
+    On the CPU, where assignments are solved.
+    """
+    others = [channels_first[groups[:, i]] for i in range(pattern.group_size) if i != place]
+    return excess_sums(channels_first[groups[:, place]], nth_best(others, pattern.kept)).cpu()
 
 
 def local_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPattern, block: int) -> torch.Tensor:
@@ -125,12 +139,9 @@ def nth_best(columns: Sequence[torch.Tensor], n: int) -> torch.Tensor:
     return best
 
 
-def _better(scores: torch.Tensor, one: torch.Tensor, other: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    retained = []
-    for permutation in (one, other):
-        permuted = scores[:, permutation]
-        retained.append(retained_score(permuted, select(permuted, pattern)))
-    return other if retained[1] > retained[0] else one
+def _retained(scores: torch.Tensor, permutation: torch.Tensor, pattern: NMPattern) -> float:
+    permuted = scores.index_select(1, permutation)
+    return retained_score(permuted, select(permuted, pattern))
 
 
 def _search_block(s: torch.Tensor, channels: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
