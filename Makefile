@@ -9,10 +9,10 @@ TEXT := demo/text
 PRUNED := demo/pruned
 
 .DEFAULT_GOAL := help
-.PHONY: help setup inputs demo test verify check bench clean
+.PHONY: help setup inputs demo test verify check bench bench-quality clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 setup: $(INSTALLED)  ## make .venv with everything that development needs
 
@@ -48,6 +48,10 @@ check: setup  ## formatting, lint, types; prints the line count
 
 bench: setup inputs  ## time compress against two plain forward passes
 	$(RUN) examples/benchmarks/bench_compress.py
+
+bench-quality: setup inputs  ## perplexity of every method and step; hours, and goes on where it was interrupted
+	$(RUN) examples/small_opt.py demo
+	$(RUN) examples/benchmarks/bench_quality.py demo
 
 clean:  ## remove the demo's output and all caches, not .venv nor the downloaded inputs
 	rm -rf $(PRUNED) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -94,6 +94,7 @@ def show_compression(result: Any) -> None:
         ("model", f"{_size(result.source_bytes)} -> {_size(result.output_bytes)}"),
         ("pruned layers", f"{_size(result.dense_bytes)} -> {_size(result.packed_bytes)} ({share:.2%})"),
         ("permutations", f"{_size(result.permutation_bytes)} stored beside them"),
+        *([("second moments", f"{_size(result.moments_bytes)} at once")] if result.moments_bytes else []),
         ("worst block", f"{result.worst_block[0]}  block error {result.worst_block[1]:.4f}"),
         *(("worst layer", f"{name}  layer error {error:.4f}") for name, error in result.worst_layers),
         *(("kept dense", f"{name} (above the budget)") for name in result.kept_dense),
@@ -103,6 +104,11 @@ def show_compression(result: Any) -> None:
     rows += [("not pruned", text) for text in unfit[:10]]
     if len(unfit) > 10:
         rows.append(("not pruned", f"and {len(unfit) - 10} more; see streamprune inspect"))
+    if result.layers_in_moment_blocks:
+        count, first = len(result.layers_in_moment_blocks), result.layers_in_moment_blocks[0]
+        rows.append(("in blocks", f"{count} layers' inputs are wider than --moments-width (first {first})"))
+    if result.reconstructed:
+        rows.append(("reconstructed", "kept weights were fitted: they are NOT the source's"))
     rows.append(("manifest sha256", result.manifest_sha256))
     click.echo(f"{result.status}: {result.out}, {result.blocks} blocks")
     for label, text in rows:

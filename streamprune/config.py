@@ -81,7 +81,7 @@ class PruneConfig:
 
     pattern: NMPattern = NMPattern(2, 4)
     metric: Metric = "esparse"
-    shuffle: str = "global+assignment"
+    shuffle: str = "assignment"
     fold: Fold = "heads"
     objective: Objective = "score"
     shuffle_block: int = 64

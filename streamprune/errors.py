@@ -15,6 +15,9 @@
 Every message is one line that says what is wrong, where, and what to do about it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class StreampruneError(Exception):
     """Base of every error that streamprune raises on purpose; `exit_code` is the command line's."""
@@ -76,3 +79,12 @@ class Interrupted(StreampruneError):
     """Stopped by a signal at a safe point; the same command goes on from there."""
 
     exit_code = 85
+
+
+@contextmanager
+def numerics_named(layer: str) -> Iterator[None]:
+    """Say in which layer it was that a number was not finite."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"{layer}: {error}") from error

@@ -75,6 +75,9 @@ class CompressResult:
     worst_block: tuple[str, float]  # by block_error
     kept_dense: tuple[str, ...]  # blocks above the budget
     dense_layers: dict[str, str]  # linear layers that the pattern does not fit, with reasons
+    moments_bytes: int  # of second moments held at once, most of any block
+    layers_in_moment_blocks: tuple[str, ...]  # whose inputs were too wide for one matrix of second moments
+    reconstructed: bool  # kept weights were fitted: they are not the source's
     manifest_sha256: str
 
 
@@ -295,5 +298,8 @@ def _result(status: str, out: Path, manifest: dict[str, Any], timings: dict[str,
         worst_block=(block["name"], block["block_error"]),
         kept_dense=tuple(block["name"] for block in blocks if block["outcome"] == "kept dense"),
         dense_layers=manifest["dense_layers"],
+        moments_bytes=max(block["moments"]["bytes"] for block in blocks),
+        layers_in_moment_blocks=tuple(name for block in blocks for name in block["moments"]["layers_in_blocks"]),
+        reconstructed=manifest["identity"]["settings"]["reconstruct"],
         manifest_sha256=file_digest(out / MANIFEST_FILE),
     )

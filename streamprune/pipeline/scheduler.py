@@ -10,8 +10,8 @@ blocks alone (the reference), and compares each layer's inputs there with those 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ from streamprune.checkpoint.reader import open_file, tensor_digest
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.checkpoint.writer import file_digest, write_safetensors
 from streamprune.config import PruneConfig
-from streamprune.errors import BlockErrorExceeded, CheckpointError, Interrupted, JobMismatchError, NumericsError
+from streamprune.errors import (
+    BlockErrorExceeded,
+    CheckpointError,
+    Interrupted,
+    JobMismatchError,
+    numerics_named,
+)
 from streamprune.model.arithmetic import peak_memory_bytes
 from streamprune.model.blocks import dense_block, inputs_observed, run_block
 from streamprune.model.streaming import BlockArguments, advance, embed, input_parameters, load_block, read_outer
@@ -288,7 +294,7 @@ def _dense_pass(
         inputs = dict(seen)
         with timed("statistics"):
             for layer, accumulator in accumulators.items():
-                with _named(layer):
+                with numerics_named(layer):
                     accumulator.add(inputs[layer])
         position, skipped = divmod(sequence, job.config.correction_stride)
         if streams.reference is None or reference is None or skipped:
@@ -388,12 +394,3 @@ def _sparse_pass(
 
 def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.cpu() if tensor is not None else None
-
-
-@contextmanager
-def _named(layer: str) -> Iterator[None]:
-    """Say in whose input it was that a number was not finite."""
-    try:
-        yield
-    except NumericsError as error:
-        raise NumericsError(f"{layer}: {error}") from error

@@ -51,6 +51,18 @@ def search_permutation(scores: torch.Tensor, config: PruneConfig) -> torch.Tenso
     return best
 
 
+def search_in_heads(scores: torch.Tensor, heads: tuple[int, int, int], config: PruneConfig) -> torch.Tensor:
+    """As `search_permutation`, inside heads: one order for each KV head, serving all of its query heads.
+
+    heads: query heads, KV heads, size of a head. The query heads' columns are searched as stacked rows.
+    """
+    query_heads, kv_heads, head_dim = heads
+    share = query_heads // kv_heads
+    by_head = scores.view(-1, kv_heads, share, head_dim).permute(1, 0, 2, 3)
+    inside = [search_permutation(by_head[head].reshape(-1, head_dim), config) for head in range(kv_heads)]
+    return torch.cat([head * head_dim + inside[head // share] for head in range(query_heads)])
+
+
 def global_shuffle(scores: torch.Tensor, pattern: NMPattern, snake: bool = True) -> torch.Tensor:
     """Deal the channels, ordered by their mean score, out to the groups in turn (E-Sparse, global naive shuffle).
 

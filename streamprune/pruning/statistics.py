@@ -144,6 +144,11 @@ class SecondMoments:
         return SecondMoments((gather(even), gather(odd)), gather(self.cross) if self.cross else None, self.bounds)
 
     @property
+    def widths(self) -> list[int]:
+        """Channels of each block."""
+        return [end - begin for begin, end in self.bounds]
+
+    @property
     def size_bytes(self) -> int:
         return sum(m.numel() * m.itemsize for blocks in (*self.halves, self.cross or []) for m in blocks)
 
