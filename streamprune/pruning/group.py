@@ -16,7 +16,7 @@ from streamprune.errors import NumericsError
 from streamprune.pruning.metrics import score
 from streamprune.pruning.reconstruction import reconstruct_weight
 from streamprune.pruning.refinement import choose_shrinkage, quadratic_form, refine_mask
-from streamprune.pruning.selection import select, stable_sum
+from streamprune.pruning.selection import select, stable_product, stable_sum
 from streamprune.pruning.shuffle import search_in_heads, search_permutation
 from streamprune.pruning.statistics import ChannelStatistics, SecondMoments
 
@@ -78,7 +78,7 @@ class _Problem:
         moments, linear = statistics.moments, None
         if moments is not None and moments.cross is not None:
             parts = zip(weight.split(moments.widths, dim=1), moments.cross, strict=True)
-            linear = config.correction * torch.cat([part @ cross for part, cross in parts], dim=1)
+            linear = config.correction * torch.cat([stable_product(*part) for part in parts], dim=1)
         return cls(scores, weight, moments, None if moments is None else moments.whole(), linear)
 
     def permuted(self, p: torch.Tensor) -> "_Problem":

@@ -5,6 +5,8 @@ This changes kept weights, which everything else here never does; it is off unle
 
 import torch
 
+from streamprune.pruning.selection import stable_product
+
 DAMPING = 0.01  # share of the mean diagonal that is added to H, as SparseGPT does
 ITERATIONS = 48  # of conjugate gradients; the error changes by less than 1e-3 after 30 on SmolLM2's layers
 
@@ -23,14 +25,14 @@ def reconstruct_weight(
     inverse = torch.where(keep, 1 / (diagonal + damping).clamp(min=torch.finfo(torch.float32).tiny), 0)
     fitted = torch.where(keep, weight, 0)
     missing = weight - fitted
-    slope = missing @ moments + damping * missing
+    slope = stable_product(missing, moments) + damping * missing
     residual = torch.where(keep, slope if linear is None else slope + linear, 0)
     scaled = inverse * residual
     direction = scaled
     energy = (residual * scaled).sum(dim=1, keepdim=True)
     tiny = torch.finfo(torch.float32).tiny
     for _ in range(ITERATIONS):
-        product = torch.where(keep, direction @ moments + damping * direction, 0)
+        product = torch.where(keep, stable_product(direction, moments) + damping * direction, 0)
         step = energy / (direction * product).sum(dim=1, keepdim=True).clamp(min=tiny)
         fitted = fitted + step * direction
         residual = residual - step * product

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from streamprune.config import NMPattern
+from streamprune.pruning.selection import stable_product
 from streamprune_kernels import refine_rows
 
 BLOCK_WIDTH = 192  # columns refined before their changes are carried to the others by one product
@@ -46,7 +47,7 @@ def refine_mask(
     off_diagonal = 1.0 - shrinkage
     refined = keep.clone()
     dropped = torch.where(keep, 0, weight)
-    q = dropped @ moments
+    q = stable_product(dropped, moments)
     before = _objective(dropped, q, moments, shrinkage, linear)
     if linear is not None:
         q = q + linear / off_diagonal  # the kernel scales what lies outside a group by off_diagonal
@@ -104,12 +105,12 @@ def objective(
 ) -> torch.Tensor:
     """d H d^T + 2 d l^T of each row's dropped weights, float64 [out], off-diagonal H times 1 - shrinkage."""
     dropped = torch.where(keep, 0, weight)
-    return _objective(dropped, dropped @ moments, moments, shrinkage, linear)
+    return _objective(dropped, stable_product(dropped, moments), moments, shrinkage, linear)
 
 
 def quadratic_form(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """r H r^T of each row, float64 [out]; rows [out, in] and moments [in, in] float32."""
-    return ((rows @ moments) * rows).sum(dim=1, dtype=torch.float64)
+    return (stable_product(rows, moments) * rows).sum(dim=1, dtype=torch.float64)
 
 
 def _objective(
@@ -118,7 +119,7 @@ def _objective(
     """The objective where `product` is dropped @ moments."""
     value = (product * dropped).sum(dim=1, dtype=torch.float64)
     if shrinkage:
-        diagonal = (dropped.square() @ moments.diagonal()).to(torch.float64)
+        diagonal = (dropped.square() * moments.diagonal()).sum(dim=1, dtype=torch.float64)
         value = (1 - shrinkage) * value + shrinkage * diagonal
     return value if linear is None else value + 2 * (dropped * linear).sum(dim=1, dtype=torch.float64)
 

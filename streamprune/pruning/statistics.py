@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
+from streamprune.pruning.selection import stable_product
 from streamprune_kernels import add_range, count_bins
 
 LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
@@ -56,6 +57,7 @@ class StatisticsAccumulator:
         if config.needs_moments:
             self.moments = SecondMoments.zeros(channels, config, device, unit or config.pattern.group_size)
         self.tokens = 0
+        self.reference_tokens = 0
         self.sequences = 0
 
     def add(self, x: torch.Tensor) -> None:
@@ -77,6 +79,7 @@ class StatisticsAccumulator:
             raise ValueError("a reference needs second moments")
         x = x.to(torch.float32)
         self.moments.add_cross(dense.to(torch.float32) - x, x)
+        self.reference_tokens += x.shape[0]
 
     def result(self) -> ChannelStatistics:
         """The statistics so far; nothing may be added afterwards."""
@@ -86,6 +89,8 @@ class StatisticsAccumulator:
             entropy = histogram_entropy(self.histogram.coarse(self.config.entropy_bins, shared))
         if self.moments is not None:
             self.moments.mirror()
+            for cross in self.moments.cross or ():
+                cross *= self.tokens / max(self.reference_tokens, 1)
         return ChannelStatistics(self.square_sum, entropy, self.moments, self.tokens, self.sequences)
 
 
@@ -116,12 +121,13 @@ class SecondMoments:
         for moments, (begin, end) in zip(self.halves[half], self.bounds, strict=True):
             for first in range(begin, end, STRIP_WIDTH):
                 strip = x[:, first : min(first + STRIP_WIDTH, end)]
-                moments[first - begin : first - begin + STRIP_WIDTH, first - begin :].addmm_(strip.T, x[:, first:end])
+                rows = slice(first - begin, first - begin + STRIP_WIDTH)
+                stable_product(strip.T, x[:, first:end], into=moments[rows, first - begin :])
 
     def add_cross(self, difference: torch.Tensor, x: torch.Tensor) -> None:
         """Add (X_dense - X)^T X of one sequence; both float32 [tokens, in]."""
         for cross, (begin, end) in zip(self.cross or (), self.bounds, strict=True):
-            cross.addmm_(difference[:, begin:end].T, x[:, begin:end])
+            stable_product(difference[:, begin:end].T, x[:, begin:end], into=cross)
 
     def mirror(self) -> None:
         """Fill what lies left of the diagonal strips."""
