@@ -184,8 +184,8 @@ INLINE float cheapest_exchange(const float* term, int m, const uint8_t* kept, ui
 //   last row is what a cost starts with: 0, or infinity in the lanes that are no pattern
 // A pattern costs the sum of u_i over the places i that it drops, and of a_ij over their pairs i < j, with
 //   u_i = w_i^2 h_ii + 2 w_i (q_i less the group's own part),  a_ij = 2 w_i w_j h_ij
-// where off-diagonal h (and so q) count `off` times. q is the row of D H (D: the dropped weights); here it is kept up
-// to date within the block, outside by the caller from `change`, the difference in D. Without patterns (0 of them) the
+// where off-diagonal h counts `off` times. q is the row of off D H + linear term (D: the dropped weights); here it is
+// kept up to date within the block, outside by the caller from `change`, the difference in D. Without patterns (0 of them) the
 // best exchange of one kept place for a dropped one is tried instead. A change must lower the cost by
 // least_gain of the group's sum of w^2 h. Returns how many groups changed.
 template <int M>
@@ -208,7 +208,7 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* chang
             for (int i = 0; i < m; i++) {
                 float own = w[g + i] * w[g + i] * h[(g + i) * width + g + i];
                 energy += own;
-                rest[i] = 2 * off * w[g + i] * running[g + i] + own - 2 * off * own * dropped[i];
+                rest[i] = 2 * w[g + i] * running[g + i] + own - 2 * off * own * dropped[i];
             }
             for (int i = 0; i < m; i++)
                 for (int j = i + 1; j < m; j++, pair++) {
@@ -231,7 +231,7 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* chang
                 kept[g + i] = wanted;
                 difference[g + i] += delta;
                 const float* line = h + (g + i) * width;
-                for (int64_t k = 0; k < width; k++) running[k] += delta * line[k];
+                for (int64_t k = 0; k < width; k++) running[k] += off * delta * line[k];
             }
         }
     }

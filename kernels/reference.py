@@ -88,8 +88,8 @@ def refine_rows(
 
     weight, q, change float32 [rows, width] and keep bool [rows, width], the last three updated in place; moments
     float32 [width, width]; places bool [patterns, M], or [0, M] for all exchanges of one kept place for a dropped one.
-    With D the dropped weights and q = D H, a group takes the pattern that costs least given the others,
-    d H_gg d^T + 2 d (q_g - own part) with off-diagonal entries times `off_diagonal`, where that saves more than
+    With D the dropped weights, off-diagonal H times `off_diagonal` and q = off_diagonal D H + a linear term, a group
+    takes the pattern that costs least given the others, d H_gg d^T + 2 d (q_g - own part), where that saves more than
     `least_gain` of the group's sum of w^2 h. `change` collects the differences in D.
     """
     m = places.shape[1]
@@ -100,7 +100,7 @@ def refine_rows(
         diagonal = h.diagonal()
         scaled = off_diagonal * h + (1 - off_diagonal) * torch.diag(diagonal)
         dropped = torch.where(kept, 0, w)
-        linear = 2 * off_diagonal * (q[:, columns] - dropped @ h)
+        linear = 2 * (q[:, columns] - off_diagonal * dropped @ h)
         options = places.expand(len(w), -1, -1) if len(places) else _exchanges(kept)
         d = torch.where(options, 0, w[:, None, :])  # [rows, options, M]
         cost = ((d @ scaled) * d).sum(dim=2) + (d * linear[:, None, :]).sum(dim=2)
@@ -110,7 +110,7 @@ def refine_rows(
         delta = d[rows, best[rows]] - dropped[rows]
         keep[rows, columns] = options[rows, best[rows]]
         change[rows, columns] += delta
-        q[rows] += delta @ moments[columns]
+        q[rows] += off_diagonal * delta @ moments[columns]
         changed += len(rows)
     return changed
 

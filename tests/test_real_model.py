@@ -152,10 +152,27 @@ def test_shuffles_never_lose_and_nearly_always_gain(pruned: Path) -> None:
         for group in GROUPS:
             members = [layer for layer in block["layers"] if layer["name"].endswith(group)]
             assert len(members) == len(group)
-            start = sum(layer["retained_score_start"] for layer in members)
-            assert sum(layer["retained_score"] for layer in members) >= start
-    raised = [layer["retained_score"] > layer["retained_score_start"] for layer in layers.values()]
+            steps = [{step["name"]: step["retained_score"] for step in layer["steps"]} for layer in members]
+            found = [step.get("shuffle", step["selection"]) for step in steps]
+            assert sum(found) >= sum(step["selection"] for step in steps)
+    raised = [layer["steps"][1]["retained_score"] > layer["steps"][0]["retained_score"] for layer in layers.values()]
+    assert {layer["steps"][1]["name"] for layer in layers.values()} == {"shuffle"}
     assert sum(raised) >= 0.9 * len(raised)
+
+
+def test_refinement_lowers_every_layers_error_and_names_its_shrinkage(pruned: Path) -> None:
+    """Of all the layers together that share an input, by the objective that it lowers; the outputs' error by much."""
+    blocks = tiny.read_json(pruned / tiny.MANIFEST)["blocks"]
+    ratios = []
+    for block in blocks:
+        for layer in block["layers"]:
+            shuffled, refined = layer["steps"][-2:]
+            assert refined["name"] == "refinement"
+            assert len(layer["shrinkage"]) == 1
+            ratios.append(refined["output_error"] / shuffled["output_error"])
+    assert len(ratios) == 210
+    assert max(ratios) < 1
+    assert sum(ratios) / len(ratios) < 0.95
 
 
 def numpy_entropy(x: numpy.ndarray, bins: int) -> numpy.ndarray:
@@ -179,7 +196,7 @@ def test_esparse_scores_are_those_of_numpy_on_real_activations(
     exact = esparse_score(weight.double(), torch.from_numpy(entropy), torch.from_numpy(norm), 1.0)
     numpy.testing.assert_allclose(exact.numpy(), expected, rtol=1e-12)
 
-    accumulator = StatisticsAccumulator(x.shape[1], 100, torch.device("cpu"))
+    accumulator = StatisticsAccumulator(x.shape[1], PruneConfig(refine=False), torch.device("cpu"))
     for sequence in activations[layer].split(LENGTH):
         accumulator.add(sequence)
     statistics = accumulator.result()
@@ -204,7 +221,7 @@ def test_wanda_masks_are_those_of_a_wanda_in_five_lines(
 
     with pytest.raises(Interrupted):
         compress(
-            model, out, metric="wanda", shuffle="none", calibration=str(CALIBRATION), samples=SAMPLES,
+            model, out, metric="wanda", shuffle="none", refine=False, calibration=str(CALIBRATION), samples=SAMPLES,
             sequence_length=LENGTH, should_stop=should_stop,
         )  # fmt: skip
     written = packed_reader.open_folder(out)

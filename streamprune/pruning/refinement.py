@@ -49,14 +49,15 @@ def refine_mask(
     dropped = torch.where(keep, 0, weight)
     q = stable_product(dropped, moments)
     before = _objective(dropped, q, moments, shrinkage, linear)
+    q *= off_diagonal
     if linear is not None:
-        q = q + linear / off_diagonal  # the kernel scales what lies outside a group by off_diagonal
+        q += linear
     width = max(BLOCK_WIDTH // pattern.group_size, 1) * pattern.group_size
     for _ in range(passes):
         changed = 0
         for begin in range(0, weight.shape[1], width):
             columns = slice(begin, begin + width)
-            block_keep, block_q = refined[:, columns].contiguous(), q[:, columns].contiguous()
+            block_keep, block_q = _copy(refined[:, columns]), _copy(q[:, columns])
             change = torch.zeros_like(block_q)
             block_weight, block_moments = weight[:, columns].contiguous(), moments[columns, columns].contiguous()
             count = refine_rows(
@@ -64,7 +65,7 @@ def refine_mask(
             )
             if count:
                 refined[:, columns] = block_keep
-                q.addmm_(change, moments[columns])
+                q.addmm_(change, moments[columns], alpha=off_diagonal)
                 changed += count
         if not changed:
             break
@@ -87,6 +88,8 @@ def choose_shrinkage(
     rows = slice(None, None, max(1, weight.shape[0] // SHRINKAGE_ROWS))
     weight, keep = weight[rows].contiguous(), keep[rows]
     seen, unseen = halves
+    if not bool(unseen.any()):  # a single sequence: nothing to judge by, so trust it least
+        return SHRINKAGES[-1] / (2 - SHRINKAGES[-1])
 
     def held_out(strength: float) -> float:
         refined = refine_mask(weight, keep, seen, pattern, strength, passes=SHRINKAGE_PASSES)
@@ -122,6 +125,10 @@ def _objective(
         diagonal = (dropped.square() * moments.diagonal()).sum(dim=1, dtype=torch.float64)
         value = (1 - shrinkage) * value + shrinkage * diagonal
     return value if linear is None else value + 2 * (dropped * linear).sum(dim=1, dtype=torch.float64)
+
+
+def _copy(block: torch.Tensor) -> torch.Tensor:
+    return block.clone(memory_format=torch.contiguous_format)
 
 
 @cache

@@ -60,6 +60,7 @@ def test_identity_names_what_decides_the_bytes() -> None:
         "device": "cpu",
         "dtype": "bfloat16",
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "kernels": "compiled",
     }
     assert name_of(torch.float32) == "float32"
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.model.skeleton import build_skeleton
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
+from streamprune.pipeline.progress import StageTimes
 from streamprune.pruning.statistics import ChannelStatistics, StatisticsAccumulator
 
 TOKENS = torch.tensor([[ord(character) for character in tiny.text(200, seed=5)]])
@@ -26,12 +27,12 @@ def logits(model: Any) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-def statistics_of(model: Any, layers: list[str]) -> dict[str, ChannelStatistics]:
+def statistics_of(model: Any, layers: list[str], config: PruneConfig) -> dict[str, ChannelStatistics]:
     """Statistics of the layers' inputs, by plain hooks on the plain model."""
     accumulators, handles = {}, []
     for name in layers:
         module = model.get_submodule(name)
-        accumulators[name] = StatisticsAccumulator(module.in_features, 100, torch.device("cpu"))
+        accumulators[name] = StatisticsAccumulator(module.in_features, config, torch.device("cpu"))
 
         def hook(module: Any, inputs: Any, name: str = name) -> None:
             accumulators[name].add(inputs[0].reshape(-1, inputs[0].shape[-1]).float())
@@ -47,12 +48,12 @@ def prune_all(folder: Path, config: PruneConfig) -> list[PrunedBlock]:
     skeleton, tensors = build_skeleton(folder), tiny.read_tensors(folder)
     groups = [skeleton.group_layers(index) for index in range(len(skeleton.blocks))]
     layers = [[name for _, names in block for name in names] for block in groups]
-    statistics = statistics_of(load(folder), [name for block in layers for name in block])
+    statistics = statistics_of(load(folder), [name for block in layers for name in block], config)
     m = config.pattern.group_size
     return [
         prune_block(
             skeleton, index, tensors, statistics,
-            {name for name in layers[index] if tensors[f"{name}.weight"].shape[1] % m == 0}, config,
+            {name for name in layers[index] if tensors[f"{name}.weight"].shape[1] % m == 0}, config, StageTimes(),
         )
         for index in range(len(skeleton.blocks))
     ]  # fmt: skip

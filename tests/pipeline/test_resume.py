@@ -1,6 +1,7 @@
 """A job that was stopped, killed or damaged goes on to the bytes of an uninterrupted one, and does no block twice."""
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -82,13 +83,20 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [remove, truncate, damage])
+@pytest.mark.parametrize("names", [("hidden",), ("reference",), ("hidden", "reference")], ids="+".join)
 def test_torn_hidden_states_are_made_again(
-    harm: Callable[[Path], None], prune: Prune, outputs: Callable[..., Path], pruned_blocks: list[int], tmp_path: Path
+    names: tuple[str, ...],
+    harm: Callable[[Path], None],
+    prune: Prune,
+    outputs: Callable[..., Path],
+    pruned_blocks: list[int],
+    tmp_path: Path,
 ) -> None:
-    """By replaying the packed blocks: the finished ones are not pruned again."""
+    """By replaying the packed blocks, the reference's by the source's: the finished ones are not pruned again."""
     expected = tiny.digests(outputs("llama"))
     stop_after(prune, tmp_path / "out", 2)
-    harm(tmp_path / "out" / ".work" / "hidden-00002.bin")
+    for name in names:
+        harm(tmp_path / "out" / ".work" / f"{name}-00002.bin")
     pruned_blocks.clear()
     prune("llama", tmp_path / "out")
     assert pruned_blocks == [2]
@@ -100,6 +108,7 @@ def test_replaying_a_block_kept_dense(prune: Prune, outputs: Callable[..., Path]
     expected = tiny.digests(outputs("llama", **budget))
     stop_after(prune, tmp_path / "out", 2, **budget)
     remove(tmp_path / "out" / ".work" / "hidden-00002.bin")
+    remove(tmp_path / "out" / ".work" / "reference-00002.bin")
     prune("llama", tmp_path / "out", **budget)
     assert tiny.digests(tmp_path / "out") == expected
 
@@ -131,7 +140,7 @@ def test_cut_at_every_write(
     prune: Prune, outputs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whichever file is being written when the power goes, the end is the same."""
-    settings = {"samples": 1, "shuffle": "none"}
+    settings = {"samples": 1, "shuffle": "none", "refine": False}
     expected = tiny.digests(outputs("opt", **settings))
     original = Path.replace
     remaining = 0
@@ -159,7 +168,7 @@ def test_cut_at_every_write(
 
 
 KILLED_AFTER_TWO_BLOCKS = """
-import os, signal, sys
+import json, os, signal, sys
 from streamprune.pipeline.compress import compress
 from streamprune.pipeline.journal import Journal
 
@@ -171,11 +180,15 @@ def record_and_die(journal, index, entry):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Journal.record = record_and_die
-compress(sys.argv[1], sys.argv[2], calibration=sys.argv[3], samples=4, sequence_length=48)
+settings = json.loads(sys.argv[4])
+compress(sys.argv[1], sys.argv[2], calibration=sys.argv[3], samples=4, sequence_length=48, **settings)
 """
+EVERYTHING = {"shuffle": "residual+assignment", "reconstruct": True, "moments_width": 64, "correction_stride": 3}
 
 
+@pytest.mark.parametrize("settings", [{}, EVERYTHING, {"correction": 0.0}], ids=str)
 def test_killed_between_two_blocks(
+    settings: dict[str, Any],
     prune: Prune,
     sources: Callable[[str], Path],
     outputs: Callable[..., Path],
@@ -183,12 +196,12 @@ def test_killed_between_two_blocks(
     pruned_blocks: list[int],
     tmp_path: Path,
 ) -> None:
-    expected = tiny.digests(outputs("llama"))
+    expected = tiny.digests(outputs("llama", **settings))
     command = [sys.executable, "-c", KILLED_AFTER_TWO_BLOCKS, str(sources("llama")), str(tmp_path / "out")]
-    killed = subprocess.run([*command, str(calibration)], capture_output=True, text=True)
+    killed = subprocess.run([*command, str(calibration), json.dumps(settings)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     pruned_blocks.clear()
-    prune("llama", tmp_path / "out")
+    prune("llama", tmp_path / "out", **settings)
     assert pruned_blocks == [2]
     assert tiny.digests(tmp_path / "out") == expected
 
@@ -214,6 +227,16 @@ OTHER_SETTINGS = [
     ("entropy_bins", {"entropy_bins": 99}),
     ("amplitude", {"amplitude": "rms"}),
     ("shuffle_block", {"shuffle_block": 32}),
+    ("fold", {"fold": "free"}),
+    ("objective", {"objective": "energy"}),
+    ("entropy_range", {"entropy_range": "layer"}),
+    ("relative", {"relative": True}),
+    ("refine", {"refine": False}),
+    ("shrinkage", {"shrinkage": 0.25}),
+    ("correction", {"correction": 0.5}),
+    ("correction_stride", {"correction_stride": 1}),
+    ("moments_width", {"moments_width": 64}),
+    ("reconstruct", {"reconstruct": True}),
     ("calibration.samples", {"samples": 3}),
     ("calibration.sequence_length", {"sequence_length": 50}),
     ("calibration.seed", {"seed": 1}),

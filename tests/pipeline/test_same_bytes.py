@@ -23,16 +23,24 @@ def test_twice_in_one_process(
     assert len(tiny.digests(tmp_path / "again")) == 13
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"shuffle": "residual+global+local+assignment", "reconstruct": True, "moments_width": 64}], ids=str
+)
 @pytest.mark.parametrize("source", ["llama", "opt"])
 def test_one_thread_or_two(
-    source: str, prune: Callable[..., CompressResult], outputs: Callable[..., Path], tmp_path: Path
+    source: str,
+    settings: dict[str, Any],
+    prune: Callable[..., CompressResult],
+    outputs: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    expected = tiny.digests(outputs(source))
+    """Of the defaults, with correction; and of everything else that computes."""
+    expected = tiny.digests(outputs(source, **settings))
     former = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            result = prune(source, tmp_path / str(threads))
+            result = prune(source, tmp_path / str(threads), **settings)
             assert tiny.read_json(tmp_path / str(threads) / "timings.json")["threads"] == threads
             assert tiny.digests(tmp_path / str(threads)) == expected
             assert result.manifest_sha256 == expected[tiny.MANIFEST]
@@ -76,16 +84,24 @@ def test_scratch_elsewhere(prune: Callable[..., CompressResult], outputs: Callab
     assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
 
 
-def test_scratch_is_three_sets_of_hidden_states(prune: Callable[..., CompressResult], tmp_path: Path) -> None:
-    """The bytes at any moment are at most what the plan says: inputs, dense outputs, next inputs."""
+@pytest.mark.parametrize(
+    ("settings", "sequences"),
+    [({"correction": 0.0}, 3 * 4), ({"refine": False}, 3 * 4), ({}, 3 * 4 + 2 * 2), ({"correction_stride": 1}, 5 * 4)],
+    ids=str,
+)
+def test_scratch_is_three_sets_of_hidden_states_and_two_of_the_reference(
+    settings: dict[str, Any], sequences: int, prune: Callable[..., CompressResult], tmp_path: Path
+) -> None:
+    """The bytes at any moment are at most what the plan says: inputs, dense outputs, next inputs; and with correction
+    the reference's inputs and outputs, of every k-th sequence."""
     most: list[int] = []
 
     def look() -> bool:
         most.append(sum(path.stat().st_size for path in tmp_path.rglob("*.bin")))
         return False
 
-    prune("llama", tmp_path / "out", should_stop=look)
-    assert max(most) == 3 * 4 * 48 * 64 * 4
+    prune("llama", tmp_path / "out", should_stop=look, **settings)
+    assert max(most) == sequences * 48 * 64 * 4
 
 
 def test_public_function_takes_what_the_package_exports(

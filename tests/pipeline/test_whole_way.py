@@ -34,12 +34,13 @@ class Way:
     settings: dict[str, object] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.source}-{self.pattern}-{self.metric}-{self.shuffle}"
+        settings = "".join(f"-{name}={value}" for name, value in self.settings.items())
+        return f"{self.source}-{self.pattern}-{self.metric}-{self.shuffle}{settings}"
 
 
 WAYS = [
     Way("llama", "2:4"),
-    Way("llama", "4:8", "wanda", "global"),
+    Way("llama", "4:8", "wanda", "global", settings={"refine": False}),
     Way("llama", "1:4", "ria", "none"),
     Way("llama", "2:8", "magnitude"),
     Way("llama", "1:2", settings={"amplitude": "rms", "alpha": 2.0, "entropy_bins": 16}),
@@ -52,6 +53,55 @@ WAYS = [
     Way("opt", "2:8", "ria", pruned=("q", "k", "v", "out", "fc1")),
     Way("opt", "1:2", "magnitude", "none"),
     Way("opt-bin", "2:4"),
+    # the defaults and their neighbours
+    Way("llama", "2:4", shuffle="assignment"),
+    Way("opt", "2:4", shuffle="stride+assignment", settings={"objective": "energy", "relative": True}),
+    Way("llama", "4:8", shuffle="assignment", settings={"shrinkage": 0.5, "correction": 1.0, "correction_stride": 1}),
+    # a head of 16 is one group: nothing to shuffle inside it; 12,870 patterns are not tried one by one
+    Way("llama", "8:16", shuffle="global", folded=("down",), settings={"entropy_range": "layer"}),
+    Way("opt", "2:4", "wanda", "none", settings={"correction": 0.0}),
+    # across heads: a stored permutation
+    Way(
+        "llama",
+        "2:4",
+        shuffle="assignment",
+        gathered=("q", "k", "v", "o", "gate", "up"),
+        folded=("down",),
+        settings={"fold": "free"},
+    ),
+    Way(
+        "opt",
+        "2:4",
+        shuffle="global",
+        gathered=("q", "k", "v", "out", "fc1"),
+        folded=("fc2",),
+        settings={"fold": "free"},
+    ),
+    # one permutation of the residual stream: nothing is stored
+    Way("llama", "2:4", shuffle="residual+assignment", gathered=(), folded=("q", "k", "v", "gate", "up", "o", "down")),
+    Way(
+        "llama-plain", "4:8", shuffle="residual+global", gathered=(), folded=("q", "k", "v", "gate", "up", "o", "down")
+    ),
+    Way("opt", "2:4", shuffle="residual+assignment", gathered=(), folded=("q", "k", "v", "out", "fc1", "fc2")),
+    Way("opt-bin", "1:4", "ria", "residual+assignment", gathered=(), folded=("q", "k", "v", "out", "fc1", "fc2")),
+    Way(
+        "llama",
+        "2:4",
+        shuffle="residual+assignment",
+        gathered=("o",),
+        folded=("q", "k", "v", "gate", "up", "down"),
+        settings={"fold": "free"},
+    ),
+    # second moments in blocks
+    Way("llama", "2:4", shuffle="assignment", settings={"moments_width": 64}),
+    Way(
+        "opt",
+        "2:4",
+        shuffle="residual+local",
+        gathered=(),
+        folded=("q", "k", "v", "out", "fc1", "fc2"),
+        settings={"moments_width": 100},
+    ),
     # 32 does not divide a head of 16: the permutation of o_proj's input crosses heads and is stored
     Way("llama", "8:32", gathered=("q", "k", "v", "o", "gate", "up"), folded=("down",)),
     # 64 inputs are no multiple of 5: only down_proj is pruned, and its permutation reorders dense gate and up
@@ -99,7 +149,7 @@ def test_whole_way(
         assert not packed.folded
     else:
         assert gathered == {name for name in expected if short(name) in way.gathered}
-        folded = {name.removesuffix(".weight") for name, order in packed.orders.items() if 1 in order}
+        folded = {name.removesuffix(".weight") for name, order in packed.orders.items() if 1 in order} & expected
         assert folded == {name for name in expected if short(name) in way.folded}
 
     verification = verify(out, source=source)

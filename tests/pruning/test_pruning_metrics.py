@@ -48,7 +48,7 @@ def statistics() -> ChannelStatistics:
     x = activations().reshape(-1, IN)
     square_sum = (x.astype(numpy.float64) ** 2).sum(axis=0)
     return ChannelStatistics(
-        torch.from_numpy(square_sum), torch.from_numpy(exact_entropy(x, 100)), SEQUENCES * TOKENS, SEQUENCES
+        torch.from_numpy(square_sum), torch.from_numpy(exact_entropy(x, 100)), None, SEQUENCES * TOKENS, SEQUENCES
     )
 
 
@@ -173,13 +173,31 @@ def test_score_that_is_not_finite_is_refused(metric: Any, value: float) -> None:
 
 
 def test_norm_that_float32_cannot_hold_is_refused() -> None:
-    huge = ChannelStatistics(torch.full((IN,), 1e80, dtype=torch.float64), None, 1, 1)
+    huge = ChannelStatistics(torch.full((IN,), 1e80, dtype=torch.float64), None, None, 1, 1)
     with pytest.raises(NumericsError, match="wanda scores"):
         score(weight(), huge, PruneConfig(metric="wanda"))
     assert torch.isfinite(score(weight(), huge, PruneConfig(metric="magnitude"))).all()
 
 
 def test_esparse_without_entropy_is_a_programming_error() -> None:
-    without = ChannelStatistics(statistics().square_sum, None, 1, 1)
+    without = ChannelStatistics(statistics().square_sum, None, None, 1, 1)
     with pytest.raises(ValueError, match="needs statistics with entropy"):
         score(weight(), without, PruneConfig(metric="esparse"))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 3.0])
+def test_relative_terms_are_divided_by_their_means(alpha: float) -> None:
+    """Then a unit of the amplitude, or of the entropy, changes nothing."""
+    entropy, n = exact_entropy(activations().reshape(-1, IN), 100), norm()
+    w = numpy.abs(weight().to(torch.float64).numpy())
+    scores = score(weight(), statistics(), PruneConfig(relative=True, alpha=alpha))
+    numpy.testing.assert_allclose(scores.numpy(), w * (entropy / entropy.mean() + alpha * n / n.mean()), rtol=1e-6)
+    scaled = score(weight(), statistics(), PruneConfig(relative=True, alpha=alpha, amplitude="rms"))
+    numpy.testing.assert_allclose(scaled.numpy(), scores.numpy(), rtol=1e-6)
+
+
+def test_relative_terms_that_are_zero_stay_zero() -> None:
+    w, zeros = torch.ones(2, 4), torch.zeros(4)
+    n = torch.tensor([1.0, 2.0, 3.0, 2.0])
+    assert esparse_score(w, zeros, n, 2.0, relative=True).tolist() == [[1.0, 2.0, 3.0, 2.0]] * 2
+    assert esparse_score(w, zeros, zeros, 2.0, relative=True).count_nonzero() == 0

@@ -10,16 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.statistics import (
     FINE_BINS,
+    STRIP_WIDTH,
+    SecondMoments,
     StatisticsAccumulator,
     StreamingHistogram,
     histogram_entropy,
+    moment_blocks,
 )
 
 CPU = torch.device("cpu")
 CHANNELS = 96
+WITH_ENTROPY, WITHOUT = PruneConfig(refine=False), PruneConfig(metric="wanda", refine=False)
+MOMENTS = PruneConfig(correction=0.5)
 
 
 def entropy_by_numpy(x: torch.Tensor, bins: int = 100) -> numpy.ndarray:
@@ -35,8 +41,10 @@ def entropy_by_numpy(x: torch.Tensor, bins: int = 100) -> numpy.ndarray:
 def histogram_of(x: torch.Tensor, *lengths: int) -> StreamingHistogram:
     """Add x [channels, n] in chunks of these lengths; the rest as one."""
     histogram = StreamingHistogram(x.shape[0], CPU)
+    low, high = torch.full((x.shape[0],), torch.inf), torch.full((x.shape[0],), -torch.inf)
     for chunk in x.to(torch.float32).split([*lengths, x.shape[1] - sum(lengths)], dim=1):
-        histogram.add(chunk)
+        low, high = torch.minimum(low, chunk.amin(dim=1)), torch.maximum(high, chunk.amax(dim=1))
+        histogram.add(chunk.T, low, high)
     return histogram
 
 
@@ -189,7 +197,7 @@ def test_fine_bins_are_the_finest_powers_of_two_that_hold_the_range() -> None:
     histogram = histogram_of(x, 1000)
     width = torch.exp2(histogram.exponent.to(torch.float64))
     low, high = x.amin(dim=1).to(torch.float64), x.amax(dim=1).to(torch.float64)
-    assert torch.equal(histogram.first_bin, torch.floor(low / width).long())
+    assert torch.equal(histogram.first_bin, torch.floor(low / width).int())
     assert (torch.floor(high / width) - torch.floor(low / width) < FINE_BINS).all()
     narrower = width / 2
     assert (torch.floor(high / narrower) - torch.floor(low / narrower) >= FINE_BINS).all()
@@ -199,32 +207,32 @@ def test_fine_bins_are_the_finest_powers_of_two_that_hold_the_range() -> None:
     assert histogram.counts[0].tolist() == exact.tolist()
 
 
+@pytest.mark.parametrize("config", [WITH_ENTROPY, WITHOUT], ids=["histogram", "no histogram"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("chunk", [0, 1])
-def test_activation_that_is_not_finite_is_refused(value: float, chunk: int) -> None:
-    chunks = [torch.ones(4, 8), torch.ones(4, 8) * 2]
-    chunks[chunk][2, 5] = value
-    histogram = StreamingHistogram(4, CPU)
-    for good in chunks[:chunk]:
-        histogram.add(good)
+@pytest.mark.parametrize("row", range(8))
+@pytest.mark.parametrize("sequence", [0, 1])
+def test_activation_that_is_not_finite_is_refused(sequence: int, row: int, value: float, config: PruneConfig) -> None:
+    """Whatever stands before or after it, also in a channel whose vector is not full."""
+    sequences = [torch.ones(8, 20), torch.ones(8, 20) * 2]
+    sequences[sequence][row, [3, 17][row % 2]] = value
+    accumulator = StatisticsAccumulator(20, config, CPU)
+    for good in sequences[:sequence]:
+        accumulator.add(good)
     with pytest.raises(NumericsError, match="a layer's input holds NaN or infinity"):
-        histogram.add(chunks[chunk])
+        accumulator.add(sequences[sequence])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_accumulator_without_histogram_refuses_it_at_the_end(value: float) -> None:
-    accumulator = StatisticsAccumulator(4, None, CPU)
-    x = torch.ones(8, 4)
-    x[3, 2] = value
-    accumulator.add(x)
-    with pytest.raises(NumericsError, match="a layer's input holds NaN or infinity"):
-        accumulator.result()
+def test_range_that_float32_cannot_hold_is_refused() -> None:
+    accumulator = StatisticsAccumulator(4, WITH_ENTROPY, CPU)
+    accumulator.add(torch.full((8, 4), 3e38))
+    with pytest.raises(NumericsError, match="a layer's input spans more than float32 holds"):
+        accumulator.add(torch.full((8, 4), -3e38))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_statistics_against_numpy(dtype: torch.dtype) -> None:
     sequences = [_normal(n).T.to(dtype) for n in (64, 128, 32)]
-    accumulator = StatisticsAccumulator(CHANNELS, 100, CPU)
+    accumulator = StatisticsAccumulator(CHANNELS, WITH_ENTROPY, CPU)
     for sequence in sequences:
         accumulator.add(sequence)
     result = accumulator.result()
@@ -240,10 +248,12 @@ def test_statistics_against_numpy(dtype: torch.dtype) -> None:
 
 
 def test_square_sum_of_float16_does_not_overflow() -> None:
-    accumulator = StatisticsAccumulator(1, None, CPU)
+    accumulator = StatisticsAccumulator(1, WITHOUT, CPU)
     accumulator.add(torch.full((100, 1), 60000.0, dtype=torch.float16))
     assert accumulator.result().square_sum.tolist() == [100 * float(torch.tensor(60000.0).half()) ** 2]
-    assert accumulator.result().entropy is None
+    result = accumulator.result()
+    assert result.entropy is None
+    assert result.moments is None
 
 
 def test_statistics_are_bit_equal_for_any_thread_count() -> None:
@@ -253,7 +263,7 @@ def test_statistics_are_bit_equal_for_any_thread_count() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            accumulator = StatisticsAccumulator(CHANNELS, 100, CPU)
+            accumulator = StatisticsAccumulator(CHANNELS, WITH_ENTROPY, CPU)
             for sequence in sequences:
                 accumulator.add(sequence)
             results.append(accumulator.result())
@@ -263,3 +273,145 @@ def test_statistics_are_bit_equal_for_any_thread_count() -> None:
     assert results[0].entropy is not None
     assert results[1].entropy is not None
     assert torch.equal(results[0].entropy, results[1].entropy)
+
+
+def accumulate(sequences: list[torch.Tensor], config: PruneConfig, unit: int | None = None) -> SecondMoments:
+    accumulator = StatisticsAccumulator(sequences[0].shape[1], config, CPU, unit)
+    for sequence in sequences:
+        accumulator.add(sequence)
+    moments = accumulator.result().moments
+    assert moments is not None
+    return moments
+
+
+def by_numpy(left: list[torch.Tensor], right: list[torch.Tensor]) -> numpy.ndarray:
+    """L^T R in float64."""
+    return sum(one.double().numpy().T @ other.double().numpy() for one, other in zip(left, right, strict=True))  # type: ignore[return-value]
+
+
+def assert_near(computed: torch.Tensor, expected: numpy.ndarray) -> None:
+    """To float32's rounding of sums whose terms are as large as the diagonal's."""
+    scale = numpy.sqrt(numpy.abs(expected).max()) ** 2
+    assert computed.dtype == torch.float32
+    numpy.testing.assert_allclose(computed.numpy(), expected, rtol=1e-5, atol=2e-6 * scale)
+
+
+def tokens_of(channels: int, *lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(channels)
+    return [torch.randn(length, channels, generator=generator) + 0.3 for length in lengths]
+
+
+@pytest.mark.parametrize("channels", [20, STRIP_WIDTH, 2 * STRIP_WIDTH + 76])
+def test_second_moments_are_numpys_and_apart_by_parity(channels: int) -> None:
+    """Also where they are computed in strips of which only the right side is a product."""
+    sequences = tokens_of(channels, 40, 24, 33)
+    moments = accumulate(sequences, MOMENTS)
+    assert moments.bounds == ((0, channels),)
+    for half, part in zip(moments.halves, (sequences[::2], sequences[1::2]), strict=True):
+        assert_near(half[0], by_numpy(part, part))
+        numpy.testing.assert_allclose(half[0].numpy(), half[0].numpy().T, rtol=1e-4, atol=1e-3)
+    assert_near(moments.whole()[0], by_numpy(sequences, sequences))
+
+
+@pytest.mark.parametrize(
+    ("channels", "most", "unit", "expected"),
+    [
+        (160, 160, 4, ((0, 160),)),
+        (160, 64, 4, ((0, 56), (56, 112), (112, 160))),
+        (160, 80, 4, ((0, 80), (80, 160))),
+        (64, 64, 16, ((0, 64),)),
+        (128, 100, 32, ((0, 64), (64, 128))),
+        (192, 64, 96, ((0, 96), (96, 192))),  # a unit that is wider than the most
+        (70, 64, 5, ((0, 35), (35, 70))),
+        (70, 64, 8, ((0, 40), (40, 70))),  # channels that are no multiple of the unit
+    ],
+)
+def test_moment_blocks(channels: int, most: int, unit: int, expected: tuple[tuple[int, int], ...]) -> None:
+    assert moment_blocks(channels, most, unit) == expected
+
+
+def test_second_moments_in_blocks_are_the_whole_ones_blocks() -> None:
+    sequences = tokens_of(160, 40, 24)
+    dense = [x + 0.1 * other for x, other in zip(sequences, tokens_of(160, 40, 24), strict=True)]
+    config = PruneConfig(correction=0.5, moments_width=64)
+    accumulator = StatisticsAccumulator(160, config, CPU)
+    for x, reference in zip(sequences, dense, strict=True):
+        accumulator.add(x)
+        accumulator.add_reference(reference, x)
+    moments = accumulator.result().moments
+    assert moments is not None
+    assert moments.cross is not None
+    expected, cross = (
+        by_numpy(sequences, sequences),
+        by_numpy([d - x for d, x in zip(dense, sequences, strict=True)], sequences),
+    )
+    assert len(moments.bounds) == 3
+    for block, (begin, end) in enumerate(moments.bounds):
+        assert_near(moments.whole()[block], expected[begin:end, begin:end])
+        assert_near(moments.cross[block], cross[begin:end, begin:end])
+    assert moments.size_bytes == 4 * 3 * (56**2 + 56**2 + 48**2)
+
+
+def test_second_moments_are_permuted_inside_their_blocks() -> None:
+    sequences = tokens_of(80, 40, 24)
+    config = PruneConfig(correction=0.0, moments_width=64)
+    moments = accumulate(sequences, config)
+    assert moments.bounds == ((0, 40), (40, 80))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(40, generator=generator), 40 + torch.randperm(40, generator=generator)])
+    permuted, again = moments.permuted(order), accumulate([x[:, order] for x in sequences], config)
+    assert permuted.cross is None
+    for half in (0, 1):
+        for one, other in zip(permuted.halves[half], again.halves[half], strict=True):
+            assert_near(one, other.double().numpy())
+
+
+def test_cross_moments_of_a_part_of_the_sequences_count_for_all() -> None:
+    """A reference for every second sequence stands for all of them: C is scaled up (to the tokens that X has)."""
+    sequences = tokens_of(24, 32, 32, 32, 32)
+    dense = [x * 1.25 for x in sequences]
+    accumulator = StatisticsAccumulator(24, PruneConfig(correction=0.5, correction_stride=2), CPU)
+    for number, (x, reference) in enumerate(zip(sequences, dense, strict=True)):
+        accumulator.add(x)
+        if number % 2 == 0:
+            accumulator.add_reference(reference, x)
+    moments = accumulator.result().moments
+    assert moments is not None
+    assert moments.cross is not None
+    part = sequences[::2]
+    assert_near(moments.cross[0], 2 * by_numpy([x * 0.25 for x in part], part))
+
+
+def test_a_reference_equal_to_the_inputs_leaves_zero() -> None:
+    (x,) = tokens_of(24, 32)
+    accumulator = StatisticsAccumulator(24, MOMENTS, CPU)
+    accumulator.add(x)
+    accumulator.add_reference(x.clone(), x)
+    moments = accumulator.result().moments
+    assert moments is not None
+    assert moments.cross is not None
+    assert moments.cross[0].count_nonzero() == 0
+
+
+def test_a_reference_without_second_moments_is_a_programming_error() -> None:
+    accumulator = StatisticsAccumulator(4, WITHOUT, CPU)
+    with pytest.raises(ValueError, match="needs second moments"):
+        accumulator.add_reference(torch.ones(2, 4), torch.ones(2, 4))
+
+
+def test_entropy_range_of_the_layer_is_that_of_all_channels() -> None:
+    x = torch.cat([_normal(4096)[:4] * scale for scale in (0.1, 1.0, 10.0)])
+    histogram = histogram_of(x, 1000)
+    low, high = float(x.min()), float(x.max())
+    coarse = histogram.coarse(50, shared=True).numpy()
+    exact = numpy.stack([numpy.histogram(c.double().numpy(), bins=50, range=(low, high))[0] for c in x])
+    # a narrow channel lies in a bin or two of the layer's range: its fine bins are much finer than those
+    assert numpy.abs(coarse - exact).max() <= 0.01 * 4096
+    accumulator = StatisticsAccumulator(12, PruneConfig(refine=False, entropy_range="layer", entropy_bins=50), CPU)
+    accumulator.add(x.T)
+    entropy = accumulator.result().entropy
+    assert entropy is not None
+    p = exact / 4096
+    expected = -(p * numpy.log(numpy.where(p > 0, p, 1))).sum(axis=1)
+    assert numpy.abs(entropy.numpy() - expected).max() <= 0.05
+    assert (entropy[:4] < entropy[8:] - 1).all()

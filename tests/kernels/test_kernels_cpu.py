@@ -1,0 +1,286 @@
+"""The compiled CPU kernels against their plain versions, for any thread count; and the job without them."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamprune.config import NMPattern
+from streamprune.pruning.refinement import group_patterns
+from streamprune.runtime.verify import verify
+from streamprune_kernels import add_range, count_bins, cpu, excess_sums, reference, refine_rows
+
+repeatable = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+seeds = st.integers(0, 2**32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Without the library every comparison here would be of the plain version with itself."""
+    assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    former = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
+
+
+def on_threads(count: int, compute: Callable[[], Any]) -> Any:
+    with threads(count):
+        return compute()
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 100), seeds)
+@repeatable
+def test_excess_sums(n_s: int, n_t: int, rows: int, seed: int) -> None:
+    """Rows that are no multiple of 16, channels that are none of the tiles' 4 and 6."""
+    generator = torch.Generator().manual_seed(seed)
+    s, t = (torch.randn(n, rows, generator=generator).exp() for n in (n_s, n_t))
+    exact = (s.double()[None] - t.double()[:, None]).clamp(min=0).sum(dim=2)
+    one, two, three = (on_threads(count, lambda: excess_sums(s, t)) for count in (1, 2, 3))
+    assert (one.shape, one.dtype) == ((n_t, n_s), torch.float32)
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+    # of what is added up: both sides of max(s, t) - t
+    scale = s.double().sum(dim=1)[None] + t.double().sum(dim=1)[:, None]
+    assert ((one - exact).abs() <= 1e-6 * scale).all()
+    assert ((one - reference.excess_sums(s, t)).abs() <= 1e-5 * scale).all()
+
+
+@pytest.mark.parametrize("rows", [1023, 1024, 1025, 4099])
+def test_excess_sums_of_more_rows_than_stay_in_the_cache(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    s, t = (torch.rand(n, rows, generator=generator) for n in (13, 9))
+    exact = (s.double()[None] - t.double()[:, None]).clamp(min=0).sum(dim=2)
+    torch.testing.assert_close(excess_sums(s, t).double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(excess_sums(s, t), reference.excess_sums(s, t), rtol=1e-5, atol=0)
+
+
+def test_excess_sums_of_views_that_are_not_contiguous() -> None:
+    whole = torch.rand(64, 40, generator=torch.Generator().manual_seed(0))
+    s, t = whole.T[:, ::2], whole.T[3:9, 1::2]
+    assert not s.is_contiguous()
+    torch.testing.assert_close(excess_sums(s, t), excess_sums(s.contiguous(), t.contiguous()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(excess_sums(s, t), reference.excess_sums(s, t), rtol=1e-5, atol=1e-5)
+
+
+def range_state(channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    low, high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
+    return low, high, torch.zeros(channels, dtype=torch.float64)
+
+
+@given(st.integers(1, 70), st.lists(st.integers(1, 40), min_size=1, max_size=3), seeds)
+@repeatable
+def test_add_range(channels: int, lengths: list[int], seed: int) -> None:
+    """Channels that are no multiple of 16, and sequence after sequence into the same state."""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = [torch.randn(length, channels, generator=generator) for length in lengths]
+    states = [range_state(channels) for _ in range(4)]
+    for x in sequences:
+        reference.add_range(x, *states[0])
+        for count in (1, 2, 3):
+            on_threads(count, lambda count=count, x=x: add_range(x, *states[count]))
+    for state in states[1:]:
+        assert torch.equal(state[0], states[0][0])
+        assert torch.equal(state[1], states[0][1])
+        torch.testing.assert_close(state[2], states[0][2], rtol=1e-12, atol=0)
+        assert torch.equal(state[2], states[1][2])
+    x = torch.cat(sequences)
+    assert torch.equal(states[1][0], x.amin(dim=0))
+    torch.testing.assert_close(states[1][2], x.double().square().sum(dim=0), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_add_range_shows_what_is_not_finite(value: float) -> None:
+    for row in (0, 4, 8):
+        for channel in (0, 15, 16, 20):
+            for function in (add_range, reference.add_range):
+                x = torch.ones(9, 21)
+                x[row, channel] = value
+                low, high, squares = range_state(21)
+                function(x, low, high, squares)
+                assert (~torch.isfinite(squares)).nonzero().tolist() == [[channel]]
+
+
+@given(st.integers(1, 70), st.integers(1, 60), st.sampled_from([16, 100, 4096]), seeds)
+@repeatable
+def test_count_bins(channels: int, tokens: int, bins: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inverse = torch.exp2(torch.randint(-8, 9, (channels,), generator=generator).float())
+    first = torch.randint(-(2**20), 2**20, (channels,), generator=generator, dtype=torch.int32)
+    # values inside the window, its edges among them
+    place = torch.rand(tokens, channels, generator=generator) * (bins - 1)
+    place[torch.rand(tokens, channels, generator=generator) < 0.3] = 0
+    x = (first + place.floor()) / inverse
+    counts = [torch.full((channels, bins), 7, dtype=torch.int32) for _ in range(3)]
+    reference.count_bins(x, inverse, first, counts[0])
+    for count in (1, 2):
+        on_threads(count, lambda count=count: count_bins(x, inverse, first, counts[count]))
+    assert torch.equal(counts[0], counts[1])
+    assert torch.equal(counts[0], counts[2])
+    assert counts[0].sum() == channels * bins * 7 + channels * tokens
+
+
+def test_count_bins_of_negative_values_is_floor_and_of_views_their_values() -> None:
+    x = torch.tensor([[-0.25, 0.25], [-1.0, 1.75], [-1.25, 0.0], [0.5, -0.0]])
+    inverse, first = torch.ones(2), torch.tensor([-2, 0], dtype=torch.int32)
+    counts = torch.zeros(2, 4, dtype=torch.int32)
+    count_bins(x, inverse, first, counts)
+    assert counts.tolist() == [[1, 2, 1, 0], [3, 1, 0, 0]]
+    again = torch.zeros(2, 4, dtype=torch.int32)
+    count_bins(x.T.contiguous().T, inverse, first, again)
+    assert torch.equal(again, counts)
+
+
+Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def random_problem(pattern: NMPattern, rows: int, groups: int, tokens: int, seed: int, off: float = 0.8) -> Problem:
+    """weight, keep, q, change, moments, places: q as refine_mask makes it, with a linear term."""
+    generator = torch.Generator().manual_seed(seed)
+    m, width = pattern.group_size, groups * pattern.group_size
+    weight = torch.randn(rows, width, generator=generator)
+    order = torch.rand(rows, groups, m, generator=generator).argsort(dim=2)
+    keep = (order < pattern.kept).view(rows, width)
+    x = torch.randn(tokens, width, generator=generator) + torch.randn(tokens, 1, generator=generator)
+    moments = x.T @ x
+    linear = torch.randn(rows, width, generator=generator) * tokens * 0.1
+    q = torch.where(keep, 0, weight) @ moments + linear / off
+    return weight, keep, q, torch.zeros(rows, width), moments, group_patterns(pattern)
+
+
+def clone(problem: Problem) -> Problem:
+    return tuple(tensor.clone() for tensor in problem)  # type: ignore[return-value]
+
+
+REFINED = ["2:4", "4:8", "1:4", "1:3", "3:4", "2:8", "1:2", "5:6", "1:64", "8:16"]
+
+
+@pytest.mark.parametrize("text", REFINED)
+@pytest.mark.parametrize("off", [1.0, 0.8, 0.3])
+def test_refine_rows(text: str, off: float) -> None:
+    """The same masks, and q and change to rounding; 8:16 has too many patterns and goes by exchanges."""
+    pattern = NMPattern.parse(text)
+    assert (len(group_patterns(pattern)) == 0) is (text == "8:16")
+    for seed, (rows, groups, tokens) in enumerate([(1, 1, 5), (7, 3, 9), (24, 4, 300)]):
+        start = random_problem(pattern, rows, groups, tokens, seed, off)
+        plain, one, two = clone(start), clone(start), clone(start)
+        counts = [reference.refine_rows(*plain, off, 1e-6)]
+        counts += [on_threads(n, lambda n=n, p=p: refine_rows(*p, off, 1e-6)) for n, p in ((1, one), (2, two))]
+        assert counts[0] == counts[1] == counts[2]
+        assert torch.equal(plain[1], one[1])
+        for field in (1, 2, 3):
+            assert torch.equal(one[field], two[field])
+        scale = float(start[4].diagonal().max()) * pattern.group_size
+        torch.testing.assert_close(one[2], plain[2], rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(one[3], plain[3], rtol=0, atol=1e-5)
+        assert torch.equal(one[0], start[0])
+        assert torch.equal(one[4], start[4])
+        in_groups = one[1].view(rows, groups, -1).sum(dim=2)
+        assert (in_groups == pattern.kept).all()
+        changed = (one[1] != start[1]).view(rows, groups, -1).any(dim=2).sum()
+        assert counts[0] == int(changed)
+        # what the caller relies on: change is the difference in the dropped weights, q follows it
+        dropped, before = (torch.where(p[1], 0, start[0]) for p in (one, start))
+        torch.testing.assert_close(one[3], dropped - before, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one[2], start[2] + off * (dropped - before) @ start[4], rtol=1e-4, atol=1e-5 * scale)
+    assert counts[0] > 0
+
+
+@given(st.sampled_from(REFINED), st.integers(1, 20), st.integers(1, 4), st.sampled_from([0.3, 1.0]), seeds)
+@repeatable
+def test_refine_rows_on_random_problems(text: str, rows: int, groups: int, off: float, seed: int) -> None:
+    start = random_problem(NMPattern.parse(text), rows, groups, 64, seed, off)
+    plain, compiled = clone(start), clone(start)
+    assert reference.refine_rows(*plain, off, 1e-6) == refine_rows(*compiled, off, 1e-6)
+    assert torch.equal(plain[1], compiled[1])
+
+
+def test_refine_rows_leaves_numbers_that_are_not_finite() -> None:
+    """A cost that is NaN is less than nothing: no group changes, and nothing is read outside a table."""
+    for text in ("2:4", "8:16"):
+        start = random_problem(NMPattern.parse(text), 3, 2, 50, 0)
+        start[2].fill_(float("nan"))
+        before = start[1].clone()
+        assert refine_rows(*start, 0.8, 1e-6) == 0
+        assert torch.equal(start[1], before)
+
+
+@pytest.mark.parametrize("field", range(5), ids=["weight", "keep", "q", "change", "moments"])
+def test_refine_rows_refuses_what_is_not_contiguous(field: int) -> None:
+    problem = list(random_problem(NMPattern(2, 4), 8, 4, 50, 0))
+    wide = torch.cat([problem[field], problem[field]], dim=1)
+    problem[field] = wide[:, : problem[field].shape[1]]
+    with pytest.raises(ValueError, match="contiguous"):
+        refine_rows(*problem, 0.8, 1e-6)  # type: ignore[arg-type]
+
+
+def test_refine_rows_refuses_more_patterns_than_it_has_room_for() -> None:
+    problem = random_problem(NMPattern(2, 4), 2, 4, 50, 0)
+    places = torch.zeros(257, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="257 patterns are too many"):
+        refine_rows(*problem[:5], places, 0.8, 1e-6)
+
+
+@pytest.fixture
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamprune.model import arithmetic
+    from streamprune.pipeline import job
+
+    for module in (cpu, arithmetic, job):
+        if hasattr(module, "library"):
+            monkeypatch.setattr(module, "library", lambda: None)
+
+
+@pytest.mark.parametrize("source", ["llama", "opt"])
+@pytest.mark.usefixtures("without_library")
+def test_a_job_without_the_library(
+    source: str,
+    prune: Callable[..., Any],
+    sources: Callable[[str], Path],
+    outputs: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """Works, says so in one line, and another identity keeps its bytes from being mixed with the compiled ones'."""
+    prune(source, tmp_path / "out")
+    (line,) = [message for message in caplog.messages if "compiled kernels" in message]
+    assert "\n" not in line
+    assert line.endswith("install a C++ compiler and then streamprune again")
+    assert verify(tmp_path / "out", source=sources(source)).faults == []
+    manifest = tiny.read_json(tmp_path / "out" / tiny.MANIFEST)
+    assert manifest["identity"]["compute"]["kernels"] == "plain"
+
+
+def test_a_job_with_the_library_says_compiled_and_no_word(
+    outputs: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = tiny.read_json(outputs("llama") / tiny.MANIFEST)
+    assert manifest["identity"]["compute"]["kernels"] == "compiled"
+    assert caplog.messages == []
+
+
+def test_plain_and_compiled_agree_on_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamprune.pruning.refinement import refine_mask
+    from streamprune.pruning.selection import select
+
+    generator = torch.Generator().manual_seed(4)
+    weight, x = torch.randn(40, 448, generator=generator), torch.randn(600, 448, generator=generator)
+    moments, pattern = x.T @ x, NMPattern(2, 4)
+    keep = select(weight.abs(), pattern)
+    compiled = refine_mask(weight, keep, moments, pattern, 0.1)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    assert torch.equal(compiled, refine_mask(weight, keep, moments, pattern, 0.1))
+    assert not torch.equal(compiled, keep)
