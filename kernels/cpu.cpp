@@ -222,7 +222,8 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* chang
             uint8_t wanted_places[MOST_PLACES];
             float least = patterns ? cheapest_pattern(term, count, terms, lanes, patterns, m, kept_places, wanted_places)
                                    : now + cheapest_exchange(term, m, kept + g, wanted_places);
-            if (!(least < now - least_gain * energy)) continue;
+            // the same pattern's cost may round to less than `now`
+            if (!(least < now - least_gain * energy) || !std::memcmp(wanted_places, kept + g, m)) continue;
             changed++;
             for (int i = 0; i < m; i++) {
                 uint8_t wanted = wanted_places[i];

@@ -106,7 +106,9 @@ def refine_rows(
         cost = ((d @ scaled) * d).sum(dim=2) + (d * linear[:, None, :]).sum(dim=2)
         now = ((dropped @ scaled) * dropped).sum(dim=1) + (dropped * linear).sum(dim=1)
         least, best = cost.min(dim=1)
-        rows = (least < now - least_gain * (w.square() * diagonal).sum(dim=1)).nonzero()[:, 0]
+        gains = least < now - least_gain * (w.square() * diagonal).sum(dim=1)
+        differs = (options[torch.arange(len(w), device=w.device), best] != kept).any(dim=1)
+        rows = (gains & differs).nonzero()[:, 0]
         delta = d[rows, best[rows]] - dropped[rows]
         keep[rows, columns] = options[rows, best[rows]]
         change[rows, columns] += delta
