@@ -111,23 +111,32 @@ CLONES static void channel_range_part(const float* x, int64_t tokens, int64_t ch
     }
 }
 
-// counts[c, floor(x * inverse_width[c]) - first_bin[c]] += 1 for channels [begin, end) of x [tokens, channels]; counts
-// [channels, bins]. The caller has made the window hold every value.
+// counts[c, floor(x * inverse_width[c]) - first_bin[c]] += 1 for channels [begin, end) of x [tokens, channels]; rows of
+// counts are `stride` elements apart. The caller has made the window hold every value.
 CLONES static void count_bins_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end,
-                       const float* inverse_width, const int32_t* first_bin, int64_t bins, int32_t* counts) {
+                       const float* inverse_width, const int32_t* first_bin, int64_t stride, int32_t* counts) {
     for (int64_t c = begin; c < end; c += LANES) {
         int width = end - c < LANES ? (int)(end - c) : LANES;
-        float scale[LANES] = {}, first[LANES] = {};
-        for (int k = 0; k < width; k++) scale[k] = inverse_width[c + k], first[k] = (float)first_bin[c + k];
-        int32_t* window = counts + c * bins;
+        float scale[LANES] = {};
+        int32_t first[LANES] = {};
+        for (int k = 0; k < width; k++) scale[k] = inverse_width[c + k], first[k] = first_bin[c + k];
+        int32_t* window = counts + c * stride;
+        if (width < LANES) {
+            for (int64_t row = 0; row < tokens; row++)
+                for (int k = 0; k < width; k++)
+                    window[k * stride + (int32_t)std::floor(x[row * channels + c + k] * scale[k]) - first[k]]++;
+            continue;
+        }
+        Vector scales = LOAD(scale);
+        Integers offsets;
+        for (int k = 0; k < LANES; k++) offsets[k] = (int32_t)(k * stride) - first[k];
         for (int64_t row = 0; row < tokens; row++) {
-            const float* values = x + row * channels + c;
-            int32_t at[LANES];
-            if (width == LANES)
-                for (int k = 0; k < LANES; k++) at[k] = (int32_t)(std::floor(values[k] * scale[k]) - first[k]);
-            else
-                for (int k = 0; k < width; k++) at[k] = (int32_t)(std::floor(values[k] * scale[k]) - first[k]);
-            for (int k = 0; k < width; k++) window[k * bins + at[k]]++;
+            Vector scaled = LOAD(x + row * channels + c) * scales;
+            Integers truncated = __builtin_convertvector(scaled, Integers);
+            // a comparison is -1 where it holds: one less where truncation went up
+            Integers at = truncated + (__builtin_convertvector(truncated, Vector) > scaled) + offsets;
+#pragma GCC unroll 16
+            for (int k = 0; k < LANES; k++) window[at[k]]++;
         }
     }
 }
@@ -268,9 +277,9 @@ void channel_range(const float* x, int64_t tokens, int64_t channels, float* low,
 }
 
 void count_bins(const float* x, int64_t tokens, int64_t channels, const float* inverse_width, const int32_t* first_bin,
-                int64_t bins, int32_t* counts, int64_t threads) {
+                int64_t stride, int32_t* counts, int64_t threads) {
     in_parts(channels, LANES, threads, [=](int64_t begin, int64_t end) {
-        count_bins_part(x, tokens, channels, begin, end, inverse_width, first_bin, bins, counts);
+        count_bins_part(x, tokens, channels, begin, end, inverse_width, first_bin, stride, counts);
     });
 }
 

@@ -76,7 +76,7 @@ def count_bins(x: torch.Tensor, inverse_width: torch.Tensor, first_bin: torch.Te
         reference.count_bins(x, inverse_width, first_bin, counts)
         return
     x = x.contiguous()
-    windows = inverse_width.data_ptr(), first_bin.data_ptr(), counts.shape[1], counts.data_ptr()
+    windows = inverse_width.data_ptr(), first_bin.data_ptr(), counts.stride(0), counts.data_ptr()
     compiled.count_bins(x.data_ptr(), *x.shape, *windows, _threads())
 
 

@@ -70,7 +70,7 @@ def count_bins(x: torch.Tensor, inverse_width: torch.Tensor, first_bin: torch.Te
 
     inverse_width float32, first_bin int32 [channels]; counts int32 [channels, bins]. Every value must fall in a bin.
     """
-    bins = (x * inverse_width).floor_().sub_(first_bin).T.long()
+    bins = ((x * inverse_width).floor_().to(torch.int64) - first_bin).T
     counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.int32))
 
 
