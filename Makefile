@@ -16,8 +16,8 @@ help:  ## list the targets
 
 setup: $(INSTALLED)  ## make .venv with everything that development needs
 
-# Built anew where the interpreter is gone; installed anew where a requirement changed.
-$(INSTALLED): pyproject.toml constraints-dev.txt
+# Built anew where the interpreter is gone; installed anew where a requirement or a compiled kernel changed.
+$(INSTALLED): pyproject.toml constraints-dev.txt kernels/cpu.cpp
 	@test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) (about a minute)"
 	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt -e ".[dev]"

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
+INTERFACE = 1  # of cpu.cpp's functions; both numbers are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -29,11 +30,17 @@ SIGNATURES = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where the package was built without a compiler."""
+    """The compiled kernels, or None where the package was built without a compiler.
+
+    Raises ImportError where they were compiled from another version of the code.
+    """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_cpu{suffix}")
         if path.exists():
             loaded = ctypes.CDLL(str(path))
+            number = getattr(loaded, "interface_number", lambda: 0)()
+            if number != INTERFACE:
+                raise ImportError(f"{path} has interface {number}, {INTERFACE} is needed; install streamprune again")
             for name, arguments in SIGNATURES.items():
                 function = getattr(loaded, name)
                 function.argtypes, function.restype = arguments, INT64 if name == "refine_rows" else None

@@ -284,3 +284,9 @@ def test_plain_and_compiled_agree_on_a_layer(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert torch.equal(compiled, refine_mask(weight, keep, moments, pattern, 0.1))
     assert not torch.equal(compiled, keep)
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
+    with pytest.raises(ImportError, match="install streamprune again"):
+        cpu.library.__wrapped__()
