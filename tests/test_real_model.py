@@ -160,19 +160,20 @@ def test_shuffles_never_lose_and_nearly_always_gain(pruned: Path) -> None:
     assert sum(raised) >= 0.9 * len(raised)
 
 
-def test_refinement_lowers_every_layers_error_and_names_its_shrinkage(pruned: Path) -> None:
-    """Of all the layers together that share an input, by the objective that it lowers; the outputs' error by much."""
+def test_refinement_lowers_what_it_aims_at_in_every_layer_and_names_its_shrinkage(pruned: Path) -> None:
+    """A layer's own output error may rise: its mask gives some of it to undo the error of the blocks before."""
     blocks = tiny.read_json(pruned / tiny.MANIFEST)["blocks"]
-    ratios = []
+    lowered = []
     for block in blocks:
         for layer in block["layers"]:
             shuffled, refined = layer["steps"][-2:]
             assert refined["name"] == "refinement"
             assert len(layer["shrinkage"]) == 1
-            ratios.append(refined["output_error"] / shuffled["output_error"])
-    assert len(ratios) == 210
-    assert max(ratios) < 1
-    assert sum(ratios) / len(ratios) < 0.95
+            lowered.append(shuffled["corrected_error"] - refined["corrected_error"])
+    assert len(lowered) == 210
+    assert min(lowered) > 0
+    first = [layer["steps"] for layer in blocks[0]["layers"]]  # no block before it: nothing to undo
+    assert all(steps[-1]["output_error"] < 0.95 * steps[-2]["output_error"] for steps in first)
 
 
 def numpy_entropy(x: numpy.ndarray, bins: int) -> numpy.ndarray:
