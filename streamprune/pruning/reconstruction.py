@@ -8,7 +8,7 @@ import torch
 from streamprune.pruning.selection import stable_product
 
 DAMPING = 0.01  # share of the mean diagonal that is added to H, as SparseGPT does
-ITERATIONS = 48  # of conjugate gradients; the error changes by less than 1e-3 after 30 on SmolLM2's layers
+ITERATIONS = 48  # of conjugate gradients; not tuned
 
 
 def reconstruct_weight(

@@ -17,7 +17,6 @@ from streamprune_kernels import add_range, count_bins
 
 LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
 FINE_BINS = 4096  # 16 KB a channel; the observed range fills 2048 or more. Errors measured: docs/method.md
-ROW_PADDING = 80  # of a row of counts, in elements
 CHANNELS_AT_ONCE = 1024  # bounds the memory of moving and reading counts
 STRIP_WIDTH = 512  # channels of a strip of second moments; what lies below the diagonal strips is mirrored
 
@@ -112,10 +111,11 @@ class SecondMoments:
     @classmethod
     def zeros(cls, channels: int, config: PruneConfig, device: torch.device, unit: int) -> "SecondMoments":
         bounds = moment_blocks(channels, config.moments_width, unit)
-        even, odd, cross = (
-            [torch.zeros(end - begin, end - begin, device=device) for begin, end in bounds] for _ in range(3)
-        )
-        return cls((even, odd), cross if config.correction else None, bounds)
+
+        def zeros() -> list[torch.Tensor]:
+            return [torch.zeros(end - begin, end - begin, device=device) for begin, end in bounds]
+
+        return cls((zeros(), zeros()), zeros() if config.correction else None, bounds)
 
     def add(self, x: torch.Tensor, half: int) -> None:
         """Add a sequence's inputs float32 [tokens, in]; entries right of the diagonal strips only, until `mirror`."""
@@ -177,8 +177,7 @@ class StreamingHistogram:
     """
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        # Rows a power of two apart would fall on the same cache lines: counting took three times as long.
-        self.counts = torch.zeros(channels, FINE_BINS + ROW_PADDING, dtype=torch.int32, device=device)[:, :FINE_BINS]
+        self.counts = torch.zeros(channels, FINE_BINS, dtype=torch.int32, device=device)
         self.minimum = torch.full((channels,), math.inf, device=device)
         self.maximum = torch.full((channels,), -math.inf, device=device)
         self.exponent = torch.full((channels,), LEAST_EXPONENT, dtype=torch.int32, device=device)
