@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -16,6 +17,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float Vector __attribute__((vector_size(64)));
+typedef float HalfVector __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 static const int LANES = 16;
 
@@ -27,6 +30,7 @@ static const int LANES = 16;
 // Rows of scores that stay in the first-level cache while a tile is computed.
 static const int64_t ROWS_AT_ONCE = 1024;
 static const int TILE_T = 4, TILE_S = 6;  // 24 accumulators of the 32 registers
+static const int RANGE_STRIP = 4;         // vectors of channels; 16 accumulators
 static const int MOST_PLACES = 64, MOST_PATTERNS = 256;  // of a group; that are tried one by one
 
 
@@ -44,8 +48,8 @@ static void in_parts(int64_t count, int64_t step, int64_t threads, Work work) {
 
 // out[i, b] = sum over rows of max(s[b, row], t[i, row]), for i in [begin, end); s [n_s, rows], t [n_t, rows],
 // out [n_t, n_s]. Rows must be a multiple of 16 (padded with equal values on both sides by the caller).
-CLONES static void sum_of_maxima_part(const float* s, int64_t n_s, const float* t, int64_t begin, int64_t end, int64_t rows,
-                          float* out) {
+CLONES static void sum_of_maxima_part(const float* s, int64_t n_s, const float* t, int64_t begin, int64_t end,
+                                      int64_t rows, float* out) {
     for (int64_t i = begin; i < end; i++) std::memset(out + i * n_s, 0, sizeof(float) * n_s);
     for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
         int64_t last = first + ROWS_AT_ONCE < rows ? first + ROWS_AT_ONCE : rows;
@@ -77,37 +81,46 @@ CLONES static void sum_of_maxima_part(const float* s, int64_t n_s, const float* 
 }
 
 // Least and greatest value, and sum of squares, of channels [begin, end) of x [tokens, channels]; both multiples of 16
-// or the last channel. Adds to what low, high and square_sum hold.
-CLONES static void channel_range_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end, float* low,
-                          float* high, double* square_sum) {
-    for (int64_t c = begin; c < end; c += LANES) {
-        int width = end - c < LANES ? (int)(end - c) : LANES;
-        float least[LANES], greatest[LANES];
-        double squares[LANES] = {};
-        for (int k = 0; k < width; k++) least[k] = low[c + k], greatest[k] = high[c + k];
-        if (width == LANES) {
+// or the last channel. Adds to what low, high and square_sum hold. A strip of channels is as wide as registers allow:
+// the fewer rows of x a page holds, the slower narrow ones are read.
+CLONES static void channel_range_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end,
+                                      float* low, float* high, double* square_sum) {
+    for (int64_t c = begin; c < end;) {
+        if (end - c >= RANGE_STRIP * LANES) {
+            Vector least[RANGE_STRIP], greatest[RANGE_STRIP];
+            Doubles squares[2 * RANGE_STRIP] = {};
+            for (int v = 0; v < RANGE_STRIP; v++)
+                least[v] = LOAD(low + c + v * LANES), greatest[v] = LOAD(high + c + v * LANES);
             for (int64_t row = 0; row < tokens; row++) {
                 const float* values = x + row * channels + c;
-                for (int k = 0; k < LANES; k++) {
-                    float value = values[k];
-                    least[k] = value < least[k] ? value : least[k];
-                    greatest[k] = value > greatest[k] ? value : greatest[k];
-                    squares[k] += (double)value * value;
+                for (int v = 0; v < RANGE_STRIP; v++) {
+                    Vector value = LOAD(values + v * LANES);
+                    least[v] = MIN(value, least[v]);
+                    greatest[v] = MAX(value, greatest[v]);
+                    for (int half = 0; half < 2; half++) {
+                        HalfVector part;
+                        std::memcpy(&part, (const char*)&value + half * sizeof part, sizeof part);
+                        Doubles wide = __builtin_convertvector(part, Doubles);
+                        squares[2 * v + half] += wide * wide;
+                    }
                 }
             }
-        } else {
-            for (int64_t row = 0; row < tokens; row++)
-                for (int k = 0; k < width; k++) {
-                    float value = x[row * channels + c + k];
-                    least[k] = value < least[k] ? value : least[k];
-                    greatest[k] = value > greatest[k] ? value : greatest[k];
-                    squares[k] += (double)value * value;
-                }
+            std::memcpy(low + c, least, sizeof least);
+            std::memcpy(high + c, greatest, sizeof greatest);
+            for (int k = 0; k < RANGE_STRIP * LANES; k++) square_sum[c + k] += squares[k / 8][k % 8];
+            c += RANGE_STRIP * LANES;
+            continue;
         }
-        for (int k = 0; k < width; k++) {
-            low[c + k] = least[k], high[c + k] = greatest[k];
-            square_sum[c + k] += squares[k];
+        float least = low[c], greatest = high[c];
+        double squares = 0;
+        for (int64_t row = 0; row < tokens; row++) {
+            float value = x[row * channels + c];
+            least = MIN(value, least);
+            greatest = MAX(value, greatest);
+            squares += (double)value * value;
         }
+        low[c] = least, high[c] = greatest;
+        square_sum[c++] += squares;
     }
 }
 
@@ -139,6 +152,41 @@ CLONES static void count_bins_part(const float* x, int64_t tokens, int64_t chann
             for (int k = 0; k < LANES; k++) window[at[k]]++;
         }
     }
+}
+
+// Moves the counts of channels [begin, end) from windows that begin at bin `before` to windows that begin at `first`,
+// of bins 2^shift times as wide; counts [channels, bins]. Only bins without counts may fall outside the new window.
+CLONES static void move_windows_part(int32_t* counts, int64_t bins, int64_t begin, int64_t end, const int32_t* before,
+                                     const int32_t* shift, const int32_t* first, int32_t* moved) {
+    for (int64_t c = begin; c < end; c++) {
+        if (!shift[c] && before[c] == first[c]) continue;
+        int32_t* window = counts + c * bins;
+        std::memset(moved, 0, sizeof(int32_t) * bins);
+        for (int64_t i = 0; i < bins; i++)
+            if (window[i]) moved[((before[c] + (int32_t)i) >> shift[c]) - first[c]] += window[i];
+        std::memcpy(window, moved, sizeof(int32_t) * bins);
+    }
+}
+
+// The `kept` greatest of every m scores in rows [begin, end) of scores [rows, width]; of equal ones the first.
+template <int M>
+INLINE void select_rows(const float* scores, int64_t begin, int64_t end, int64_t width, int64_t group_size,
+                        int64_t kept, uint8_t* keep) {
+    const int m = M ? M : (int)group_size;
+    for (int64_t at = begin * width; at < end * width; at += m)
+        for (int i = 0; i < m; i++) {
+            int rank = 0;
+            for (int j = 0; j < i; j++) rank += scores[at + j] >= scores[at + i];
+            for (int j = i + 1; j < m; j++) rank += scores[at + j] > scores[at + i];
+            keep[at + i] = rank < kept;
+        }
+}
+
+CLONES static void select_part(const float* scores, int64_t begin, int64_t end, int64_t width, int64_t m, int64_t kept,
+                               uint8_t* keep) {
+    if (m == 4) return select_rows<4>(scores, begin, end, width, m, kept, keep);
+    if (m == 8) return select_rows<8>(scores, begin, end, width, m, kept, keep);
+    select_rows<0>(scores, begin, end, width, m, kept, keep);
 }
 
 // Cost of the pattern that costs least, and the places that it keeps.
@@ -188,17 +236,16 @@ INLINE float cheapest_exchange(const float* term, int m, const uint8_t* kept, ui
 }
 
 // One pass of coordinate descent over the groups of rows [begin, end) of one block of columns.
-//   weight, q, change float [rows, width]; keep uint8 [rows, width]; h [width, width]; width a multiple of m
+//   weight, q float [rows, width]; keep uint8 [rows, width]; h [width, width]; width a multiple of m
 //   kept_places uint8 [patterns, m]; terms [m + m (m - 1) / 2 + 1, lanes]: 1 where a pattern's cost has that term; the
 //   last row is what a cost starts with: 0, or infinity in the lanes that are no pattern
 // A pattern costs the sum of u_i over the places i that it drops, and of a_ij over their pairs i < j, with
 //   u_i = w_i^2 h_ii + 2 w_i (q_i less the group's own part),  a_ij = 2 w_i w_j h_ij
-// where off-diagonal h counts `off` times. q is the row of off D H + linear term (D: the dropped weights); here it is
-// kept up to date within the block, outside by the caller from `change`, the difference in D. Without patterns (0 of them) the
-// best exchange of one kept place for a dropped one is tried instead. A change must lower the cost by
-// least_gain of the group's sum of w^2 h. Returns how many groups changed.
+// where off-diagonal h counts `off` times. q is the row of off D H + linear term (D: the dropped weights); it is
+// kept up to date here. Without patterns (0 of them) the best exchange of one kept place for a dropped one is tried
+// instead. A change must lower the cost by least_gain of the group's sum of w^2 h. Returns how many groups changed.
 template <int M>
-INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* change, const float* h, int64_t begin,
+INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, const float* h, int64_t begin,
                       int64_t end, int64_t width, int64_t group_size, int64_t patterns, const uint8_t* kept_places,
                       const float* terms, int64_t lanes, float off, float least_gain) {
     const int m = M ? M : (int)group_size;
@@ -208,7 +255,7 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* chang
     for (int64_t row = begin; row < end; row++) {
         const float* w = weight + row * width;
         uint8_t* kept = keep + row * width;
-        float *running = q + row * width, *difference = change + row * width;
+        float* running = q + row * width;
         for (int64_t g = 0; g < width; g += m) {
             float dropped[MOST_PLACES], energy = 0, now = 0;
             for (int i = 0; i < m; i++) dropped[i] = kept[g + i] ? 0.0f : 1.0f;
@@ -229,8 +276,9 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* chang
                 }
             for (int i = 0; i < m; i++) term[i] = rest[i], now += rest[i] * dropped[i];
             uint8_t wanted_places[MOST_PLACES];
-            float least = patterns ? cheapest_pattern(term, count, terms, lanes, patterns, m, kept_places, wanted_places)
-                                   : now + cheapest_exchange(term, m, kept + g, wanted_places);
+            float least =
+                patterns ? cheapest_pattern(term, count, terms, lanes, patterns, m, kept_places, wanted_places)
+                         : now + cheapest_exchange(term, m, kept + g, wanted_places);
             // the same pattern's cost may round to less than `now`
             if (!(least < now - least_gain * energy) || !std::memcmp(wanted_places, kept + g, m)) continue;
             changed++;
@@ -239,7 +287,6 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* chang
                 if (wanted == kept[g + i]) continue;
                 float delta = wanted ? -w[g + i] : w[g + i];
                 kept[g + i] = wanted;
-                difference[g + i] += delta;
                 const float* line = h + (g + i) * width;
                 for (int64_t k = 0; k < width; k++) running[k] += off * delta * line[k];
             }
@@ -248,23 +295,24 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, float* chang
     return changed;
 }
 
-CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float* q, float* change, const float* h, int64_t begin,
-                           int64_t end, int64_t width, int64_t m, int64_t patterns, const uint8_t* kept_places,
-                           const float* terms, int64_t lanes, float off, float least_gain) {
+CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float* q, const float* h,
+                                       int64_t begin, int64_t end, int64_t width, int64_t m, int64_t patterns,
+                                       const uint8_t* kept_places, const float* terms, int64_t lanes, float off,
+                                       float least_gain) {
     if (m == 4)
-        return refine<4>(weight, keep, q, change, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
+        return refine<4>(weight, keep, q, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
                          least_gain);
     if (m == 8)
-        return refine<8>(weight, keep, q, change, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
+        return refine<8>(weight, keep, q, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
                          least_gain);
-    return refine<0>(weight, keep, q, change, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
+    return refine<0>(weight, keep, q, h, begin, end, width, m, patterns, kept_places, terms, lanes, off,
                      least_gain);
 }
 
 extern "C" {
 
 // What cpu.py calls must be what was compiled: raised with every change of a signature or of its meaning.
-int64_t interface_number() { return 1; }
+int64_t interface_number() { return 3; }
 
 void sum_of_maxima(const float* s, int64_t n_s, const float* t, int64_t n_t, int64_t rows, float* out,
                    int64_t threads) {
@@ -286,12 +334,26 @@ void count_bins(const float* x, int64_t tokens, int64_t channels, const float* i
     });
 }
 
-int64_t refine_rows(const float* weight, uint8_t* keep, float* q, float* change, const float* h, int64_t rows,
+void move_windows(int32_t* counts, int64_t channels, int64_t bins, const int32_t* before, const int32_t* shift,
+                  const int32_t* first, int64_t threads) {
+    in_parts(channels, 1, threads, [=](int64_t begin, int64_t end) {
+        std::vector<int32_t> moved(bins);
+        move_windows_part(counts, bins, begin, end, before, shift, first, moved.data());
+    });
+}
+
+void select_groups(const float* scores, int64_t rows, int64_t width, int64_t m, int64_t kept, uint8_t* keep,
+            int64_t threads) {
+    in_parts(rows, 1, threads,
+             [=](int64_t begin, int64_t end) { select_part(scores, begin, end, width, m, kept, keep); });
+}
+
+int64_t refine_rows(const float* weight, uint8_t* keep, float* q, const float* h, int64_t rows,
                     int64_t width, int64_t m, int64_t patterns, const uint8_t* kept_places, const float* terms,
                     int64_t lanes, float off, float least_gain, int64_t threads) {
     std::atomic<int64_t> changed{0};
     in_parts(rows, 1, threads, [&](int64_t begin, int64_t end) {
-        changed += refine_rows_part(weight, keep, q, change, h, begin, end, width, m, patterns, kept_places, terms,
+        changed += refine_rows_part(weight, keep, q, h, begin, end, width, m, patterns, kept_places, terms,
                                     lanes, off, least_gain);
     });
     return changed;

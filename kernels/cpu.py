@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 1  # of cpu.cpp's functions; both numbers are raised together
+INTERFACE = 3  # of cpu.cpp's functions; both numbers are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -24,7 +24,9 @@ SIGNATURES = {
     "sum_of_maxima": [POINTER, INT64, POINTER, INT64, INT64, POINTER, INT64],
     "channel_range": [POINTER, INT64, INT64, POINTER, POINTER, POINTER, INT64],
     "count_bins": [POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64],
-    "refine_rows": [*[POINTER] * 5, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
+    "move_windows": [POINTER, INT64, INT64, *[POINTER] * 3, INT64],
+    "select_groups": [POINTER, *[INT64] * 4, POINTER, INT64],
+    "refine_rows": [*[POINTER] * 4, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
 }
 
 
@@ -87,11 +89,34 @@ def count_bins(x: torch.Tensor, inverse_width: torch.Tensor, first_bin: torch.Te
     compiled.count_bins(x.data_ptr(), *x.shape, *windows, _threads())
 
 
+def move_windows(counts: torch.Tensor, before: torch.Tensor, shift: torch.Tensor, first: torch.Tensor) -> None:
+    """Move counts int32 [channels, bins], in place, from windows at bin `before` to windows at bin `first`.
+
+    The new bins are 2^shift times as wide; all three int32 [channels]. Bins with counts must lie in the new window.
+    """
+    compiled = _library_for(counts)
+    if compiled is None:
+        reference.move_windows(counts, before, shift, first)
+        return
+    windows = before.data_ptr(), shift.data_ptr(), first.data_ptr()
+    compiled.move_windows(counts.data_ptr(), *counts.shape, *windows, _threads())
+
+
+def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Tensor:
+    """Mask bool [out, in] of the `kept` highest of every group of scores float32 [out, in]; of equal ones the lower."""
+    compiled = _library_for(scores)
+    if compiled is None or scores.dtype != torch.float32:
+        return reference.select_groups(scores, kept, group_size)
+    scores = scores.contiguous()
+    keep = torch.empty(scores.shape, dtype=torch.bool)
+    compiled.select_groups(scores.data_ptr(), *scores.shape, group_size, kept, keep.data_ptr(), _threads())
+    return keep
+
+
 def refine_rows(
     weight: torch.Tensor,
     keep: torch.Tensor,
     q: torch.Tensor,
-    change: torch.Tensor,
     moments: torch.Tensor,
     places: torch.Tensor,
     off_diagonal: float,
@@ -99,19 +124,16 @@ def refine_rows(
 ) -> int:
     """One pass of coordinate descent over the groups of every row; returns how many groups changed.
 
-    weight, q, change float32 [rows, width] and keep bool [rows, width], the last three updated in place, all
-    contiguous; moments float32 [width, width]; places bool [patterns, M], which places of a group a pattern keeps, or
-    [0, M] to try exchanges of one place instead.
-    reference.refine_rows is the definition.
+    The tensors are those of reference.refine_rows, which is the definition, and contiguous.
     """
     compiled = _library_for(weight)
     if compiled is None:
-        return reference.refine_rows(weight, keep, q, change, moments, places, off_diagonal, least_gain)
-    for tensor in (weight, keep, q, change, moments):
+        return reference.refine_rows(weight, keep, q, moments, places, off_diagonal, least_gain)
+    for tensor in (weight, keep, q, moments):
         if not tensor.is_contiguous():
             raise ValueError("refine_rows works in place on contiguous tensors")
     kept_places, terms = _cost_terms(tuple(map(tuple, places.tolist())), places.shape[1])
-    tensors = (tensor.data_ptr() for tensor in (weight, keep, q, change, moments))
+    tensors = (tensor.data_ptr() for tensor in (weight, keep, q, moments))
     patterns = len(kept_places), kept_places.data_ptr(), terms.data_ptr(), terms.shape[1]
     m = places.shape[1]
     return int(compiled.refine_rows(*tensors, *weight.shape, m, *patterns, off_diagonal, least_gain, _threads()))

@@ -7,6 +7,8 @@ the bit j % 8, little end first, of byte j // 8 set where channel j is kept.
 import torch
 from torch.nn import functional
 
+CHANNELS_AT_ONCE = 1024  # bounds the memory of moving counts
+
 
 def pack_mask(keep: torch.Tensor) -> torch.Tensor:
     """bool [out, in] to uint8 [out, ceil(in/8)], little end first; padding bits are 0."""
@@ -74,11 +76,40 @@ def count_bins(x: torch.Tensor, inverse_width: torch.Tensor, first_bin: torch.Te
     counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.int32))
 
 
+def move_windows(counts: torch.Tensor, before: torch.Tensor, shift: torch.Tensor, first: torch.Tensor) -> None:
+    """Move counts int32 [channels, bins], in place, from windows at bin `before` to windows at bin `first`.
+
+    The new bins are 2^shift times as wide; all three int32 [channels]. Bins with counts must lie in the new window.
+    """
+    bins = counts.shape[1]
+    moved = ((shift > 0) | (before != first)).nonzero()[:, 0]
+    for rows in moved.split(CHANNELS_AT_ONCE):
+        old = before[rows, None] + torch.arange(bins, dtype=torch.int32, device=counts.device)
+        # Bins without counts may fall outside the new window; they have nothing to move.
+        target = ((old >> shift[rows, None]) - first[rows, None]).clamp_(0, bins - 1).long()
+        counts[rows] = torch.zeros_like(old).scatter_add_(1, target, counts[rows])
+
+
+def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Tensor:
+    """Mask bool [out, in] of the `kept` highest of every group of scores [out, in]; of equal ones the lower.
+
+    Ranks are counted by comparisons: topk's order among ties is not specified.
+    """
+    groups = scores.view(len(scores), -1, group_size)
+    columns = [groups[:, :, i].contiguous() for i in range(group_size)]
+    ranks = [torch.zeros(columns[0].shape, dtype=torch.int8, device=scores.device) for _ in columns]
+    for i in range(group_size):
+        for j in range(i + 1, group_size):
+            i_first = columns[i] >= columns[j]
+            ranks[j] += i_first
+            ranks[i] += ~i_first
+    return torch.stack([rank < kept for rank in ranks], dim=2).view(scores.shape)
+
+
 def refine_rows(
     weight: torch.Tensor,
     keep: torch.Tensor,
     q: torch.Tensor,
-    change: torch.Tensor,
     moments: torch.Tensor,
     places: torch.Tensor,
     off_diagonal: float,
@@ -90,7 +121,7 @@ def refine_rows(
     float32 [width, width]; places bool [patterns, M], or [0, M] for all exchanges of one kept place for a dropped one.
     With D the dropped weights, off-diagonal H times `off_diagonal` and q = off_diagonal D H + a linear term, a group
     takes the pattern that costs least given the others, d H_gg d^T + 2 d (q_g - own part), where that saves more than
-    `least_gain` of the group's sum of w^2 h. `change` collects the differences in D.
+    `least_gain` of the group's sum of w^2 h.
     """
     m = places.shape[1]
     changed = 0
@@ -111,7 +142,6 @@ def refine_rows(
         rows = (gains & differs).nonzero()[:, 0]
         delta = d[rows, best[rows]] - dropped[rows]
         keep[rows, columns] = options[rows, best[rows]]
-        change[rows, columns] += delta
         q[rows] += off_diagonal * delta @ moments[columns]
         changed += len(rows)
     return changed

@@ -14,6 +14,8 @@ from streamprune.errors import NumericsError
 from streamprune.model.skeleton import Skeleton
 from streamprune_kernels import expand
 
+Observer = Callable[[torch.Tensor, torch.Tensor], None]  # of a layer's inputs [tokens, in] and outputs [tokens, out]
+
 
 class PackedLinear(nn.Module):
     """The sparse product of one packed layer, from values, mask and permutation as read from disk.
@@ -81,14 +83,14 @@ def run_block(block: nn.Module, states: torch.Tensor, arguments: Mapping[str, An
 
 
 @contextmanager
-def inputs_observed(block: nn.Module, observers: Mapping[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
-    """While open, call an observer with the input [tokens, in] of the linear layer of its name inside the block."""
+def layers_observed(block: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+    """While open, show an observer the tokens of the linear layer of its name inside the block."""
 
-    def hook_for(observe: Callable[[torch.Tensor], None]) -> Callable[..., None]:
-        return lambda module, inputs: observe(inputs[0].reshape(-1, inputs[0].shape[-1]))
+    def hook_for(observe: Observer) -> Callable[..., None]:
+        return lambda module, inputs, output: observe(inputs[0].flatten(0, -2), output.flatten(0, -2))
 
     handles = [
-        block.get_submodule(name).register_forward_pre_hook(hook_for(observe)) for name, observe in observers.items()
+        block.get_submodule(name).register_forward_hook(hook_for(observe)) for name, observe in observers.items()
     ]
     try:
         yield

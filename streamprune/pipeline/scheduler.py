@@ -32,7 +32,7 @@ from streamprune.errors import (
     numerics_named,
 )
 from streamprune.model.arithmetic import peak_memory_bytes
-from streamprune.model.blocks import dense_block, inputs_observed, run_block
+from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
 from streamprune.model.streaming import BlockArguments, advance, embed, input_parameters, load_block, read_outer
 from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, moment_unit, prune_block
 from streamprune.pipeline.job import Job
@@ -40,7 +40,7 @@ from streamprune.pipeline.journal import Journal
 from streamprune.pipeline.progress import Progress, StageTimes
 from streamprune.pipeline.residual import reordered, source_order
 from streamprune.pipeline.validation import BlockErrorSum, InputSample, check_bits, check_packed_bits, layer_errors
-from streamprune.pruning.statistics import ChannelStatistics, StatisticsAccumulator
+from streamprune.pruning.statistics import ChannelStatistics, LayerTokens, StatisticsAccumulator
 
 logger = logging.getLogger("streamprune")
 
@@ -221,10 +221,9 @@ def _compress_block(
     statistics = _dense_pass(run, index, tensors, arguments, streams, dense, reference, timed)
     prunable = set(job.plan.blocks[index])
     pruned = prune_block(job.skeleton, index, tensors, statistics, prunable, job.config, timed)
-    moments = {id(s.moments): s.moments for s in statistics.values() if s.moments is not None}
-    moments_bytes = sum(moment.size_bytes for moment in moments.values())
+    moments_bytes = sum(shared.moments_bytes for shared in {id(s): s for s in statistics.values()}.values())
     split = sorted({name for name, s in statistics.items() if s.moments is not None and len(s.moments.bounds) > 1})
-    del statistics, moments
+    del statistics
     with timed("write"):
         _write_block(run, index, pruned)
     run.progress.stage(f"{name} sparse")
@@ -281,21 +280,23 @@ def _dense_pass(
     job, name = run.job, run.job.skeleton.blocks[index]
     block = dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
     accumulators: dict[str, StatisticsAccumulator] = {}  # by the first layer of each input group
-    seen: dict[str, torch.Tensor] = {}
-    observers: dict[str, Callable[[torch.Tensor], None]] = {}
+    seen: dict[str, LayerTokens] = {}
+    observers: dict[str, Observer] = {}
     for group, names in job.skeleton.group_layers(index):
         if names[0] in job.plan.blocks[index]:
-            channels = job.plan.blocks[index][names[0]].shape[1]
+            out_features, channels = job.plan.blocks[index][names[0]].shape
             unit = moment_unit(job.skeleton, group, job.config)
-            accumulators[names[0]] = StatisticsAccumulator(channels, job.config, job.arithmetic.device, unit)
-            observers[names[0].removeprefix(f"{name}.")] = functools.partial(seen.__setitem__, names[0])
+            accumulators[names[0]] = StatisticsAccumulator(
+                channels, job.config, job.arithmetic.device, unit, out_features if len(names) == 1 else None
+            )
+            observers[names[0].removeprefix(f"{name}.")] = functools.partial(_note, seen, names[0])
 
     def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        inputs = dict(seen)
+        pruned = dict(seen)
         with timed("statistics"):
             for layer, accumulator in accumulators.items():
                 with numerics_named(layer):
-                    accumulator.add(inputs[layer])
+                    accumulator.add(pruned[layer].inputs)
         position, skipped = divmod(sequence, job.config.correction_stride)
         if streams.reference is None or reference is None or skipped:
             return
@@ -304,9 +305,9 @@ def _dense_pass(
             reference.write(position, run_block(block, states, arguments[index], name))
         with timed("statistics"):
             for layer, accumulator in accumulators.items():
-                accumulator.add_reference(seen[layer], inputs[layer])
+                accumulator.add_reference(seen[layer], pruned[layer])
 
-    with timed("dense pass"), inputs_observed(block, observers):
+    with timed("dense pass"), layers_observed(block, observers):
         advance(block, name, arguments[index], streams.hidden, dense, job.arithmetic, run.tick, observe)
     statistics: dict[str, ChannelStatistics] = {}
     with timed("statistics"):
@@ -314,6 +315,10 @@ def _dense_pass(
             if names[0] in accumulators:
                 statistics.update(dict.fromkeys(names, accumulators[names[0]].result()))
     return statistics
+
+
+def _note(seen: dict[str, LayerTokens], name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+    seen[name] = LayerTokens(x, y)
 
 
 def _write_block(run: Run, index: int, pruned: PrunedBlock) -> None:
@@ -351,7 +356,7 @@ def _sparse_pass(
         names = {parameter: parameter for parameter in job.skeleton.block_parameters(index)}
         block = load_block(job.skeleton, index, shard, names, packed, job.arithmetic)
     samples: dict[str, InputSample] = {}
-    observers: dict[str, Callable[[torch.Tensor], None]] = {}
+    observers: dict[str, Observer] = {}
     for _, members in job.skeleton.group_layers(index):
         if members[0] in pruned.layers:
             sample = InputSample(len(states))
@@ -362,7 +367,7 @@ def _sparse_pass(
     def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
         total.add(x, dense.read(sequence).to(x.device), y)
 
-    with timed("sparse pass"), inputs_observed(block, observers):
+    with timed("sparse pass"), layers_observed(block, observers):
         advance(block, name, arguments[index], states, following, job.arithmetic, run.tick, observe)
     layers = []
     with timed("validate"):

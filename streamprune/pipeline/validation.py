@@ -26,7 +26,7 @@ class InputSample:
     parts: list[torch.Tensor] = field(default_factory=list)
     taken: int = 0
 
-    def observe(self, x: torch.Tensor) -> None:
+    def observe(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Take this sequence's share of its inputs [tokens, in]."""
         share = min(max(2, -(-SAMPLE_TOKENS // self.sequences)), SAMPLE_TOKENS - self.taken, x.shape[0])
         if share > 0:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streamprune.config import PruneConfig
+from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.metrics import score
 from streamprune.pruning.reconstruction import reconstruct_weight
@@ -61,13 +61,14 @@ class PrunedGroup:
 class _Problem:
     """The group's rows in one channel order: scores and weights float32 [rows, in], and what is known of the input.
 
-    whole   the second moments of all samples, in diagonal blocks; None where none were gathered
+    bounds  columns of each diagonal block of second moments; all columns where none were gathered
+    whole   the second moments of all samples in those blocks, or None
     linear  the linear term of correction float32 [rows, in] (refinement.py), or None
     """
 
     scores: torch.Tensor
     weight: torch.Tensor
-    moments: SecondMoments | None
+    bounds: tuple[tuple[int, int], ...]
     whole: list[torch.Tensor] | None
     linear: torch.Tensor | None
 
@@ -76,19 +77,26 @@ class _Problem:
         weight = torch.cat([layer.to(torch.float32) for layer in weights.values()])
         scores = torch.cat([score(layer, statistics, config) for layer in weights.values()])
         moments, linear = statistics.moments, None
-        if moments is not None and moments.cross is not None:
+        if moments is None:
+            return cls(scores, weight, ((0, weight.shape[1]),), None, None)
+        if statistics.output_cross is not None:
+            linear = config.correction * statistics.output_cross
+        elif moments.cross is not None:
             parts = zip(weight.split(moments.widths, dim=1), moments.cross, strict=True)
             linear = config.correction * torch.cat([stable_product(*part) for part in parts], dim=1)
-        return cls(scores, weight, moments, None if moments is None else moments.whole(), linear)
+        return cls(scores, weight, moments.bounds, moments.whole(), linear)
 
     def permuted(self, p: torch.Tensor) -> "_Problem":
-        """The same with channel p[j] at place j."""
-        moments = None if self.moments is None else self.moments.permuted(p)
+        """The same with channel p[j] at place j; a permutation inside the blocks of second moments."""
+        whole = None
+        if self.whole is not None:
+            places = [p[begin:end] - begin for begin, end in self.bounds]
+            whole = [block[place][:, place] for block, place in zip(self.whole, places, strict=True)]
         return _Problem(
             self.scores.index_select(1, p),
             self.weight.index_select(1, p),
-            moments,
-            None if moments is None else moments.whole(),
+            self.bounds,
+            whole,
             None if self.linear is None else self.linear.index_select(1, p),
         )
 
@@ -123,6 +131,9 @@ def prune_group(
         whole_energy = problem.energy(problem.weight)
         keep = select(problem.scores, config.pattern)
         taken.append(_steps("selection", problem, keep, torch.where(keep, 0, problem.weight), whole_energy, counts))
+    if config.refine:
+        with timed("refine"):
+            shrinkage = _shrinkage(problem, keep, statistics.moments, config)
     with timed("search"):
         permutation = None if fixed else _search(problem, heads, config)
     if permutation is not None:
@@ -132,7 +143,7 @@ def prune_group(
             taken.append(_steps("shuffle", problem, keep, torch.where(keep, 0, problem.weight), whole_energy, counts))
     if config.refine:
         with timed("refine"):
-            keep, shrinkage = _refine(problem, keep, config)
+            keep = _refine(problem, keep, shrinkage, config.pattern)
             dropped = torch.where(keep, 0, problem.weight)
             taken.append(_steps("refinement", problem, keep, dropped, whole_energy, counts))
     if config.reconstruct:
@@ -180,25 +191,33 @@ def _search(problem: _Problem, heads: Heads | None, config: PruneConfig) -> torc
     if heads is not None:
         found = search_in_heads(scores, heads, config)
     else:
-        bounds = ((0, scores.shape[1]),) if problem.moments is None else problem.moments.bounds
-        found = torch.cat([begin + search_permutation(scores[:, begin:end], config) for begin, end in bounds])
+        parts = [begin + search_permutation(scores[:, begin:end], config) for begin, end in problem.bounds]
+        found = torch.cat(parts)
     return None if torch.equal(found, torch.arange(len(found), device=found.device)) else found
 
 
-def _refine(problem: _Problem, keep: torch.Tensor, config: PruneConfig) -> tuple[torch.Tensor, tuple[float, ...]]:
-    moments, whole = problem.moments, problem.whole
-    assert moments is not None and whole is not None, "refinement needs second moments"  # noqa: PT018
-    masks, strengths = [], []
-    for block, (begin, end) in enumerate(moments.bounds):
-        weight, mask = problem.weight[:, begin:end], keep[:, begin:end]
-        strength = config.shrinkage
-        if strength is None:
-            halves = moments.halves[0][block], moments.halves[1][block]
-            strength = choose_shrinkage(weight, mask, halves, config.pattern)
+def _shrinkage(
+    problem: _Problem, keep: torch.Tensor, moments: SecondMoments | None, config: PruneConfig
+) -> tuple[float, ...]:
+    """Of each block of second moments; chosen in the source's channel order, which spares shuffling the halves."""
+    if config.shrinkage is not None:
+        return (config.shrinkage,) * len(problem.bounds)
+    assert moments is not None, "refinement needs second moments"
+    halves = zip(*moments.halves, problem.bounds, strict=True)
+    return tuple(
+        choose_shrinkage(problem.weight[:, begin:end], keep[:, begin:end], (even, odd), config.pattern)
+        for even, odd, (begin, end) in halves
+    )
+
+
+def _refine(problem: _Problem, keep: torch.Tensor, shrinkage: tuple[float, ...], pattern: NMPattern) -> torch.Tensor:
+    assert problem.whole is not None, "refinement needs second moments"
+    masks = []
+    for (begin, end), moments, strength in zip(problem.bounds, problem.whole, shrinkage, strict=True):
         linear = None if problem.linear is None else problem.linear[:, begin:end]
-        masks.append(refine_mask(weight, mask, whole[block], config.pattern, strength, linear))
-        strengths.append(strength)
-    return torch.cat(masks, dim=1), tuple(strengths)
+        weight, mask = problem.weight[:, begin:end], keep[:, begin:end]
+        masks.append(refine_mask(weight, mask, moments, pattern, strength, linear))
+    return torch.cat(masks, dim=1)
 
 
 def _reconstruct(problem: _Problem, keep: torch.Tensor) -> torch.Tensor:

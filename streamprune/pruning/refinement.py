@@ -20,12 +20,12 @@ from streamprune.config import NMPattern
 from streamprune.pruning.selection import stable_product
 from streamprune_kernels import refine_rows
 
-BLOCK_WIDTH = 192  # columns refined before their changes are carried to the others by one product
+BLOCK_WIDTH = 192  # columns refined by one product with what is dropped everywhere
 MAX_PASSES = 4  # groups that change fall by about half from pass to pass; their effect was not measured beyond
 LEAST_GAIN = 1e-6  # share of a group's sum of w^2 h that a change must save: below lies float32's noise
 SHRINKAGES = (0.05, 0.15, 0.3, 0.5)  # tried on one half of the samples and judged on the other
 SHRINKAGE_ROWS = 64  # rows that the strength is chosen on
-SHRINKAGE_PASSES = 2
+SHRINKAGE_PASSES = 1
 MOST_PATTERNS = 256  # more are not tried one by one
 
 
@@ -41,37 +41,29 @@ def refine_mask(
     """A mask bool [out, in] whose objective under the shrunk moments is at most that of `keep`, row by row.
 
     The objective is d H d^T + 2 d l^T. weight float32 [out, in], moments H float32 [in, in] and linear l float32
-    [out, in] (None: 0), all in the mask's order of channels.
+    [out, in] (None: 0), all in the mask's order of channels. "At most" is up to float32's rounding.
     """
     places = group_patterns(pattern)
     off_diagonal = 1.0 - shrinkage
-    refined = keep.clone()
-    dropped = torch.where(keep, 0, weight)
-    q = stable_product(dropped, moments)
-    before = _objective(dropped, q, moments, shrinkage, linear)
-    q *= off_diagonal
-    if linear is not None:
-        q += linear
     width = max(BLOCK_WIDTH // pattern.group_size, 1) * pattern.group_size
+    blocks = [slice(begin, begin + width) for begin in range(0, weight.shape[1], width)]
+    weights = [weight[:, columns].contiguous() for columns in blocks]
+    own = [moments[columns, columns].contiguous() for columns in blocks]
+    masks = [_copy(keep[:, columns]) for columns in blocks]
+    dropped = torch.where(keep, 0, weight)
     for _ in range(passes):
         changed = 0
-        for begin in range(0, weight.shape[1], width):
-            columns = slice(begin, begin + width)
-            block_keep, block_q = _copy(refined[:, columns]), _copy(q[:, columns])
-            change = torch.zeros_like(block_q)
-            block_weight, block_moments = weight[:, columns].contiguous(), moments[columns, columns].contiguous()
-            count = refine_rows(
-                block_weight, block_keep, block_q, change, block_moments, places, off_diagonal, LEAST_GAIN
-            )
+        for columns, block, h, mask in zip(blocks, weights, own, masks, strict=True):
+            q = stable_product(dropped, moments[:, columns]).mul_(off_diagonal)
+            if linear is not None:
+                q += linear[:, columns]
+            count = refine_rows(block, mask, q, h, places, off_diagonal, LEAST_GAIN)
             if count:
-                refined[:, columns] = block_keep
-                q.addmm_(change, moments[columns], alpha=off_diagonal)
+                dropped[:, columns] = torch.where(mask, 0, block)
                 changed += count
         if not changed:
             break
-    worse = objective(weight, refined, moments, shrinkage, linear) > before
-    refined[worse] = keep[worse]  # q's rounding could have misled a row
-    return refined
+    return torch.cat(masks, dim=1)
 
 
 def choose_shrinkage(
@@ -88,7 +80,7 @@ def choose_shrinkage(
     rows = slice(None, None, max(1, weight.shape[0] // SHRINKAGE_ROWS))
     weight, keep = weight[rows].contiguous(), keep[rows]
     seen, unseen = halves
-    if not bool(unseen.any()):  # a single sequence: nothing to judge by, so trust it least
+    if not bool(unseen.diagonal().any()):  # a single sequence: nothing to judge by, so trust it least
         return SHRINKAGES[-1] / (2 - SHRINKAGES[-1])
 
     def held_out(strength: float) -> float:
@@ -108,23 +100,26 @@ def objective(
 ) -> torch.Tensor:
     """d H d^T + 2 d l^T of each row's dropped weights, float64 [out], off-diagonal H times 1 - shrinkage."""
     dropped = torch.where(keep, 0, weight)
-    return _objective(dropped, stable_product(dropped, moments), moments, shrinkage, linear)
-
-
-def quadratic_form(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """r H r^T of each row, float64 [out]; rows [out, in] and moments [in, in] float32."""
-    return (stable_product(rows, moments) * rows).sum(dim=1, dtype=torch.float64)
-
-
-def _objective(
-    dropped: torch.Tensor, product: torch.Tensor, moments: torch.Tensor, shrinkage: float, linear: torch.Tensor | None
-) -> torch.Tensor:
-    """The objective where `product` is dropped @ moments."""
-    value = (product * dropped).sum(dim=1, dtype=torch.float64)
+    value = quadratic_form(dropped, moments)
     if shrinkage:
         diagonal = (dropped.square() * moments.diagonal()).sum(dim=1, dtype=torch.float64)
         value = (1 - shrinkage) * value + shrinkage * diagonal
     return value if linear is None else value + 2 * (dropped * linear).sum(dim=1, dtype=torch.float64)
+
+
+def quadratic_form(rows: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """r H r^T of each row, float64 [out]; rows [out, in] and symmetric moments [in, in] float32.
+
+    By strips of columns, of which only what lies on and below the diagonal is multiplied.
+    """
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for begin in range(0, len(moments), BLOCK_WIDTH):
+        end = begin + BLOCK_WIDTH
+        strip = rows[:, begin:end]
+        product = stable_product(rows[:, end:], moments[end:, begin:end]).mul_(2)
+        stable_product(strip, moments[begin:end, begin:end], into=product)
+        total += product.mul_(strip).sum(dim=1, dtype=torch.float64)
+    return total
 
 
 def _copy(block: torch.Tensor) -> torch.Tensor:

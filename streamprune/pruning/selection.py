@@ -5,6 +5,7 @@ import math
 import torch
 
 from streamprune.config import NMPattern
+from streamprune_kernels import select_groups
 
 INNER_AT_ONCE = 512
 
@@ -12,21 +13,9 @@ INNER_AT_ONCE = 512
 def select(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     """Mask bool [out, in]: the N highest scores of every M consecutive channels, exactly N.
 
-    On equal scores the lower channel is kept: ranks are counted by comparisons, since topk's order among ties is not
-    specified.
+    On equal scores the lower channel is kept.
     """
-    out_features, in_features = scores.shape
-    m = pattern.group_size
-    groups = scores.view(out_features, in_features // m, m)
-    columns = [groups[:, :, i].contiguous() for i in range(m)]
-    ranks = [torch.zeros(columns[0].shape, dtype=torch.int8, device=scores.device) for _ in range(m)]
-    for i in range(m):
-        for j in range(i + 1, m):
-            i_first = columns[i] >= columns[j]
-            ranks[j] += i_first
-            ranks[i] += ~i_first
-    keep = torch.stack([rank < pattern.kept for rank in ranks], dim=2)
-    return keep.view(out_features, in_features)
+    return select_groups(scores, pattern.kept, pattern.group_size)
 
 
 def retained_score(scores: torch.Tensor, keep: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in
 MIN_RELATIVE_GAIN = 1e-6  # a swap must gain this share of its group's score: below lies float32's noise
 ASSIGNMENT_ROUNDS = 8  # each goes once through the places of the groups
 ASSIGNMENT_GROUPS = 96  # in one assignment
-MIN_ROUND_GAIN = 5e-4  # share of what all places add that a round must gain for another to follow
+MIN_ROUND_GAIN = 1e-3  # share of what all places add that a round must gain for another to follow
 
 
 def search_permutation(scores: torch.Tensor, config: PruneConfig) -> torch.Tensor:
@@ -37,7 +37,7 @@ def search_permutation(scores: torch.Tensor, config: PruneConfig) -> torch.Tenso
     """
     objective = scores.square() if config.objective == "energy" else scores
     best = torch.arange(scores.shape[1], device=scores.device)
-    retained = _retained(objective, best, config.pattern)
+    retained = retained_score(objective, select(objective, config.pattern))
     for stage in config.search_stages:
         if stage == "local":
             found = local_shuffle(objective, best, config.pattern, config.shuffle_block)

@@ -13,22 +13,32 @@ from torch.nn import functional
 from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.selection import stable_product
-from streamprune_kernels import add_range, count_bins
+from streamprune_kernels import add_range, count_bins, move_windows
 
 LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
 FINE_BINS = 4096  # 16 KB a channel; the observed range fills 2048 or more. Errors measured: docs/method.md
-CHANNELS_AT_ONCE = 1024  # bounds the memory of moving and reading counts
-STRIP_WIDTH = 512  # channels of a strip of second moments; what lies below the diagonal strips is mirrored
+CHANNELS_AT_ONCE = 1024  # bounds the memory of reading counts
+STRIP_WIDTH = 192  # channels of a strip of second moments; what lies below the diagonal strips is mirrored
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """One sequence at a layer: inputs [tokens, in] and outputs [tokens, out]."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
     """Of the input channels of one layer, over all calibration tokens.
 
-    square_sum  float64 [in], sum of x^2
-    entropy     float64 [in], nats, or None where the metric does not use it
-    moments     second moments, or None where nothing uses them
+    square_sum    float64 [in], sum of x^2
+    entropy       float64 [in], nats, or None where the metric does not use it
+    moments       second moments, or None where nothing uses them
     tokens, sequences  how many were seen
+    output_cross  (Y_dense - Y)^T X float32 [out, in], in place of the moments' cross where the layer's outputs Y are
+                  fewer than its inputs; or None
     """
 
     square_sum: torch.Tensor
@@ -36,26 +46,51 @@ class ChannelStatistics:
     moments: "SecondMoments | None"
     tokens: int
     sequences: int
+    output_cross: torch.Tensor | None = None
 
     @property
     def rms(self) -> torch.Tensor:
         """Root mean square of each channel, float32 [in]."""
         return (self.square_sum / self.tokens).sqrt().to(torch.float32)
 
+    @property
+    def moments_bytes(self) -> int:
+        """Memory of all second moments."""
+        tensors = [] if self.output_cross is None else [self.output_cross]
+        if self.moments is not None:
+            tensors += [*self.moments.halves[0], *self.moments.halves[1], *(self.moments.cross or ())]
+        return sum(tensor.nbytes for tensor in tensors)
+
 
 class StatisticsAccumulator:
     """Takes a layer's inputs one sequence at a time; state that grows with channels, never with tokens."""
 
-    def __init__(self, channels: int, config: PruneConfig, device: torch.device, unit: int | None = None) -> None:
-        """`unit`: channels that blocks of second moments do not divide (default: a group of M)."""
+    def __init__(
+        self,
+        channels: int,
+        config: PruneConfig,
+        device: torch.device,
+        unit: int | None = None,
+        outputs: int | None = None,
+    ) -> None:
+        """`unit`: channels that blocks of second moments do not divide (default: a group of M).
+
+        `outputs`: of the one layer that takes these inputs; None where several do. Where they are few, a reference is
+        held against the outputs: that costs less, in time and in memory.
+        """
         self.config = config
         self.low = torch.full((channels,), math.inf, device=device)
         self.high = torch.full((channels,), -math.inf, device=device)
         self.square_sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.histogram = StreamingHistogram(channels, device) if config.metric == "esparse" else None
         self.moments: SecondMoments | None = None
+        self.output_cross: torch.Tensor | None = None
         if config.needs_moments:
-            self.moments = SecondMoments.zeros(channels, config, device, unit or config.pattern.group_size)
+            if config.correction and outputs is not None and outputs <= channels:
+                self.output_cross = torch.zeros(outputs, channels, device=device)
+            cross = bool(config.correction) and self.output_cross is None
+            unit = unit or config.pattern.group_size
+            self.moments = SecondMoments.zeros(channels, config, device, unit, cross=cross)
         self.tokens = 0
         self.reference_tokens = 0
         self.sequences = 0
@@ -73,12 +108,16 @@ class StatisticsAccumulator:
         self.tokens += x.shape[0]
         self.sequences += 1
 
-    def add_reference(self, dense: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the inputs [tokens, in] that a sequence has behind dense blocks, beside those behind pruned ones."""
+    def add_reference(self, dense: LayerTokens, pruned: LayerTokens) -> None:
+        """Add what a sequence is for the layer behind dense blocks, beside what it is behind pruned ones."""
         if self.moments is None:
             raise ValueError("a reference needs second moments")
-        x = x.to(torch.float32)
-        self.moments.add_cross(dense.to(torch.float32) - x, x)
+        x = pruned.inputs.to(torch.float32)
+        if self.output_cross is not None:
+            difference = dense.outputs.to(torch.float32) - pruned.outputs.to(torch.float32)
+            stable_product(difference.T, x, into=self.output_cross)
+        else:
+            self.moments.add_cross(dense.inputs.to(torch.float32) - x, x)
         self.reference_tokens += x.shape[0]
 
     def result(self) -> ChannelStatistics:
@@ -89,9 +128,11 @@ class StatisticsAccumulator:
             entropy = histogram_entropy(self.histogram.coarse(self.config.entropy_bins, shared))
         if self.moments is not None:
             self.moments.mirror()
-            for cross in self.moments.cross or ():
+            by_output = [] if self.output_cross is None else [self.output_cross]
+            for cross in (*(self.moments.cross or ()), *by_output):
                 cross *= self.tokens / max(self.reference_tokens, 1)
-        return ChannelStatistics(self.square_sum, entropy, self.moments, self.tokens, self.sequences)
+        totals = self.tokens, self.sequences
+        return ChannelStatistics(self.square_sum, entropy, self.moments, *totals, self.output_cross)
 
 
 @dataclass(frozen=True)
@@ -109,13 +150,15 @@ class SecondMoments:
     bounds: tuple[tuple[int, int], ...]
 
     @classmethod
-    def zeros(cls, channels: int, config: PruneConfig, device: torch.device, unit: int) -> "SecondMoments":
+    def zeros(
+        cls, channels: int, config: PruneConfig, device: torch.device, unit: int, *, cross: bool
+    ) -> "SecondMoments":
         bounds = moment_blocks(channels, config.moments_width, unit)
 
         def zeros() -> list[torch.Tensor]:
             return [torch.zeros(end - begin, end - begin, device=device) for begin, end in bounds]
 
-        return cls((zeros(), zeros()), zeros() if config.correction else None, bounds)
+        return cls((zeros(), zeros()), zeros() if cross else None, bounds)
 
     def add(self, x: torch.Tensor, half: int) -> None:
         """Add a sequence's inputs float32 [tokens, in]; entries right of the diagonal strips only, until `mirror`."""
@@ -140,24 +183,10 @@ class SecondMoments:
         """The moments of all sequences, block by block."""
         return [even + odd for even, odd in zip(*self.halves, strict=True)]
 
-    def permuted(self, permutation: torch.Tensor) -> "SecondMoments":
-        """The same with channel permutation[j] at place j; int64 [in], inside blocks."""
-        places = [permutation[begin:end] - begin for begin, end in self.bounds]
-
-        def gather(blocks: list[torch.Tensor]) -> list[torch.Tensor]:
-            return [m[p][:, p] for m, p in zip(blocks, places, strict=True)]
-
-        even, odd = self.halves
-        return SecondMoments((gather(even), gather(odd)), gather(self.cross) if self.cross else None, self.bounds)
-
     @property
     def widths(self) -> list[int]:
         """Channels of each block."""
         return [end - begin for begin, end in self.bounds]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(m.numel() * m.itemsize for blocks in (*self.halves, self.cross or []) for m in blocks)
 
 
 def moment_blocks(channels: int, most: int, unit: int) -> tuple[tuple[int, int], ...]:
@@ -202,13 +231,7 @@ class StreamingHistogram:
         # Room on both sides, so that the next new extreme need not move the window.
         centred = lowest - (FINE_BINS - 1 - (highest - lowest)) // 2
         first = torch.where(inside, self.first_bin, centred)
-        moved = (~inside).nonzero()[:, 0]
-        for rows in moved.split(CHANNELS_AT_ONCE):
-            old = self.first_bin[rows, None] + torch.arange(FINE_BINS, dtype=torch.int32, device=rows.device)
-            shift = (exponent[rows] - self.exponent[rows]).clamp(max=31)[:, None]
-            # Bins without counts may fall outside the new window; they have nothing to move.
-            target = ((old >> shift) - first[rows, None]).clamp_(0, FINE_BINS - 1).long()
-            self.counts[rows] = torch.zeros_like(old).scatter_add_(1, target, self.counts[rows])
+        move_windows(self.counts, self.first_bin, (exponent - self.exponent).clamp_(max=31), first)
         self.exponent, self.first_bin = exponent, first
 
     def coarse(self, bins: int, shared: bool = False) -> torch.Tensor:

@@ -138,6 +138,9 @@ def test_nm_linear_by_hand() -> None:
 
 
 def test_the_package_exports_its_kernels() -> None:
-    expected = "add_range count_bins excess_sums expand library nm_linear pack_mask pack_values refine_rows unpack_mask"
+    expected = (
+        "add_range count_bins excess_sums expand library move_windows nm_linear pack_mask pack_values refine_rows "
+        "select_groups unpack_mask"
+    )
     assert streamprune_kernels.__all__ == expected.split()
     assert all(callable(getattr(streamprune_kernels, name)) for name in streamprune_kernels.__all__)

@@ -15,7 +15,7 @@ from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
-from streamprune.model.blocks import PackedLinear, dense_block, inputs_observed, packed_block, run_block
+from streamprune.model.blocks import PackedLinear, dense_block, layers_observed, packed_block, run_block
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
 from streamprune.model.streaming import advance, embed, input_parameters, load_block, output_names, read_outer
 from streamprune.pruning.selection import select
@@ -145,13 +145,15 @@ def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, 
         run_block(block, states, arguments_of(skeleton, folder)[0], "model.layers.0")
 
 
-def test_inputs_are_observed_as_tokens_by_channels_while_open(models: Models) -> None:
+def test_layers_are_observed_as_tokens_by_channels_while_open(models: Models) -> None:
     folder = models("llama")
     skeleton = build_skeleton(folder)
     block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
     arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton)
     seen: dict[str, list[torch.Tensor]] = {"self_attn.q_proj": [], "self_attn.v_proj": [], "mlp.down_proj": []}
-    with inputs_observed(block, {name: tensors.append for name, tensors in seen.items()}):
+    results: list[torch.Tensor] = []
+    observers = {name: lambda x, y, tensors=tensors: tensors.append(x) for name, tensors in seen.items()}
+    with layers_observed(block, {**observers, "mlp.gate_proj": lambda x, y: results.append(y)}):
         output = run_block(block, states, arguments, "block")
     assert [len(tensors) for tensors in seen.values()] == [1, 1, 1]
     assert torch.equal(seen["self_attn.q_proj"][0], seen["self_attn.v_proj"][0])
@@ -159,6 +161,7 @@ def test_inputs_are_observed_as_tokens_by_channels_while_open(models: Models) ->
         normed = block.get_submodule("input_layernorm")(states)[0]
     assert torch.equal(seen["self_attn.q_proj"][0], normed)
     assert seen["mlp.down_proj"][0].shape == (TOKENS.shape[1], 160)
+    assert [tuple(y.shape) for y in results] == [(TOKENS.shape[1], 160)]
     assert torch.equal(run_block(block, states, arguments, "block"), output)
     assert [len(tensors) for tensors in seen.values()] == [1, 1, 1]
 
@@ -167,9 +170,9 @@ def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
     folder = models("llama")
     skeleton = build_skeleton(folder)
     block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
-    with pytest.raises(RuntimeError, match="a fault"), inputs_observed(block, {"mlp.up_proj": lambda x: None}):
+    with pytest.raises(RuntimeError, match="a fault"), layers_observed(block, {"mlp.up_proj": lambda x, y: None}):
         raise RuntimeError("a fault")
-    assert not block.get_submodule("mlp.up_proj")._forward_pre_hooks
+    assert not block.get_submodule("mlp.up_proj")._forward_hooks
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])

@@ -15,6 +15,7 @@ from streamprune.errors import NumericsError
 from streamprune.pruning.statistics import (
     FINE_BINS,
     STRIP_WIDTH,
+    LayerTokens,
     SecondMoments,
     StatisticsAccumulator,
     StreamingHistogram,
@@ -309,6 +310,10 @@ def assert_near(computed: torch.Tensor, expected: numpy.ndarray) -> None:
     numpy.testing.assert_allclose(computed.numpy(), expected, rtol=1e-5, atol=2e-6 * scale)
 
 
+def at_layer(x: torch.Tensor, y: torch.Tensor | None = None) -> LayerTokens:
+    return LayerTokens(x, torch.zeros(len(x), 1) if y is None else y)
+
+
 def tokens_of(channels: int, *lengths: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(channels)
     return [torch.randn(length, channels, generator=generator) + 0.3 for length in lengths]
@@ -350,7 +355,7 @@ def test_second_moments_in_blocks_are_the_whole_ones_blocks() -> None:
     accumulator = StatisticsAccumulator(160, config, CPU)
     for x, reference in zip(sequences, dense, strict=True):
         accumulator.add(x)
-        accumulator.add_reference(reference, x)
+        accumulator.add_reference(at_layer(reference), at_layer(x))
     moments = accumulator.result().moments
     assert moments is not None
     assert moments.cross is not None
@@ -362,21 +367,7 @@ def test_second_moments_in_blocks_are_the_whole_ones_blocks() -> None:
     for block, (begin, end) in enumerate(moments.bounds):
         assert_near(moments.whole()[block], expected[begin:end, begin:end])
         assert_near(moments.cross[block], cross[begin:end, begin:end])
-    assert moments.size_bytes == 4 * 3 * (56**2 + 56**2 + 48**2)
-
-
-def test_second_moments_are_permuted_inside_their_blocks() -> None:
-    sequences = tokens_of(80, 40, 24)
-    config = PruneConfig(correction=0.0, moments_width=64)
-    moments = accumulate(sequences, config)
-    assert moments.bounds == ((0, 40), (40, 80))
-    generator = torch.Generator().manual_seed(0)
-    order = torch.cat([torch.randperm(40, generator=generator), 40 + torch.randperm(40, generator=generator)])
-    permuted, again = moments.permuted(order), accumulate([x[:, order] for x in sequences], config)
-    assert permuted.cross is None
-    for half in (0, 1):
-        for one, other in zip(permuted.halves[half], again.halves[half], strict=True):
-            assert_near(one, other.double().numpy())
+    assert accumulator.result().moments_bytes == 4 * 3 * (56**2 + 56**2 + 48**2)
 
 
 def test_cross_moments_of_a_part_of_the_sequences_count_for_all() -> None:
@@ -387,7 +378,7 @@ def test_cross_moments_of_a_part_of_the_sequences_count_for_all() -> None:
     for number, (x, reference) in enumerate(zip(sequences, dense, strict=True)):
         accumulator.add(x)
         if number % 2 == 0:
-            accumulator.add_reference(reference, x)
+            accumulator.add_reference(at_layer(reference), at_layer(x))
     moments = accumulator.result().moments
     assert moments is not None
     assert moments.cross is not None
@@ -395,11 +386,31 @@ def test_cross_moments_of_a_part_of_the_sequences_count_for_all() -> None:
     assert_near(moments.cross[0], 2 * by_numpy([x * 0.25 for x in part], part))
 
 
+@pytest.mark.parametrize(("outputs", "by_output"), [(7, True), (24, True), (25, False), (None, False)])
+def test_a_reference_is_held_against_outputs_where_those_are_fewer(outputs: int | None, by_output: bool) -> None:
+    """(Y_dense - Y)^T X is W C for the layer's weight W, bias or not; with blocks of moments too it is whole."""
+    weight = torch.randn(outputs or 3, 24, generator=torch.Generator().manual_seed(1))
+    sequences = tokens_of(24, 32, 32)
+    dense = [x * 1.25 for x in sequences]
+    config = PruneConfig(correction=0.5)
+    accumulator = StatisticsAccumulator(24, config, CPU, outputs=outputs)
+    for x, reference in zip(sequences, dense, strict=True):
+        accumulator.add(x)
+        accumulator.add_reference(*(at_layer(t, t @ weight.T + 3.0) for t in (reference, x)))
+    found = accumulator.result()
+    assert found.moments is not None
+    assert (found.output_cross is not None) is by_output
+    assert (found.moments.cross is None) is by_output
+    if found.output_cross is not None:
+        expected = weight.double().numpy() @ by_numpy([x * 0.25 for x in sequences], sequences)
+        assert_near(found.output_cross, expected)
+
+
 def test_a_reference_equal_to_the_inputs_leaves_zero() -> None:
     (x,) = tokens_of(24, 32)
     accumulator = StatisticsAccumulator(24, MOMENTS, CPU)
     accumulator.add(x)
-    accumulator.add_reference(x.clone(), x)
+    accumulator.add_reference(at_layer(x.clone()), at_layer(x))
     moments = accumulator.result().moments
     assert moments is not None
     assert moments.cross is not None
@@ -409,7 +420,7 @@ def test_a_reference_equal_to_the_inputs_leaves_zero() -> None:
 def test_a_reference_without_second_moments_is_a_programming_error() -> None:
     accumulator = StatisticsAccumulator(4, WITHOUT, CPU)
     with pytest.raises(ValueError, match="needs second moments"):
-        accumulator.add_reference(torch.ones(2, 4), torch.ones(2, 4))
+        accumulator.add_reference(at_layer(torch.ones(2, 4)), at_layer(torch.ones(2, 4)))
 
 
 def test_entropy_range_of_the_layer_is_that_of_all_channels() -> None:
