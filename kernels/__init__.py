@@ -5,23 +5,33 @@ Importing it needs neither CuPy nor a driver nor a GPU.
 
 from streamprune_kernels.cpu import (
     add_range,
-    count_bins,
+    count_values,
     excess_sums,
     library,
-    move_windows,
+    local_swaps,
     refine_rows,
     select_groups,
 )
-from streamprune_kernels.reference import expand, nm_linear, pack_mask, pack_values, unpack_mask
+from streamprune_kernels.reference import (
+    LEAST_EXPONENT,
+    expand,
+    nm_linear,
+    nth_best,
+    pack_mask,
+    pack_values,
+    unpack_mask,
+)
 
 __all__ = [
+    "LEAST_EXPONENT",
     "add_range",
-    "count_bins",
+    "count_values",
     "excess_sums",
     "expand",
     "library",
-    "move_windows",
+    "local_swaps",
     "nm_linear",
+    "nth_best",
     "pack_mask",
     "pack_values",
     "refine_rows",

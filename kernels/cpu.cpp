@@ -3,6 +3,7 @@
 // on their number. The threads are OpenMP's, and so torch's own: a pool beside them would wait for them to stop
 // spinning. Vectors are 16 floats: one AVX-512 register, two of AVX2.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -31,6 +32,7 @@ static const int LANES = 16;
 static const int64_t ROWS_AT_ONCE = 1024;
 static const int TILE_T = 4, TILE_S = 6;  // 24 accumulators of the 32 registers
 static const int RANGE_STRIP = 4;         // vectors of channels; 16 accumulators
+static const int LEAST_EXPONENT = -126;   // of a bin's width: float scales by its inverse without overflow
 static const int MOST_PLACES = 64, MOST_PATTERNS = 256;  // of a group; that are tried one by one
 
 
@@ -80,6 +82,109 @@ CLONES static void sum_of_maxima_part(const float* s, int64_t n_s, const float* 
     }
 }
 
+// out[i * stride + b] = sum over rows of max(0, column[b] - threshold[i]), for n columns and m thresholds.
+INLINE void excess(const float* const* column, int64_t n, const float* threshold, int64_t m, int64_t rows, float* out,
+                   int64_t stride) {
+    for (int64_t i = 0; i < m; i++) std::memset(out + i * stride, 0, sizeof(float) * n);
+    for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
+        int64_t last = MIN(first + ROWS_AT_ONCE, rows);
+        for (int64_t b = 0; b < n; b += TILE_S)
+            for (int64_t i = 0; i < m; i += TILE_T) {
+                Vector sum[TILE_T][TILE_S] = {}, zero = {};
+                for (int64_t row = first; row < last; row += LANES) {
+                    Vector value[TILE_S];
+                    for (int k = 0; k < TILE_S; k++) value[k] = LOAD(column[MIN(b + k, n - 1)] + row);
+                    for (int j = 0; j < TILE_T; j++) {
+                        Vector least = LOAD(threshold + MIN(i + j, m - 1) * rows + row);
+                        for (int k = 0; k < TILE_S; k++) {
+                            Vector above = value[k] - least;
+                            sum[j][k] += MAX(above, zero);
+                        }
+                    }
+                }
+                for (int j = 0; j < TILE_T && i + j < m; j++)
+                    for (int k = 0; k < TILE_S && b + k < n; k++) {
+                        float total = 0;
+                        for (int lane = 0; lane < LANES; lane++) total += sum[j][k][lane];
+                        out[(i + j) * stride + b + k] += total;
+                    }
+            }
+    }
+}
+
+// For each of m columns the `kept`-th greatest of the others, row by row: threshold [m, rows].
+INLINE void thresholds_of(const float* const* column, int m, int kept, int64_t rows, float* threshold) {
+    for (int64_t row = 0; row < rows; row += LANES) {
+        Vector best[MOST_PLACES];  // the kept + 1 greatest, greatest first
+        for (int place = 0; place <= kept; place++) best[place] = Vector{} - INFINITY;
+        for (int i = 0; i < m; i++) {
+            Vector value = LOAD(column[i] + row);
+            for (int place = 0; place <= kept; place++) {
+                Vector greater = MAX(best[place], value);
+                value = MIN(best[place], value);
+                best[place] = greater;
+            }
+        }
+        for (int i = 0; i < m; i++) {
+            Vector value = LOAD(column[i] + row);
+            Vector other = value >= best[kept - 1] ? best[kept] : best[kept - 1];
+            std::memcpy(threshold + i * rows + row, &other, sizeof other);
+        }
+    }
+}
+
+struct Swap {
+    float gain;
+    int64_t i, j;
+};
+
+// Greedy swaps inside each of the blocks [begin, end) of `size` places. s [channels, rows] holds the scores of the
+// channels as they lie at first, rows a multiple of 16; order [channels]: the channel at each place, as reference.py's
+// local_swaps has it.
+CLONES static void local_swaps_part(const float* s, int64_t channels, int64_t rows, int64_t begin, int64_t end,
+                                    int64_t size, int64_t m, int64_t kept, int64_t rounds, float least_gain,
+                                    int64_t* order) {
+    std::vector<float> gain(size * size), threshold(m * rows);
+    std::vector<const float*> column(size);
+    std::vector<Swap> swaps;
+    for (int64_t block = begin; block < end; block++) {
+        int64_t *places = order + block * size, n = MIN(size, channels - block * size), groups = n / m;
+        if (groups < 2) continue;
+        std::vector<char> stale(groups, 1), used(groups);
+        for (int64_t k = 0; k < n; k++) column[k] = s + places[k] * rows;
+        for (int64_t round = 0; round < rounds; round++) {
+            for (int64_t g = 0; g < groups; g++) {
+                if (!stale[g]) continue;
+                thresholds_of(column.data() + g * m, (int)m, (int)kept, rows, threshold.data());
+                excess(column.data(), n, threshold.data(), m, rows, gain.data() + g * m * size, size);
+                stale[g] = 0;
+            }
+            swaps.clear();
+            for (int64_t a = 0; a < groups; a++)
+                for (int64_t b = a + 1; b < groups; b++) {
+                    Swap best = {0, -1, -1};
+                    for (int64_t i = a * m; i < a * m + m; i++)
+                        for (int64_t j = b * m; j < b * m + m; j++) {
+                            float own_i = gain[i * size + i], own_j = gain[j * size + j];
+                            float change = (gain[i * size + j] - own_i) + (gain[j * size + i] - own_j);
+                            if (change > least_gain * (own_i + own_j) && change > best.gain) best = {change, i, j};
+                        }
+                    if (best.gain > 0) swaps.push_back(best);
+                }
+            if (swaps.empty()) break;
+            std::stable_sort(swaps.begin(), swaps.end(), [](const Swap& x, const Swap& y) { return x.gain > y.gain; });
+            std::fill(used.begin(), used.end(), 0);
+            for (const Swap& swap : swaps) {
+                if (used[swap.i / m] || used[swap.j / m]) continue;
+                used[swap.i / m] = used[swap.j / m] = stale[swap.i / m] = stale[swap.j / m] = 1;
+                std::swap(column[swap.i], column[swap.j]);
+                std::swap(places[swap.i], places[swap.j]);
+                for (int64_t k = 0; k < n; k++) std::swap(gain[k * size + swap.i], gain[k * size + swap.j]);
+            }
+        }
+    }
+}
+
 // Least and greatest value, and sum of squares, of channels [begin, end) of x [tokens, channels]; both multiples of 16
 // or the last channel. Adds to what low, high and square_sum hold. A strip of channels is as wide as registers allow:
 // the fewer rows of x a page holds, the slower narrow ones are read.
@@ -124,25 +229,58 @@ CLONES static void channel_range_part(const float* x, int64_t tokens, int64_t ch
     }
 }
 
-// counts[c, floor(x * inverse_width[c]) - first_bin[c]] += 1 for channels [begin, end) of x [tokens, channels]; rows of
-// counts are `stride` elements apart. The caller has made the window hold every value.
-CLONES static void count_bins_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end,
-                       const float* inverse_width, const int32_t* first_bin, int64_t stride, int32_t* counts) {
+// Number of the bin of width 2^exponent that x lies in.
+INLINE int32_t bin_of(float x, int exponent) { return (int32_t)std::floor(std::ldexp(x, -exponent)); }
+
+// Least exponent for which low and high lie within `bins` bins, and within 2^24 of bin 0.
+INLINE int32_t least_exponent(float low, float high, int64_t bins) {
+    const float tiny = std::ldexp(1.0f, LEAST_EXPONENT);
+    int span, reach;
+    std::frexp(MAX(high - low, tiny) / (float)bins, &span);
+    std::frexp(MAX(MAX(std::fabs(low), std::fabs(high)), tiny), &reach);
+    int32_t exponent = MIN(MAX(MAX(span - 1, reach - 24), LEAST_EXPONENT), -LEAST_EXPONENT);
+    // the window starts on the grid, so it may need a width more, and the span was rounded
+    for (int again = 0; again < 2; again++) exponent += bin_of(high, exponent) - bin_of(low, exponent) >= bins;
+    return exponent;
+}
+
+// Makes a channel's window hold low..high, moving its counts. Bins only ever merge in pairs.
+INLINE void widen(float low, float high, int32_t* exponent, int32_t* first, int32_t* counts, int64_t bins,
+                  int32_t* moved) {
+    int32_t wider = MAX(*exponent, least_exponent(low, high, bins)), shift = MIN(wider - *exponent, 31);
+    int32_t lowest = bin_of(low, wider), highest = bin_of(high, wider);
+    if (!shift && lowest >= *first && highest < *first + bins) return;
+    // room on both sides, so that the next new extreme need not move the window
+    int32_t centred = lowest - ((int32_t)bins - 1 - (highest - lowest)) / 2;
+    std::memset(moved, 0, sizeof(int32_t) * bins);
+    for (int64_t i = 0; i < bins; i++)  // bins without counts may fall outside
+        if (counts[i]) moved[((*first + (int32_t)i) >> shift) - centred] += counts[i];
+    std::memcpy(counts, moved, sizeof(int32_t) * bins);
+    *exponent = wider, *first = centred;
+}
+
+// Counts the values of channels [begin, end) of x [tokens, channels] in windows of `bins` bins: that of channel c
+// begins at bin first[c], its bins are 2^exponent[c] wide, and it is moved first where it does not hold low[c]..high[c],
+// which bound all values so far. counts [channels, bins]; `moved` is room for one window.
+CLONES static void count_values_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end,
+                                     const float* low, const float* high, int32_t* exponent, int32_t* first,
+                                     int32_t* counts, int64_t bins, int32_t* moved) {
     for (int64_t c = begin; c < end; c += LANES) {
         int width = end - c < LANES ? (int)(end - c) : LANES;
-        float scale[LANES] = {};
-        int32_t first[LANES] = {};
-        for (int k = 0; k < width; k++) scale[k] = inverse_width[c + k], first[k] = first_bin[c + k];
-        int32_t* window = counts + c * stride;
+        int32_t* window = counts + c * bins;
+        Vector scales = {};
+        Integers offsets = {};
+        for (int k = 0; k < width; k++) {
+            widen(low[c + k], high[c + k], exponent + c + k, first + c + k, window + k * bins, bins, moved);
+            scales[k] = std::ldexp(1.0f, -exponent[c + k]);
+            offsets[k] = (int32_t)(k * bins) - first[c + k];
+        }
         if (width < LANES) {
             for (int64_t row = 0; row < tokens; row++)
                 for (int k = 0; k < width; k++)
-                    window[k * stride + (int32_t)std::floor(x[row * channels + c + k] * scale[k]) - first[k]]++;
+                    window[offsets[k] + (int32_t)std::floor(x[row * channels + c + k] * scales[k])]++;
             continue;
         }
-        Vector scales = LOAD(scale);
-        Integers offsets;
-        for (int k = 0; k < LANES; k++) offsets[k] = (int32_t)(k * stride) - first[k];
         for (int64_t row = 0; row < tokens; row++) {
             Vector scaled = LOAD(x + row * channels + c) * scales;
             Integers truncated = __builtin_convertvector(scaled, Integers);
@@ -151,20 +289,6 @@ CLONES static void count_bins_part(const float* x, int64_t tokens, int64_t chann
 #pragma GCC unroll 16
             for (int k = 0; k < LANES; k++) window[at[k]]++;
         }
-    }
-}
-
-// Moves the counts of channels [begin, end) from windows that begin at bin `before` to windows that begin at `first`,
-// of bins 2^shift times as wide; counts [channels, bins]. Only bins without counts may fall outside the new window.
-CLONES static void move_windows_part(int32_t* counts, int64_t bins, int64_t begin, int64_t end, const int32_t* before,
-                                     const int32_t* shift, const int32_t* first, int32_t* moved) {
-    for (int64_t c = begin; c < end; c++) {
-        if (!shift[c] && before[c] == first[c]) continue;
-        int32_t* window = counts + c * bins;
-        std::memset(moved, 0, sizeof(int32_t) * bins);
-        for (int64_t i = 0; i < bins; i++)
-            if (window[i]) moved[((before[c] + (int32_t)i) >> shift[c]) - first[c]] += window[i];
-        std::memcpy(window, moved, sizeof(int32_t) * bins);
     }
 }
 
@@ -312,12 +436,19 @@ CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float
 extern "C" {
 
 // What cpu.py calls must be what was compiled: raised with every change of a signature or of its meaning.
-int64_t interface_number() { return 3; }
+int64_t interface_number() { return 5; }
 
 void sum_of_maxima(const float* s, int64_t n_s, const float* t, int64_t n_t, int64_t rows, float* out,
                    int64_t threads) {
     in_parts(n_t, TILE_T, threads,
              [=](int64_t begin, int64_t end) { sum_of_maxima_part(s, n_s, t, begin, end, rows, out); });
+}
+
+void local_swaps(const float* s, int64_t channels, int64_t rows, int64_t size, int64_t m, int64_t kept,
+                 int64_t rounds, float least_gain, int64_t* order, int64_t threads) {
+    in_parts((channels + size - 1) / size, 1, threads, [=](int64_t begin, int64_t end) {
+        local_swaps_part(s, channels, rows, begin, end, size, m, kept, rounds, least_gain, order);
+    });
 }
 
 void channel_range(const float* x, int64_t tokens, int64_t channels, float* low, float* high, double* square_sum,
@@ -327,18 +458,11 @@ void channel_range(const float* x, int64_t tokens, int64_t channels, float* low,
     });
 }
 
-void count_bins(const float* x, int64_t tokens, int64_t channels, const float* inverse_width, const int32_t* first_bin,
-                int64_t stride, int32_t* counts, int64_t threads) {
+void count_values(const float* x, int64_t tokens, int64_t channels, const float* low, const float* high,
+                  int32_t* exponent, int32_t* first, int32_t* counts, int64_t bins, int64_t threads) {
     in_parts(channels, LANES, threads, [=](int64_t begin, int64_t end) {
-        count_bins_part(x, tokens, channels, begin, end, inverse_width, first_bin, stride, counts);
-    });
-}
-
-void move_windows(int32_t* counts, int64_t channels, int64_t bins, const int32_t* before, const int32_t* shift,
-                  const int32_t* first, int64_t threads) {
-    in_parts(channels, 1, threads, [=](int64_t begin, int64_t end) {
         std::vector<int32_t> moved(bins);
-        move_windows_part(counts, bins, begin, end, before, shift, first, moved.data());
+        count_values_part(x, tokens, channels, begin, end, low, high, exponent, first, counts, bins, moved.data());
     });
 }
 

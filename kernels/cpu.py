@@ -16,15 +16,16 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 3  # of cpu.cpp's functions; both numbers are raised together
+INTERFACE = 5  # of cpu.cpp's functions; both numbers are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
+MOST_PLACES = 63  # of a group in compiled loops
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "sum_of_maxima": [POINTER, INT64, POINTER, INT64, INT64, POINTER, INT64],
     "channel_range": [POINTER, INT64, INT64, POINTER, POINTER, POINTER, INT64],
-    "count_bins": [POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64],
-    "move_windows": [POINTER, INT64, INT64, *[POINTER] * 3, INT64],
+    "count_values": [POINTER, INT64, INT64, *[POINTER] * 5, INT64, INT64],
+    "local_swaps": [POINTER, *[INT64] * 6, FLOAT, POINTER, INT64],
     "select_groups": [POINTER, *[INT64] * 4, POINTER, INT64],
     "refine_rows": [*[POINTER] * 4, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
 }
@@ -65,6 +66,21 @@ def excess_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return sums.sub_(t.sum(dim=1)[:, None])
 
 
+def local_swaps(
+    s: torch.Tensor, start: torch.Tensor, block: int, kept: int, group_size: int, rounds: int, least_gain: float
+) -> torch.Tensor:
+    """Greedy swaps of channels inside blocks of places; reference.local_swaps is the definition."""
+    compiled = _library_for(s)
+    if compiled is None or group_size > MOST_PLACES:
+        return reference.local_swaps(s, start, block, kept, group_size, rounds, least_gain)
+    padding = -s.shape[1] % LANES  # rows of zeros add nothing
+    padded = functional.pad(s, (0, padding)) if padding else s.contiguous()
+    order = start.clone(memory_format=torch.contiguous_format)
+    sizes = *padded.shape, block, group_size, kept, rounds
+    compiled.local_swaps(padded.data_ptr(), *sizes, least_gain, order.data_ptr(), _threads())
+    return order
+
+
 def add_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum: torch.Tensor) -> None:
     """Update float32 `low` and `high` and float64 `square_sum`, all [channels], by x float32 [tokens, channels]."""
     compiled = _library_for(x)
@@ -75,31 +91,22 @@ def add_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum
     compiled.channel_range(x.data_ptr(), *x.shape, low.data_ptr(), high.data_ptr(), square_sum.data_ptr(), _threads())
 
 
-def count_bins(x: torch.Tensor, inverse_width: torch.Tensor, first_bin: torch.Tensor, counts: torch.Tensor) -> None:
-    """counts[c, floor(x * inverse_width[c]) - first_bin[c]] += 1 for x float32 [tokens, channels].
-
-    inverse_width float32, first_bin int32 [channels]; counts int32 [channels, bins]. Every value must fall in a bin.
-    """
+def count_values(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    exponent: torch.Tensor,
+    first_bin: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Count values in windows of bins that widen as values need it; reference.count_values is the definition."""
     compiled = _library_for(x)
     if compiled is None:
-        reference.count_bins(x, inverse_width, first_bin, counts)
+        reference.count_values(x, low, high, exponent, first_bin, counts)
         return
     x = x.contiguous()
-    windows = inverse_width.data_ptr(), first_bin.data_ptr(), counts.stride(0), counts.data_ptr()
-    compiled.count_bins(x.data_ptr(), *x.shape, *windows, _threads())
-
-
-def move_windows(counts: torch.Tensor, before: torch.Tensor, shift: torch.Tensor, first: torch.Tensor) -> None:
-    """Move counts int32 [channels, bins], in place, from windows at bin `before` to windows at bin `first`.
-
-    The new bins are 2^shift times as wide; all three int32 [channels]. Bins with counts must lie in the new window.
-    """
-    compiled = _library_for(counts)
-    if compiled is None:
-        reference.move_windows(counts, before, shift, first)
-        return
-    windows = before.data_ptr(), shift.data_ptr(), first.data_ptr()
-    compiled.move_windows(counts.data_ptr(), *counts.shape, *windows, _threads())
+    windows = (tensor.data_ptr() for tensor in (low, high, exponent, first_bin, counts))
+    compiled.count_values(x.data_ptr(), *x.shape, *windows, counts.shape[1], _threads())
 
 
 def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Tensor:

@@ -4,10 +4,13 @@ Packed layer (docs/format.md): `values` [out, in*N/M] in ascending input channel
 the bit j % 8, little end first, of byte j // 8 set where channel j is kept.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
 CHANNELS_AT_ONCE = 1024  # bounds the memory of moving counts
+LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
 
 
 def pack_mask(keep: torch.Tensor) -> torch.Tensor:
@@ -57,6 +60,92 @@ def excess_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return (torch.cdist(t, s, p=1) + s.sum(dim=1)[None, :] - t.sum(dim=1)[:, None]) / 2
 
 
+def nth_best(columns: Sequence[torch.Tensor], n: int) -> torch.Tensor:
+    """N-th greatest of several tensors, element by element; -inf where there are fewer than n of them."""
+    left = list(columns)
+    for _ in range(n - 1):  # carry the greatest out, leave the rest
+        greatest, rest = left[0], []
+        for column in left[1:]:
+            rest.append(torch.minimum(greatest, column))
+            greatest = torch.maximum(greatest, column)
+        left = rest
+    best = left[0]
+    for column in left[1:]:
+        best = torch.maximum(best, column)
+    return best
+
+
+def local_swaps(
+    s: torch.Tensor, start: torch.Tensor, block: int, kept: int, group_size: int, rounds: int, least_gain: float
+) -> torch.Tensor:
+    """Swap channels of different groups inside each `block` of places while the kept score rises.
+
+    s float32 [channels, rows], scores by channel; start int64 [channels], the channel at each place. A round takes in
+    each block its best swaps at once, at most one for each group, so that their gains add up exactly; one must gain
+    more than `least_gain` of what its two channels add to their groups. Returns the channel at each place.
+    """
+    order = start.clone()
+    for begin in range(0, len(order), block):
+        places = slice(begin, min(begin + block, len(order)))
+        if places.stop - begin >= 2 * group_size:
+            channels = order[places]
+            order[places] = _search_block(s[channels], channels, kept, group_size, rounds, least_gain)
+    return order
+
+
+def _search_block(
+    s: torch.Tensor, channels: torch.Tensor, kept: int, m: int, rounds: int, least_gain: float
+) -> torch.Tensor:
+    """Swap channels int64 [size], whose scores are s [size, rows], until no swap gains."""
+    size = len(channels)
+    channels = channels.clone()
+    group_of = torch.arange(size, device=s.device) // m
+    same_group = group_of[:, None] == group_of[None, :]
+    gain = torch.empty(size, size, dtype=torch.float32, device=s.device)
+    stale = torch.ones(size // m, dtype=torch.bool, device=s.device)
+    for _ in range(rounds):
+        _update_gain(gain, s, stale, kept, m)
+        own = gain.diagonal()
+        change = gain - own[:, None]
+        swap = (change + change.T).masked_fill_(same_group, -1)
+        threshold = least_gain * (own[:, None] + own[None, :])
+        pairs = _disjoint_swaps(torch.where(swap > threshold, swap, -1), m)
+        if pairs.numel() == 0:
+            break
+        i, j = pairs.unbind(1)
+        for tensor in (channels, s):
+            tensor[i], tensor[j] = tensor[j], tensor[i]
+        gain[:, j], gain[:, i] = gain[:, i], gain[:, j]
+        stale[i // m] = stale[j // m] = True
+    return channels
+
+
+def _update_gain(gain: torch.Tensor, s: torch.Tensor, stale: torch.Tensor, kept: int, m: int) -> None:
+    """Compute the rows G[i, :] of the places whose group is stale, and clear the marks."""
+    groups = stale.nonzero()[:, 0]
+    members = [s[groups * m + i] for i in range(m)]
+    for i in range(m):
+        t = nth_best(members[:i] + members[i + 1 :], kept)
+        gain[groups * m + i] = excess_sums(s, t)
+    stale.zero_()
+
+
+def _disjoint_swaps(swap: torch.Tensor, m: int) -> torch.Tensor:
+    """Swaps [n, 2] (i, j) with i < j: best first, each group in at most one. swap < 0: no gain."""
+    groups = len(swap) // m
+    by_group = swap.view(groups, m, groups, m).permute(0, 2, 1, 3).reshape(groups, groups, m * m)
+    best, at = by_group.max(dim=2)
+    values, where = best.tolist(), at.tolist()
+    candidates = sorted((-values[a][b], a, b) for a in range(groups) for b in range(a + 1, groups) if values[a][b] > 0)
+    used: set[int] = set()
+    pairs = []
+    for _, a, b in candidates:
+        if a not in used and b not in used:
+            used |= {a, b}
+            pairs.append((a * m + where[a][b] // m, b * m + where[a][b] % m))
+    return torch.tensor(pairs, dtype=torch.int64, device=swap.device).reshape(-1, 2)
+
+
 def add_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum: torch.Tensor) -> None:
     """Update float32 `low` and `high` and float64 `square_sum`, all [channels], by x float32 [tokens, channels].
 
@@ -67,27 +156,53 @@ def add_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum
     square_sum += x.to(torch.float64).square_().sum(dim=0)
 
 
-def count_bins(x: torch.Tensor, inverse_width: torch.Tensor, first_bin: torch.Tensor, counts: torch.Tensor) -> None:
-    """counts[c, floor(x * inverse_width[c]) - first_bin[c]] += 1 for x float32 [tokens, channels].
+def count_values(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    exponent: torch.Tensor,
+    first_bin: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Count x float32 [tokens, channels] in windows of bins, one a channel, that first widen where they must.
 
-    inverse_width float32, first_bin int32 [channels]; counts int32 [channels, bins]. Every value must fall in a bin.
-    """
-    bins = ((x * inverse_width).floor_().to(torch.int64) - first_bin).T
-    counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.int32))
-
-
-def move_windows(counts: torch.Tensor, before: torch.Tensor, shift: torch.Tensor, first: torch.Tensor) -> None:
-    """Move counts int32 [channels, bins], in place, from windows at bin `before` to windows at bin `first`.
-
-    The new bins are 2^shift times as wide; all three int32 [channels]. Bins with counts must lie in the new window.
+    counts int32 [channels, bins]; bin i of channel c covers (first_bin[c] + i + [0, 1)) * 2^exponent[c], both int32
+    [channels]. low and high float32 [channels] are finite, as is their difference, and bound all values so far, these
+    included. A window becomes as wide as needed and no wider, by merging bins in pairs; all but x, low and high are
+    updated in place.
     """
     bins = counts.shape[1]
-    moved = ((shift > 0) | (before != first)).nonzero()[:, 0]
-    for rows in moved.split(CHANNELS_AT_ONCE):
-        old = before[rows, None] + torch.arange(bins, dtype=torch.int32, device=counts.device)
+    wider = torch.maximum(exponent, _least_exponent(low, high, bins))
+    lowest, highest = (_bins_of(bound, wider).to(torch.int32) for bound in (low, high))
+    inside = (lowest >= first_bin) & (highest < first_bin + bins) & (wider == exponent)
+    # Room on both sides, so that the next new extreme need not move the window.
+    first = torch.where(inside, first_bin, lowest - (bins - 1 - (highest - lowest)) // 2)
+    for rows in (~inside).nonzero()[:, 0].split(CHANNELS_AT_ONCE):
+        shift = (wider[rows] - exponent[rows]).clamp(max=31)[:, None]
+        old = first_bin[rows, None] + torch.arange(bins, dtype=torch.int32, device=x.device)
         # Bins without counts may fall outside the new window; they have nothing to move.
-        target = ((old >> shift[rows, None]) - first[rows, None]).clamp_(0, bins - 1).long()
+        target = ((old >> shift) - first[rows, None]).clamp_(0, bins - 1).long()
         counts[rows] = torch.zeros_like(old).scatter_add_(1, target, counts[rows])
+    exponent.copy_(wider)
+    first_bin.copy_(first)
+    at = (_bins_of(x, wider).to(torch.int64) - first).T
+    counts.scatter_add_(1, at, torch.ones_like(at, dtype=torch.int32))
+
+
+def _least_exponent(low: torch.Tensor, high: torch.Tensor, bins: int) -> torch.Tensor:
+    """Least e, int32, for which low and high lie within `bins` bins of width 2^e, and within 2^24 of bin 0."""
+    tiny = 2.0**LEAST_EXPONENT  # frexp(0) would give exponent 0: a channel that is dead so far would get wide bins
+    _, span = torch.frexp((high - low).clamp(min=tiny) / bins)  # high - low < bins * 2^span
+    _, reach = torch.frexp(torch.maximum(low.abs(), high.abs()).clamp(min=tiny))
+    exponent = torch.maximum(span - 1, reach - 24).clamp(LEAST_EXPONENT, -LEAST_EXPONENT)
+    for _ in range(2):  # the window starts on the grid, so it may need a width more, and float32's span was rounded
+        exponent = exponent + (_bins_of(high, exponent) - _bins_of(low, exponent) >= bins).to(exponent.dtype)
+    return exponent
+
+
+def _bins_of(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """Bin numbers, float32: scaling by a power of two is exact, so bins at width 2w are pairs of bins at w."""
+    return (x * torch.exp2(-exponent.to(torch.float32))).floor_()
 
 
 def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Tensor:

@@ -4,10 +4,10 @@ No memory map: a full disk under a map is SIGBUS. Every chunk has a checksum, so
 """
 
 import os
-import zlib
 from pathlib import Path
 
 import torch
+import xxhash
 
 from streamprune.checkpoint.reader import byte_view, read_into
 from streamprune.errors import CheckpointError, OutputError
@@ -16,7 +16,7 @@ from streamprune.errors import CheckpointError, OutputError
 class HiddenStates:
     """`sequences` chunks of shape [1, tokens, hidden] in one file.
 
-    State that must live somewhere: an open file and the checksums (crc32) of what was written to it.
+    State that must live somewhere: an open file and the checksums (XXH3) of what was written to it.
     """
 
     def __init__(self, path: Path, sequences: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
@@ -54,13 +54,13 @@ class HiddenStates:
                 done += os.pwrite(self._file.fileno(), view[done:], index * self.chunk_bytes + done)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror}); mend that and run again") from error
-        self.checksums[index] = zlib.crc32(view)
+        self.checksums[index] = xxhash.xxh3_64_intdigest(view)
 
     def read(self, index: int) -> torch.Tensor:
         """Hidden states of one sequence, [1, tokens, hidden] on the CPU. Raises CheckpointError where they are torn."""
         chunk = torch.empty(self.shape, dtype=self.dtype)
         read_into(self._file.fileno(), chunk, index * self.chunk_bytes, self.path)
-        if zlib.crc32(byte_view(chunk)) != self.checksums[index]:
+        if xxhash.xxh3_64_intdigest(byte_view(chunk)) != self.checksums[index]:
             raise CheckpointError(f"{self.path}: hidden states of sequence {index} are damaged")
         return chunk
 

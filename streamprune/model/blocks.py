@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from streamprune.checkpoint.packed import PackedLayer, layer_from_tensors
+from streamprune.checkpoint.reader import all_finite
 from streamprune.errors import NumericsError
 from streamprune.model.skeleton import Skeleton
 from streamprune_kernels import expand
@@ -77,7 +78,7 @@ def run_block(block: nn.Module, states: torch.Tensor, arguments: Mapping[str, An
     with torch.inference_mode():
         output = block(states, **arguments)
     output = output[0] if isinstance(output, tuple) else output
-    if not bool(torch.isfinite(output).all()):
+    if not all_finite(output):
         raise NumericsError(f"{name}: its output holds NaN or infinity; try --dtype float32")
     return output
 

@@ -119,11 +119,16 @@ class BlockErrorSum:
 
     def add(self, x: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> None:
         """Add one sequence: inputs, dense outputs and pruned outputs, each [1, tokens, hidden]."""
-        y = dense[0].to(torch.float64)
-        self.differences.append(stable_sum((pruned[0].to(torch.float64) - y).square_().sum(dim=1)))
-        self.norms.append(stable_sum((y - x[0].to(torch.float64)).square_().sum(dim=1)))
+        y = dense[0].to(torch.float32)
+        self.differences.append(_energy(pruned[0].to(torch.float32) - y))
+        self.norms.append(_energy(y - x[0].to(torch.float32)))
 
     @property
     def value(self) -> float:
         norm = math.fsum(self.norms)
         return math.sqrt(math.fsum(self.differences) / norm) if norm > 0 else 0.0
+
+
+def _energy(x: torch.Tensor) -> float:
+    """Sum of squares of x float32 [tokens, channels]."""
+    return stable_sum(x.square_().sum(dim=1, dtype=torch.float64))

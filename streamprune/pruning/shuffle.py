@@ -13,14 +13,12 @@ Sources: E-Sparse (arXiv 2310.15929) for the global and the local shuffle; RIA (
 assignment.
 """
 
-from collections.abc import Sequence
-
 import torch
 from scipy.optimize import linear_sum_assignment
 
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.pruning.selection import retained_score, select
-from streamprune_kernels import excess_sums
+from streamprune_kernels import excess_sums, local_swaps, nth_best
 
 MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in practice after 10 to 20
 MIN_RELATIVE_GAIN = 1e-6  # a swap must gain this share of its group's score: below lies float32's noise
@@ -120,15 +118,10 @@ def local_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPattern,
     In each round a block makes its best swaps at once, at most one for each group, so that their gains add up exactly;
     a block is done when no swap gains.
     """
-    channels, m = scores.shape[1], pattern.group_size
+    m = pattern.group_size
     size = max(2 * m, block // m * m)
-    channels_first = scores.T
-    permutation = start.clone()
-    for begin in range(0, channels, size):
-        places = slice(begin, min(begin + size, channels))
-        if places.stop - begin >= 2 * m:
-            permutation[places] = _search_block(channels_first[permutation[places]], permutation[places], pattern)
-    return ascending_in_groups(permutation, pattern)
+    found = local_swaps(scores.T, start, size, pattern.kept, m, MAX_ROUNDS, MIN_RELATIVE_GAIN)
+    return ascending_in_groups(found, pattern)
 
 
 def ascending_in_groups(permutation: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
@@ -136,73 +129,6 @@ def ascending_in_groups(permutation: torch.Tensor, pattern: NMPattern) -> torch.
     return permutation.view(-1, pattern.group_size).sort(dim=1).values.reshape(-1)
 
 
-def nth_best(columns: Sequence[torch.Tensor], n: int) -> torch.Tensor:
-    """N-th greatest of several tensors, element by element; -inf where there are fewer than n of them."""
-    left = list(columns)
-    for _ in range(n - 1):  # carry the greatest out, leave the rest
-        greatest, rest = left[0], []
-        for column in left[1:]:
-            rest.append(torch.minimum(greatest, column))
-            greatest = torch.maximum(greatest, column)
-        left = rest
-    best = left[0]
-    for column in left[1:]:
-        best = torch.maximum(best, column)
-    return best
-
-
 def _retained(scores: torch.Tensor, permutation: torch.Tensor, pattern: NMPattern) -> float:
     permuted = scores.index_select(1, permutation)
     return retained_score(permuted, select(permuted, pattern))
-
-
-def _search_block(s: torch.Tensor, channels: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
-    """Swap channels int64 [size], whose scores are s [size, rows], until no swap gains."""
-    size, m = len(channels), pattern.group_size
-    channels = channels.clone()
-    group_of = torch.arange(size, device=s.device) // m
-    same_group = group_of[:, None] == group_of[None, :]
-    gain = torch.empty(size, size, dtype=torch.float32, device=s.device)
-    stale = torch.ones(size // m, dtype=torch.bool, device=s.device)
-    for _ in range(MAX_ROUNDS):
-        _update_gain(gain, s, stale, pattern)
-        own = gain.diagonal()
-        change = gain - own[:, None]
-        swap = (change + change.T).masked_fill_(same_group, -1)
-        threshold = MIN_RELATIVE_GAIN * (own[:, None] + own[None, :])
-        pairs = _disjoint_swaps(torch.where(swap > threshold, swap, -1), m)
-        if pairs.numel() == 0:
-            break
-        i, j = pairs.unbind(1)
-        for tensor in (channels, s):
-            tensor[i], tensor[j] = tensor[j], tensor[i]
-        gain[:, j], gain[:, i] = gain[:, i], gain[:, j]
-        stale[i // m] = stale[j // m] = True
-    return channels
-
-
-def _update_gain(gain: torch.Tensor, s: torch.Tensor, stale: torch.Tensor, pattern: NMPattern) -> None:
-    """Compute the rows G[i, :] of the places whose group is stale, and clear the marks."""
-    m = pattern.group_size
-    groups = stale.nonzero()[:, 0]
-    members = [s[groups * m + i] for i in range(m)]
-    for i in range(m):
-        t = nth_best(members[:i] + members[i + 1 :], pattern.kept)
-        gain[groups * m + i] = excess_sums(s, t)
-    stale.zero_()
-
-
-def _disjoint_swaps(swap: torch.Tensor, m: int) -> torch.Tensor:
-    """Swaps [n, 2] (i, j) with i < j: best first, each group in at most one. swap < 0: no gain."""
-    groups = len(swap) // m
-    by_group = swap.view(groups, m, groups, m).permute(0, 2, 1, 3).reshape(groups, groups, m * m)
-    best, at = by_group.max(dim=2)
-    values, where = best.tolist(), at.tolist()
-    candidates = sorted((-values[a][b], a, b) for a in range(groups) for b in range(a + 1, groups) if values[a][b] > 0)
-    used: set[int] = set()
-    pairs = []
-    for _, a, b in candidates:
-        if a not in used and b not in used:
-            used |= {a, b}
-            pairs.append((a * m + where[a][b] // m, b * m + where[a][b] % m))
-    return torch.tensor(pairs, dtype=torch.int64, device=swap.device).reshape(-1, 2)

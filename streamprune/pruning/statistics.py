@@ -13,9 +13,8 @@ from torch.nn import functional
 from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.selection import stable_product
-from streamprune_kernels import add_range, count_bins, move_windows
+from streamprune_kernels import LEAST_EXPONENT, add_range, count_values
 
-LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
 FINE_BINS = 4096  # 16 KB a channel; the observed range fills 2048 or more. Errors measured: docs/method.md
 CHANNELS_AT_ONCE = 1024  # bounds the memory of reading counts
 STRIP_WIDTH = 192  # channels of a strip of second moments; what lies below the diagonal strips is mirrored
@@ -219,20 +218,8 @@ class StreamingHistogram:
         """
         if not bool(torch.isfinite(high - low).all()):
             raise NumericsError("a layer's input spans more than float32 holds")
-        self._widen(low.clone(), high.clone())
-        count_bins(x, torch.exp2(-self.exponent.to(torch.float32)), self.first_bin, self.counts)
-
-    def _widen(self, minimum: torch.Tensor, maximum: torch.Tensor) -> None:
-        """Make the windows hold a new range, moving the counts so far."""
-        self.minimum, self.maximum = minimum, maximum
-        exponent = torch.maximum(self.exponent, _least_exponent(minimum, maximum))
-        lowest, highest = (_bins_of(bound, exponent).to(torch.int32) for bound in (minimum, maximum))
-        inside = (lowest >= self.first_bin) & (highest < self.first_bin + FINE_BINS) & (exponent == self.exponent)
-        # Room on both sides, so that the next new extreme need not move the window.
-        centred = lowest - (FINE_BINS - 1 - (highest - lowest)) // 2
-        first = torch.where(inside, self.first_bin, centred)
-        move_windows(self.counts, self.first_bin, (exponent - self.exponent).clamp_(max=31), first)
-        self.exponent, self.first_bin = exponent, first
+        self.minimum, self.maximum = low.clone(), high.clone()
+        count_values(x, low, high, self.exponent, self.first_bin, self.counts)
 
     def coarse(self, bins: int, shared: bool = False) -> torch.Tensor:
         """Counts float64 [channels, bins] over each channel's minimum..maximum in equal bins, as numpy.histogram.
@@ -270,19 +257,3 @@ def histogram_entropy(counts: torch.Tensor) -> torch.Tensor:
     """
     p = counts / counts.sum(dim=1, keepdim=True)
     return -torch.special.xlogy(p, p).sum(dim=1)
-
-
-def _least_exponent(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """Least e, int32, for which low and high lie within FINE_BINS bins of width 2^e, and within 2^24 of bin 0."""
-    tiny = 2.0**LEAST_EXPONENT  # frexp(0) would give exponent 0: a channel that is dead so far would get wide bins
-    _, span = torch.frexp((high - low).clamp(min=tiny) / FINE_BINS)  # high - low < FINE_BINS * 2^span
-    _, reach = torch.frexp(torch.maximum(low.abs(), high.abs()).clamp(min=tiny))
-    exponent = torch.maximum(span - 1, reach - 24).clamp(LEAST_EXPONENT, -LEAST_EXPONENT)
-    for _ in range(2):  # the window starts on the grid, so it may need a width more, and float32's span was rounded
-        exponent = exponent + (_bins_of(high, exponent) - _bins_of(low, exponent) >= FINE_BINS).to(exponent.dtype)
-    return exponent
-
-
-def _bins_of(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """Bin numbers, float32: scaling by a power of two is exact, so bins at width 2w are pairs of bins at w."""
-    return (x * torch.exp2(-exponent.to(torch.float32))).floor_()

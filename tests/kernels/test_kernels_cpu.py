@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from streamprune.config import NMPattern
 from streamprune.pruning.refinement import group_patterns
 from streamprune.runtime.verify import verify
-from streamprune_kernels import add_range, count_bins, cpu, excess_sums, reference, refine_rows
+from streamprune_kernels import (
+    LEAST_EXPONENT,
+    add_range,
+    count_values,
+    cpu,
+    excess_sums,
+    local_swaps,
+    reference,
+    refine_rows,
+    select_groups,
+)
 
 repeatable = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32)
@@ -76,6 +86,59 @@ def test_excess_sums_of_views_that_are_not_contiguous() -> None:
     torch.testing.assert_close(excess_sums(s, t), reference.excess_sums(s, t), rtol=1e-5, atol=1e-5)
 
 
+@given(
+    st.sampled_from([(2, 4), (4, 8), (1, 4), (1, 2), (3, 4), (1, 3), (8, 16)]),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.sampled_from([16, 24, 64]),
+    seeds,
+)
+@repeatable
+def test_local_swaps_of_whole_numbers(sizes: tuple[int, int], groups: int, rows: int, block: int, seed: int) -> None:
+    """Whole scores add up exactly, so the compiled search takes the very swaps of the plain one, ties among them."""
+    kept, m = sizes
+    block = max(block // m, 2) * m
+    generator = torch.Generator().manual_seed(seed)
+    s = torch.randint(0, 50, (groups * m, rows), generator=generator).float()
+    start = torch.randperm(groups * m, generator=generator)
+    arguments = start, block, kept, m, 32, 1e-6
+    expected = reference.local_swaps(s, *arguments)
+    for count in (1, 2, 3):
+        found = on_threads(count, lambda: local_swaps(s, *arguments))
+        assert torch.equal(found, expected)
+    assert torch.equal(local_swaps(s.T.contiguous().T, *arguments), expected)
+    assert torch.equal(expected.sort().values, torch.arange(groups * m))
+
+
+def test_local_swaps_of_any_scores_reach_what_the_plain_ones_do() -> None:
+    """Rounding may choose other swaps; the score that is kept in the end is the same to a hair."""
+    generator = torch.Generator().manual_seed(3)
+    s = torch.randn(192, 700, generator=generator).exp() * torch.randn(192, 1, generator=generator).exp()
+    arguments = torch.arange(192), 64, 2, 4, 32, 1e-6
+
+    def kept_score(order: torch.Tensor) -> float:
+        groups = s[order].view(48, 4, -1)
+        return float(groups.sort(dim=1, descending=True).values[:, :2].double().sum())
+
+    before, plain = kept_score(arguments[0]), kept_score(reference.local_swaps(s, *arguments))
+    compiled = kept_score(local_swaps(s, *arguments))
+    assert plain > 1.01 * before
+    assert compiled - before == pytest.approx(plain - before, rel=0.01)
+
+
+@given(st.sampled_from([(2, 4), (4, 8), (1, 3), (8, 16)]), st.integers(1, 20), st.integers(1, 9), seeds)
+@repeatable
+def test_select_groups(sizes: tuple[int, int], rows: int, groups: int, seed: int) -> None:
+    """Bit for bit, ties among few values included."""
+    kept, m = sizes
+    scores = torch.randint(0, 4, (rows, groups * m), generator=torch.Generator().manual_seed(seed)).float() - 1.5
+    expected = reference.select_groups(scores, kept, m)
+    for count in (1, 2):
+        assert torch.equal(on_threads(count, lambda: select_groups(scores, kept, m)), expected)
+    assert torch.equal(select_groups(scores.T.contiguous().T, kept, m), expected)
+    assert (expected.view(rows, groups, m).sum(dim=2) == kept).all()
+
+
 def range_state(channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     low, high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
     return low, high, torch.zeros(channels, dtype=torch.float64)
@@ -114,34 +177,49 @@ def test_add_range_shows_what_is_not_finite(value: float) -> None:
                 assert (~torch.isfinite(squares)).nonzero().tolist() == [[channel]]
 
 
-@given(st.integers(1, 70), st.integers(1, 60), st.sampled_from([16, 100, 4096]), seeds)
+def windows(channels: int, bins: int) -> tuple[torch.Tensor, ...]:
+    """exponent, first_bin and counts as a histogram begins with them."""
+    exponent = torch.full((channels,), LEAST_EXPONENT, dtype=torch.int32)
+    return exponent, torch.zeros(channels, dtype=torch.int32), torch.zeros(channels, bins, dtype=torch.int32)
+
+
+@given(
+    st.integers(1, 70), st.lists(st.integers(1, 40), min_size=1, max_size=4), st.sampled_from([16, 100, 4096]), seeds
+)
 @repeatable
-def test_count_bins(channels: int, tokens: int, bins: int, seed: int) -> None:
+def test_count_values(channels: int, lengths: list[int], bins: int, seed: int) -> None:
+    """Bit for bit the plain version, sequence after sequence whose range grows, for any threads."""
     generator = torch.Generator().manual_seed(seed)
-    inverse = torch.exp2(torch.randint(-8, 9, (channels,), generator=generator).float())
-    first = torch.randint(-(2**20), 2**20, (channels,), generator=generator, dtype=torch.int32)
-    # values inside the window, its edges among them
-    place = torch.rand(tokens, channels, generator=generator) * (bins - 1)
-    place[torch.rand(tokens, channels, generator=generator) < 0.3] = 0
-    x = (first + place.floor()) / inverse
-    counts = [torch.full((channels, bins), 7, dtype=torch.int32) for _ in range(3)]
-    reference.count_bins(x, inverse, first, counts[0])
-    for count in (1, 2):
-        on_threads(count, lambda count=count: count_bins(x, inverse, first, counts[count]))
-    assert torch.equal(counts[0], counts[1])
-    assert torch.equal(counts[0], counts[2])
-    assert counts[0].sum() == channels * bins * 7 + channels * tokens
+    size = torch.exp2(torch.randint(-130, 100, (channels,), generator=generator).double()).float()
+    shift = torch.randint(-3, 4, (channels,), generator=generator) * size
+    states = [windows(channels, bins) for _ in range(3)]
+    low, high, _ = range_state(channels)
+    for number, length in enumerate(lengths):
+        x = torch.randn(length, channels, generator=generator) * size * 3**number + shift
+        x[torch.rand(length, channels, generator=generator) < 0.2] = 0
+        torch.minimum(low, x.amin(dim=0), out=low)
+        torch.maximum(high, x.amax(dim=0), out=high)
+        reference.count_values(x, low, high, *states[0])
+        for count in (1, 2):
+            on_threads(count, lambda count=count, x=x: count_values(x, low, high, *states[count]))
+        for state in states[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(state, states[0], strict=True))
+    exponent, first, counts = states[1]
+    assert (counts.sum(dim=1) == sum(lengths)).all()
+    width = torch.exp2(exponent.double())
+    assert (first * width <= low).all()
+    assert (high < (first + bins) * width).all()
 
 
-def test_count_bins_of_negative_values_is_floor_and_of_views_their_values() -> None:
+def test_count_values_of_negative_values_is_floor_and_of_views_their_values() -> None:
     x = torch.tensor([[-0.25, 0.25], [-1.0, 1.75], [-1.25, 0.0], [0.5, -0.0]])
-    inverse, first = torch.ones(2), torch.tensor([-2, 0], dtype=torch.int32)
-    counts = torch.zeros(2, 4, dtype=torch.int32)
-    count_bins(x, inverse, first, counts)
-    assert counts.tolist() == [[1, 2, 1, 0], [3, 1, 0, 0]]
-    again = torch.zeros(2, 4, dtype=torch.int32)
-    count_bins(x.T.contiguous().T, inverse, first, again)
-    assert torch.equal(again, counts)
+    for values in (x, x.T.contiguous().T):
+        exponent, first, counts = windows(2, 4)
+        exponent.zero_()
+        count_values(values, torch.tensor([-1.25, -0.0]), torch.tensor([0.5, 1.75]), exponent, first, counts)
+        assert exponent.tolist() == [0, 0]
+        assert [counts[0, -2 - first[0] + i] for i in range(3)] == [1, 2, 1]
+        assert [counts[1, -first[1] + i] for i in range(2)] == [3, 1]
 
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

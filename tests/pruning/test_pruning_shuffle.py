@@ -16,9 +16,9 @@ from streamprune.pruning.shuffle import (
     assignment_shuffle,
     global_shuffle,
     local_shuffle,
-    nth_best,
     search_permutation,
 )
+from streamprune_kernels import nth_best, reference
 
 PATTERNS = [NMPattern.parse(text) for text in ("2:4", "4:8", "1:4", "2:8", "1:2", "3:4")]
 TWO_FOUR = NMPattern(2, 4)
@@ -129,7 +129,7 @@ def test_gain_is_the_change_of_retained_score_by_a_swap(pattern: NMPattern, grou
     identity = torch.arange(size)
     gain = torch.full((size, size), torch.nan)
     stale = torch.ones(groups, dtype=torch.bool)
-    shuffle._update_gain(gain, scores.T.contiguous(), stale, pattern)
+    reference._update_gain(gain, scores.T.contiguous(), stale, pattern.kept, pattern.group_size)
     assert not stale.any()
     start = retained(scores, identity, pattern)
     for i, j in itertools.combinations(range(size), 2):
@@ -145,7 +145,7 @@ def test_gain_is_the_change_of_retained_score_by_a_swap(pattern: NMPattern, grou
 def test_gain_is_the_sum_over_rows_of_what_exceeds_the_threshold() -> None:
     scores = random_scores(5, 8, 11)
     gain = torch.zeros(8, 8)
-    shuffle._update_gain(gain, scores.T.contiguous(), torch.ones(2, dtype=torch.bool), TWO_FOUR)
+    reference._update_gain(gain, scores.T.contiguous(), torch.ones(2, dtype=torch.bool), 2, 4)
     for i, b in itertools.product(range(8), range(8)):
         expected = 0.0
         for row in scores.tolist():
@@ -159,7 +159,7 @@ def test_only_stale_groups_are_computed_anew() -> None:
     scores = random_scores(5, 12, 12)
     gain = torch.full((12, 12), -7.0)
     stale = torch.tensor([False, True, False])
-    shuffle._update_gain(gain, scores.T.contiguous(), stale, TWO_FOUR)
+    reference._update_gain(gain, scores.T.contiguous(), stale, 2, 4)
     assert not stale.any()
     assert (gain[4:8] > -1e-5).all()
     assert (gain[:4] == -7).all()
@@ -299,8 +299,8 @@ def test_disjoint_swaps_take_the_best_first_and_each_group_once() -> None:
     for i, j, value in ((0, 2, 5.0), (1, 4, 9.0), (3, 6, 4.0), (5, 7, 8.0)):
         swap[i, j] = swap[j, i] = value
     # Groups of two: 9 joins groups 0 and 2, which shuts 5 and 8 out; then 4 joins groups 1 and 3.
-    assert shuffle._disjoint_swaps(swap, 2).tolist() == [[1, 4], [3, 6]]
-    assert shuffle._disjoint_swaps(torch.full((8, 8), -1.0), 2).shape == (0, 2)
+    assert reference._disjoint_swaps(swap, 2).tolist() == [[1, 4], [3, 6]]
+    assert reference._disjoint_swaps(torch.full((8, 8), -1.0), 2).shape == (0, 2)
 
 
 def test_stride_deals_always_in_the_same_direction() -> None:
