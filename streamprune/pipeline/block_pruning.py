@@ -58,13 +58,17 @@ def prune_block(
     skeleton: Skeleton,
     index: int,
     tensors: Mapping[str, torch.Tensor],
-    statistics: Mapping[str, ChannelStatistics],
+    statistics: dict[str, ChannelStatistics],
     prunable: set[str],
     config: PruneConfig,
     timed: Timed,
 ) -> PrunedBlock:
-    """Prune a block's source tensors (by full name); `statistics` of a layer's input by the layer's full name."""
+    """Prune a block's source tensors (by full name); `statistics` of a layer's input by the layer's full name.
+
+    The statistics of the layers that are pruned are taken out, and freed as they are used up.
+    """
     results: dict[str, PrunedGroup] = {}
+    rms: dict[str, torch.Tensor] = {}
     folded: list[FoldedPermutation] = []
     for group, names in skeleton.group_layers(index):
         if not prunable.issuperset(names):
@@ -72,8 +76,11 @@ def prune_block(
         weights = {name: tensors[name + ".weight"] for name in names}
         heads = _fold_heads(skeleton, group, config)
         fixed = config.residual and not group.producers  # the residual stream's permutation is this group's
+        shared = statistics[names[0]]
+        rms.update({name: statistics.pop(name).rms for name in names})
         with numerics_named(names[0]):
-            result = prune_group(weights, statistics[names[0]], config, heads=heads, fixed=fixed, timed=timed)
+            result = prune_group(weights, shared, config, heads=heads, fixed=fixed, timed=timed)
+        del shared
         results.update(dict.fromkeys(names, result))
         if result.permutation is not None and can_fold(skeleton, group, config):
             folded += _fold(skeleton, index, names[0], result.permutation, group, heads)
@@ -82,15 +89,15 @@ def prune_block(
     layers = {}
     for name, result in results.items():
         columns = result.permutation
-        weight, keep, rms = tensors[name + ".weight"], result.keep[name], statistics[name].rms
+        weight, keep = tensors[name + ".weight"], result.keep[name]
         weight = weight if columns is None else weight[:, columns]
-        error = weighted_error(weight, keep, rms if columns is None else rms[columns])
+        error = weighted_error(weight, keep, rms[name] if columns is None else rms[name][columns])
         weight, keep = (_reordered(t, rows.get(name + ".weight")).contiguous() for t in (weight, keep))
         written = result.written.get(name)
         written = weight if written is None else _reordered(written, rows.get(name + ".weight")).contiguous()
         gather = None if name + ".weight" in folded_inputs else columns
         steps = result.steps[name]
-        layers[name] = PrunedLayer(weight, written, keep, gather, rms, steps, result.shrinkage, error)
+        layers[name] = PrunedLayer(weight, written, keep, gather, rms[name], steps, result.shrinkage, error)
     pruned = {name + ".weight" for name in layers}
     existing = set(skeleton.block_parameters(index))
     others = {name: _reordered(tensors[name], rows.get(name)) for name in sorted(existing - pruned)}

@@ -219,11 +219,11 @@ def _compress_block(
         reference = run.hidden_states(f"reference-{index + 1:05d}", len(streams.reference))
     run.progress.stage(f"{name} dense")
     statistics = _dense_pass(run, index, tensors, arguments, streams, dense, reference, timed)
-    prunable = set(job.plan.blocks[index])
-    pruned = prune_block(job.skeleton, index, tensors, statistics, prunable, job.config, timed)
     moments_bytes = sum(shared.moments_bytes for shared in {id(s): s for s in statistics.values()}.values())
     split = sorted({name for name, s in statistics.items() if s.moments is not None and len(s.moments.bounds) > 1})
-    del statistics
+    prunable = set(job.plan.blocks[index])
+    pruned = prune_block(job.skeleton, index, tensors, statistics, prunable, job.config, timed)
+    del tensors, statistics
     with timed("write"):
         _write_block(run, index, pruned)
     run.progress.stage(f"{name} sparse")
@@ -237,7 +237,7 @@ def _compress_block(
         )
     if outcome == "kept dense":
         with timed("write"):
-            _write_block(run, index, PrunedBlock({}, tensors, ()))
+            _write_block(run, index, PrunedBlock({}, _read_source_block(run, index, digests), ()))
         for sequence in range(len(dense)):
             following.write(sequence, dense.read(sequence))
         layers = []

@@ -1,11 +1,12 @@
-"""Pruning the layers that share one input: they share a permutation, and are searched and refined as one matrix.
+"""Pruning the layers that share one input: they share a permutation, and are searched as one matrix.
 
 selection -> shuffle -> refinement -> reconstruction, as far as the configuration asks for them; after each step every
-layer's kept score and output error are noted, so that a reader sees what the step bought.
+layer's kept score and output error are noted, so that a reader sees what the step bought. The search sees all rows of
+all layers at once; everything else goes through them piece by piece, so that its memory is small.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -15,13 +16,14 @@ from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.metrics import score
 from streamprune.pruning.reconstruction import reconstruct_weight
-from streamprune.pruning.refinement import choose_shrinkage, quadratic_form, refine_mask
-from streamprune.pruning.selection import select, stable_product, stable_sum
+from streamprune.pruning.refinement import SHRINKAGE_ROWS, choose_shrinkage, quadratic_form, refine_mask
+from streamprune.pruning.selection import kept_scores, select, stable_product, stable_sum
 from streamprune.pruning.shuffle import search_in_heads, search_permutation
 from streamprune.pruning.statistics import ChannelStatistics, SecondMoments
 
 Timed = Callable[[str], AbstractContextManager[None]]
 Heads = tuple[int, int, int]  # query heads, KV heads, size of a head
+ROWS_AT_ONCE = 2048  # of one layer, after the search
 
 
 @dataclass(frozen=True)
@@ -58,54 +60,48 @@ class PrunedGroup:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The group's rows in one channel order: scores and weights float32 [rows, in], and what is known of the input.
+class _Channels:
+    """What is known of the group's input, in the order in which its masks are chosen.
 
-    bounds  columns of each diagonal block of second moments; all columns where none were gathered
-    whole   the second moments of all samples in those blocks, or None
-    linear  the linear term of correction float32 [rows, in] (refinement.py), or None
+    permutation  int64 [in], the source's channel at each place; None: the source's order
+    bounds       places of each diagonal block of second moments; all places where none were gathered
+    moments      the second moments of all samples in those blocks, or None
+    shrinkage    of each block, for refinement
     """
 
-    scores: torch.Tensor
-    weight: torch.Tensor
+    permutation: torch.Tensor | None
     bounds: tuple[tuple[int, int], ...]
-    whole: list[torch.Tensor] | None
-    linear: torch.Tensor | None
+    moments: list[torch.Tensor] | None
+    shrinkage: tuple[float, ...]
 
-    @classmethod
-    def of(cls, weights: Mapping[str, torch.Tensor], statistics: ChannelStatistics, config: PruneConfig) -> "_Problem":
-        weight = torch.cat([layer.to(torch.float32) for layer in weights.values()])
-        scores = torch.cat([score(layer, statistics, config) for layer in weights.values()])
-        moments, linear = statistics.moments, None
-        if moments is None:
-            return cls(scores, weight, ((0, weight.shape[1]),), None, None)
-        if statistics.output_cross is not None:
-            linear = config.correction * statistics.output_cross
-        elif moments.cross is not None:
-            parts = zip(weight.split(moments.widths, dim=1), moments.cross, strict=True)
-            linear = config.correction * torch.cat([stable_product(*part) for part in parts], dim=1)
-        return cls(scores, weight, moments.bounds, moments.whole(), linear)
-
-    def permuted(self, p: torch.Tensor) -> "_Problem":
-        """The same with channel p[j] at place j; a permutation inside the blocks of second moments."""
-        whole = None
-        if self.whole is not None:
-            places = [p[begin:end] - begin for begin, end in self.bounds]
-            whole = [block[place][:, place] for block, place in zip(self.whole, places, strict=True)]
-        return _Problem(
-            self.scores.index_select(1, p),
-            self.weight.index_select(1, p),
-            self.bounds,
-            whole,
-            None if self.linear is None else self.linear.index_select(1, p),
-        )
+    def ordered(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [rows, in] in the source's order, put into this one."""
+        return rows if self.permutation is None else rows.index_select(1, self.permutation)
 
     def energy(self, rows: torch.Tensor) -> torch.Tensor | None:
         """r H r^T of each row, float64 [rows]; channels of different blocks count as uncorrelated."""
-        if self.whole is None:
+        if self.moments is None:
             return None
-        parts = zip(rows.split([len(block) for block in self.whole], dim=1), self.whole, strict=True)
-        return torch.stack([quadratic_form(part, block) for part, block in parts]).sum(dim=0)
+        parts = zip(self.bounds, self.moments, strict=True)
+        return torch.stack([quadratic_form(rows[:, begin:end], block) for (begin, end), block in parts]).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of one layer: scores and weights float32 [rows, in], and the linear term of correction or None."""
+
+    scores: torch.Tensor
+    weight: torch.Tensor
+    linear: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _RowSums:
+    """What a step leaves of each row, float64 [rows]: kept score, d H d^T and d l^T of what is lost (None: unknown)."""
+
+    retained: torch.Tensor
+    lost: torch.Tensor | None
+    slope: torch.Tensor | None
 
 
 def prune_group(
@@ -117,116 +113,176 @@ def prune_group(
     fixed: bool,
     timed: Timed,
 ) -> PrunedGroup:
-    """Prune weights [out, in], by layer name, of one input.
+    """Prune weights [out, in], by layer name, of one input. The statistics' moments are used up.
 
     `heads`: the permutation stays inside heads. `fixed`: the order of channels is not this group's to choose. Raises
     NumericsError where scores or fitted weights are not finite.
     """
     counts = [len(weight) for weight in weights.values()]
-    taken: list[list[Step]] = []
-    shrinkage: tuple[float, ...] = ()
-    fitted = None
     with timed("select"):
-        problem = _Problem.of(weights, statistics, config)
-        whole_energy = problem.energy(problem.weight)
-        keep = select(problem.scores, config.pattern)
-        taken.append(_steps("selection", problem, keep, torch.where(keep, 0, problem.weight), whole_energy, counts))
+        scores = torch.cat([score(weight, statistics, config) for weight in weights.values()])
+    bounds = ((0, scores.shape[1]),) if statistics.moments is None else statistics.moments.bounds
+    shrinkage: tuple[float, ...] = ()
     if config.refine:
         with timed("refine"):
-            shrinkage = _shrinkage(problem, keep, statistics.moments, config)
+            shrinkage = _shrinkage(weights, scores, statistics, config)
     with timed("search"):
-        permutation = None if fixed else _search(problem, heads, config)
-    if permutation is not None:
-        with timed("select"):
-            problem = problem.permuted(permutation)
-            keep = select(problem.scores, config.pattern)
-            taken.append(_steps("shuffle", problem, keep, torch.where(keep, 0, problem.weight), whole_energy, counts))
+        permutation = None if fixed else _search(scores, bounds, heads, config)
+    with timed("select"):
+        channels = _Channels(permutation, bounds, _whole_moments(statistics.moments, permutation), shrinkage)
+    keep, written, steps = {}, {}, {}
+    for name, own_scores in zip(weights, scores.split(counts), strict=True):
+        pieces = []
+        for first in range(0, len(own_scores), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            with timed("select"):
+                linear = _linear(weights[name], rows, statistics, config)
+                piece = _Rows(own_scores[rows], weights[name][rows].to(torch.float32), linear)
+            pieces.append(_prune_rows(piece, channels, weights[name].dtype, config, timed))
+        keep[name] = torch.cat([piece.keep for piece in pieces])
+        if config.reconstruct:
+            written[name] = torch.cat([piece.written for piece in pieces if piece.written is not None])
+        steps[name] = _steps(pieces)
+    return PrunedGroup(permutation, keep, written, steps, shrinkage)
+
+
+@dataclass(frozen=True)
+class _PrunedRows:
+    """keep bool [rows, in]; written: fitted weights in the source's dtype, or None; whole: w H w^T of each row."""
+
+    keep: torch.Tensor
+    written: torch.Tensor | None
+    whole: torch.Tensor | None
+    sums: dict[str, _RowSums]
+
+
+def _prune_rows(
+    given: _Rows, channels: _Channels, dtype: torch.dtype, config: PruneConfig, timed: Timed
+) -> _PrunedRows:
+    """Rows depend on each other through the permutation alone, so they are pruned piece by piece."""
+    sums: dict[str, _RowSums] = {}
+    written = None
+    with timed("select"):
+        keep = channels.ordered(select(given.scores, config.pattern))
+        scores, weight = channels.ordered(given.scores), channels.ordered(given.weight)
+        rows = _Rows(scores, weight, None if given.linear is None else channels.ordered(given.linear))
+        whole = channels.energy(weight)
+        sums["selection"] = _row_sums(rows, channels, keep, torch.where(keep, 0, weight))
+        if channels.permutation is not None:
+            keep = select(scores, config.pattern)
+            sums["shuffle"] = _row_sums(rows, channels, keep, torch.where(keep, 0, weight))
     if config.refine:
         with timed("refine"):
-            keep = _refine(problem, keep, shrinkage, config.pattern)
-            dropped = torch.where(keep, 0, problem.weight)
-            taken.append(_steps("refinement", problem, keep, dropped, whole_energy, counts))
+            keep = _refine(rows, channels, keep, config.pattern)
+            sums["refinement"] = _row_sums(rows, channels, keep, torch.where(keep, 0, weight))
     if config.reconstruct:
         with timed("reconstruct"):
-            fitted = _reconstruct(problem, keep).to(next(iter(weights.values())).dtype)
-            if not bool(torch.isfinite(fitted).all()):
-                raise NumericsError(f"reconstructed weights are beyond {fitted.dtype}")
-            lost = problem.weight - fitted.to(torch.float32)
-            taken.append(_steps("reconstruction", problem, keep, lost, whole_energy, counts))
-    return PrunedGroup(
-        permutation,
-        dict(zip(weights, keep.split(counts), strict=True)),
-        {} if fitted is None else dict(zip(weights, fitted.split(counts), strict=True)),
-        {name: tuple(step[layer] for step in taken) for layer, name in enumerate(weights)},
-        shrinkage,
-    )
+            written = _reconstruct(rows, channels, keep).to(dtype)
+            if not bool(torch.isfinite(written).all()):
+                raise NumericsError(f"reconstructed weights are beyond {dtype}")
+            sums["reconstruction"] = _row_sums(rows, channels, keep, weight - written.to(torch.float32))
+    return _PrunedRows(keep, written, whole, sums)
 
 
-def _steps(
-    name: str,
-    problem: _Problem,
-    keep: torch.Tensor,
-    lost: torch.Tensor,
-    whole_energy: torch.Tensor | None,
-    counts: list[int],
-) -> list[Step]:
-    """Each layer after a step, by the difference `lost` float32 [rows, in] between dense and pruned weights."""
-    retained = torch.where(keep, problem.scores, 0).sum(dim=1, dtype=torch.float64).split(counts)
-    lost_energy = problem.energy(lost)
-    if whole_energy is None or lost_energy is None:
-        return [Step(name, stable_sum(rows), None, None) for rows in retained]
-    whole = [stable_sum(rows) for rows in whole_energy.split(counts)]
-    own = [stable_sum(rows) for rows in lost_energy.split(counts)]
-    errors = [_ratio(math.sqrt(max(a, 0.0)), math.sqrt(b)) for a, b in zip(own, whole, strict=True)]
-    corrected: list[float | None] = [None] * len(counts)
-    if problem.linear is not None:
-        slopes = (lost * problem.linear).sum(dim=1, dtype=torch.float64).split(counts)
-        corrected = [_ratio(a + 2 * stable_sum(s), b) for a, s, b in zip(own, slopes, whole, strict=True)]
-    return [Step(name, stable_sum(rows), e, c) for rows, e, c in zip(retained, errors, corrected, strict=True)]
+def _row_sums(rows: _Rows, channels: _Channels, keep: torch.Tensor, lost: torch.Tensor) -> _RowSums:
+    """After a step, by the difference `lost` float32 [rows, in] between dense and pruned weights."""
+    slope = None if rows.linear is None else (lost * rows.linear).sum(dim=1, dtype=torch.float64)
+    return _RowSums(kept_scores(rows.scores, keep), channels.energy(lost), slope)
 
 
-def _search(problem: _Problem, heads: Heads | None, config: PruneConfig) -> torch.Tensor | None:
+def _steps(pieces: list[_PrunedRows]) -> tuple[Step, ...]:
+    """A layer's steps from all of its rows."""
+
+    def total(parts: Iterable[torch.Tensor | None]) -> float | None:
+        present = [part for part in parts if part is not None]
+        return stable_sum(torch.cat(present)) if present else None
+
+    whole = total(piece.whole for piece in pieces)
+    steps = []
+    for name in pieces[0].sums:
+        sums = [piece.sums[name] for piece in pieces]
+        retained, lost = total(part.retained for part in sums), total(part.lost for part in sums)
+        slope = total(part.slope for part in sums)
+        error = corrected = None
+        if whole is not None and lost is not None:
+            error = _ratio(math.sqrt(max(lost, 0.0)), math.sqrt(whole))
+            corrected = None if slope is None else _ratio(lost + 2 * slope, whole)
+        steps.append(Step(name, retained or 0.0, error, corrected))
+    return tuple(steps)
+
+
+def _search(
+    scores: torch.Tensor, bounds: tuple[tuple[int, int], ...], heads: Heads | None, config: PruneConfig
+) -> torch.Tensor | None:
     """The permutation found, None for the identity; it stays inside heads, and inside blocks of second moments."""
-    scores = problem.scores
     if heads is not None:
         found = search_in_heads(scores, heads, config)
     else:
-        parts = [begin + search_permutation(scores[:, begin:end], config) for begin, end in problem.bounds]
-        found = torch.cat(parts)
+        found = torch.cat([begin + search_permutation(scores[:, begin:end], config) for begin, end in bounds])
     return None if torch.equal(found, torch.arange(len(found), device=found.device)) else found
 
 
 def _shrinkage(
-    problem: _Problem, keep: torch.Tensor, moments: SecondMoments | None, config: PruneConfig
+    weights: Mapping[str, torch.Tensor], scores: torch.Tensor, statistics: ChannelStatistics, config: PruneConfig
 ) -> tuple[float, ...]:
     """Of each block of second moments; chosen in the source's channel order, which spares shuffling the halves."""
-    if config.shrinkage is not None:
-        return (config.shrinkage,) * len(problem.bounds)
+    moments = statistics.moments
     assert moments is not None, "refinement needs second moments"
-    halves = zip(*moments.halves, problem.bounds, strict=True)
+    if config.shrinkage is not None:
+        return (config.shrinkage,) * len(moments.bounds)
+    step = max(1, len(scores) // SHRINKAGE_ROWS)
+    of_layers = scores.split([len(weight) for weight in weights.values()])
+    keep = select(torch.cat([layer[::step] for layer in of_layers]), config.pattern)
+    rows = torch.cat([weight[::step].to(torch.float32) for weight in weights.values()])
+    parts = zip(*moments.halves, moments.bounds, strict=True)
     return tuple(
-        choose_shrinkage(problem.weight[:, begin:end], keep[:, begin:end], (even, odd), config.pattern)
-        for even, odd, (begin, end) in halves
+        choose_shrinkage(rows[:, begin:end], keep[:, begin:end], (even, odd), config.pattern)
+        for even, odd, (begin, end) in parts
     )
 
 
-def _refine(problem: _Problem, keep: torch.Tensor, shrinkage: tuple[float, ...], pattern: NMPattern) -> torch.Tensor:
-    assert problem.whole is not None, "refinement needs second moments"
+def _whole_moments(moments: SecondMoments | None, permutation: torch.Tensor | None) -> list[torch.Tensor] | None:
+    """The moments of all samples, block by block, with channel permutation[j] at place j."""
+    if moments is None:
+        return None
+    whole = moments.take_whole()
+    if permutation is None:
+        return whole
+    for index, (begin, end) in enumerate(moments.bounds):
+        places = permutation[begin:end] - begin
+        whole[index] = whole[index][places][:, places]
+    return whole
+
+
+def _linear(
+    weight: torch.Tensor, rows: slice, statistics: ChannelStatistics, config: PruneConfig
+) -> torch.Tensor | None:
+    """The linear term of correction (refinement.py) of some rows of a layer, float32 [rows, in]; None without it."""
+    if statistics.output_cross is not None:
+        return config.correction * statistics.output_cross[rows]
+    if statistics.moments is None or statistics.moments.cross is None:
+        return None
+    parts = zip(statistics.moments.bounds, statistics.moments.cross, strict=True)
+    products = [stable_product(weight[rows, begin:end].to(torch.float32), cross) for (begin, end), cross in parts]
+    return config.correction * torch.cat(products, dim=1)
+
+
+def _refine(rows: _Rows, channels: _Channels, keep: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+    assert channels.moments is not None, "refinement needs second moments"
     masks = []
-    for (begin, end), moments, strength in zip(problem.bounds, problem.whole, shrinkage, strict=True):
-        linear = None if problem.linear is None else problem.linear[:, begin:end]
-        weight, mask = problem.weight[:, begin:end], keep[:, begin:end]
-        masks.append(refine_mask(weight, mask, moments, pattern, strength, linear))
+    for (begin, end), moments, strength in zip(channels.bounds, channels.moments, channels.shrinkage, strict=True):
+        linear = None if rows.linear is None else rows.linear[:, begin:end]
+        masks.append(refine_mask(rows.weight[:, begin:end], keep[:, begin:end], moments, pattern, strength, linear))
     return torch.cat(masks, dim=1)
 
 
-def _reconstruct(problem: _Problem, keep: torch.Tensor) -> torch.Tensor:
-    whole = problem.whole
-    assert whole is not None, "reconstruction needs second moments"
-    widths = [len(block) for block in whole]
-    slopes = [None] * len(whole) if problem.linear is None else problem.linear.split(widths, dim=1)
-    parts = zip(problem.weight.split(widths, dim=1), keep.split(widths, dim=1), whole, slopes, strict=True)
-    return torch.cat([reconstruct_weight(*part) for part in parts], dim=1)
+def _reconstruct(rows: _Rows, channels: _Channels, keep: torch.Tensor) -> torch.Tensor:
+    assert channels.moments is not None, "reconstruction needs second moments"
+    fitted = []
+    for (begin, end), moments in zip(channels.bounds, channels.moments, strict=True):
+        linear = None if rows.linear is None else rows.linear[:, begin:end]
+        fitted.append(reconstruct_weight(rows.weight[:, begin:end], keep[:, begin:end], moments, linear))
+    return torch.cat(fitted, dim=1)
 
 
 def _ratio(value: float, whole: float) -> float:

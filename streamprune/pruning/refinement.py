@@ -24,7 +24,7 @@ BLOCK_WIDTH = 192  # columns refined by one product with what is dropped everywh
 MAX_PASSES = 4  # groups that change fall by about half from pass to pass; their effect was not measured beyond
 LEAST_GAIN = 1e-6  # share of a group's sum of w^2 h that a change must save: below lies float32's noise
 SHRINKAGES = (0.05, 0.15, 0.3, 0.5)  # tried on one half of the samples and judged on the other
-SHRINKAGE_ROWS = 64  # rows that the strength is chosen on
+SHRINKAGE_ROWS = 64  # that the strength is chosen on
 SHRINKAGE_PASSES = 1
 MOST_PATTERNS = 256  # more are not tried one by one
 
@@ -74,11 +74,9 @@ def choose_shrinkage(
 ) -> float:
     """How far to shrink the moments of all samples: the strength that serves best from one half to the other.
 
-    Judged on a part of the rows. All samples are twice as many as a half: a strength of s on a half stands for
+    About SHRINKAGE_ROWS rows are enough. All samples are twice as many as a half: a strength of s on a half stands for
     s / (2 - s) on all of them.
     """
-    rows = slice(None, None, max(1, weight.shape[0] // SHRINKAGE_ROWS))
-    weight, keep = weight[rows].contiguous(), keep[rows]
     seen, unseen = halves
     if not bool(unseen.diagonal().any()):  # a single sequence: nothing to judge by, so trust it least
         return SHRINKAGES[-1] / (2 - SHRINKAGES[-1])

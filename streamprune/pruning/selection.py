@@ -18,9 +18,9 @@ def select(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     return select_groups(scores, pattern.kept, pattern.group_size)
 
 
-def retained_score(scores: torch.Tensor, keep: torch.Tensor) -> float:
-    """Sum of the kept scores, exact over rows in any order."""
-    return stable_sum(torch.where(keep, scores, 0).sum(dim=1, dtype=torch.float64))
+def kept_scores(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Sum of the kept scores of each row, float64 [out]."""
+    return torch.where(keep, scores, 0).sum(dim=1, dtype=torch.float64)
 
 
 def weighted_error(weight: torch.Tensor, keep: torch.Tensor, rms: torch.Tensor) -> float:

@@ -17,9 +17,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from streamprune.config import NMPattern, PruneConfig
-from streamprune.pruning.selection import retained_score, select
+from streamprune.pruning.selection import kept_scores, select, stable_sum
 from streamprune_kernels import excess_sums, local_swaps, nth_best
 
+ROWS_AT_ONCE = 2048  # whose kept score is summed
 MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in practice after 10 to 20
 MIN_RELATIVE_GAIN = 1e-6  # a swap must gain this share of its group's score: below lies float32's noise
 ASSIGNMENT_ROUNDS = 8  # each goes once through the places of the groups
@@ -35,7 +36,7 @@ def search_permutation(scores: torch.Tensor, config: PruneConfig) -> torch.Tenso
     """
     objective = scores.square() if config.objective == "energy" else scores
     best = torch.arange(scores.shape[1], device=scores.device)
-    retained = retained_score(objective, select(objective, config.pattern))
+    retained = _retained(objective, best, config.pattern)
     for stage in config.search_stages:
         if stage == "local":
             found = local_shuffle(objective, best, config.pattern, config.shuffle_block)
@@ -130,5 +131,9 @@ def ascending_in_groups(permutation: torch.Tensor, pattern: NMPattern) -> torch.
 
 
 def _retained(scores: torch.Tensor, permutation: torch.Tensor, pattern: NMPattern) -> float:
-    permuted = scores.index_select(1, permutation)
-    return retained_score(permuted, select(permuted, pattern))
+    """The kept score in an order of channels, exact over rows."""
+    sums = []
+    for rows in scores.split(ROWS_AT_ONCE):
+        permuted = rows.index_select(1, permutation)
+        sums.append(kept_scores(permuted, select(permuted, pattern)))
+    return stable_sum(torch.cat(sums))

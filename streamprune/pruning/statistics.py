@@ -178,14 +178,13 @@ class SecondMoments:
             for first in range(STRIP_WIDTH, len(moments), STRIP_WIDTH):
                 moments[first : first + STRIP_WIDTH, :first] = moments[:first, first : first + STRIP_WIDTH].T
 
-    def whole(self) -> list[torch.Tensor]:
-        """The moments of all sequences, block by block."""
-        return [even + odd for even, odd in zip(*self.halves, strict=True)]
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each block."""
-        return [end - begin for begin, end in self.bounds]
+    def take_whole(self) -> list[torch.Tensor]:
+        """The moments of all samples, block by block, in the memory of the halves, which are no more."""
+        even, odd = self.halves
+        for index in range(len(odd)):
+            even[index] += odd[index]
+        odd.clear()
+        return even
 
 
 def moment_blocks(channels: int, most: int, unit: int) -> tuple[tuple[int, int], ...]:

@@ -1,5 +1,6 @@
 """What refinement, correction, reconstruction, folds and moments in blocks leave in an output and in its manifest."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +113,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     statistics: dict[int, Any] = {}
 
     def prune(skeleton: Any, index: int, tensors: Any, found: Any, *rest: Any) -> Any:
-        statistics[index] = found
+        statistics[index] = copy.deepcopy(found)
         return prune_block(skeleton, index, tensors, found, *rest)
 
     monkeypatch.setattr(scheduler, "prune_block", prune)
@@ -158,7 +159,9 @@ def test_moments_and_cross_moments_are_numpys(
         x, dense = inputs_of(tmp_path / f"half-{name}", layer, tokens), inputs_of(sources(source), layer, tokens)
         moments = seen[1][layer].moments
         expected = numpy.einsum("sti,stj->ij", x, x)
-        numpy.testing.assert_allclose(moments.whole()[0], expected, rtol=1e-3, atol=1e-4 * numpy.abs(expected).max())
+        numpy.testing.assert_allclose(
+            moments.take_whole()[0], expected, rtol=1e-3, atol=1e-4 * numpy.abs(expected).max()
+        )
         cross = stride * numpy.einsum("sti,stj->ij", (dense - x)[::stride], x[::stride])
         assert numpy.abs(cross).max() > 0.01 * numpy.abs(expected).max()
         if name == "self_attn.q_proj":

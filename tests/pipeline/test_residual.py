@@ -14,7 +14,7 @@ from streamprune.config import NMPattern, PruneConfig
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.job import Job, resolve_job
 from streamprune.pipeline.residual import NAME, reordered, residual_sides, source_order
-from streamprune.pruning.selection import retained_score, select
+from streamprune.pruning.selection import kept_scores, select, stable_sum
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
 from streamprune.runtime.verify import verify
@@ -175,7 +175,7 @@ def test_the_permutation_retains_more_of_the_weights_that_read_the_stream(
             part = torch.cat([tensors[f"{prefix}.{layer}.weight"].float().abs() for layer in layers]) * scale
             rows.append(part / part.mean())
     scores, order = torch.cat(rows), torch.from_numpy(packed.folded[NAME]).long()
-    before, after = (retained_score(s, select(s, NMPattern(2, 4))) for s in (scores, scores[:, order]))
+    before, after = (stable_sum(kept_scores(s, select(s, NMPattern(2, 4)))) for s in (scores, scores[:, order]))
     assert after > before * 1.001
 
 

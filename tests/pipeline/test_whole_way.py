@@ -80,7 +80,11 @@ WAYS = [
     # one permutation of the residual stream: nothing is stored
     Way("llama", "2:4", shuffle="residual+assignment", gathered=(), folded=("q", "k", "v", "gate", "up", "o", "down")),
     Way(
-        "llama-plain", "4:8", shuffle="residual+global", gathered=(), folded=("q", "k", "v", "gate", "up", "o", "down")
+        "llama-plain",
+        "4:8",
+        shuffle="residual+global+assignment",
+        gathered=(),
+        folded=("q", "k", "v", "gate", "up", "o", "down"),
     ),
     Way("opt", "2:4", shuffle="residual+assignment", gathered=(), folded=("q", "k", "v", "out", "fc1", "fc2")),
     Way("opt-bin", "1:4", "ria", "residual+assignment", gathered=(), folded=("q", "k", "v", "out", "fc1", "fc2")),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.pruning import shuffle
-from streamprune.pruning.selection import retained_score, select
+from streamprune.pruning.selection import kept_scores, select, stable_sum
 from streamprune.pruning.shuffle import (
     ascending_in_groups,
     assignment_shuffle,
@@ -35,7 +35,7 @@ def random_scores(rows: int, channels: int, seed: int, levels: int = 0) -> torch
 
 def retained(scores: torch.Tensor, permutation: torch.Tensor, pattern: NMPattern) -> float:
     permuted = scores[:, permutation]
-    return retained_score(permuted, select(permuted, pattern))
+    return stable_sum(kept_scores(permuted, select(permuted, pattern)))
 
 
 def assert_valid(permutation: torch.Tensor, channels: int, pattern: NMPattern) -> None:
