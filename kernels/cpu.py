@@ -19,7 +19,6 @@ from streamprune_kernels import reference
 INTERFACE = 5  # of cpu.cpp's functions; both numbers are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
-MOST_PLACES = 63  # of a group in compiled loops
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "sum_of_maxima": [POINTER, INT64, POINTER, INT64, INT64, POINTER, INT64],
@@ -71,7 +70,7 @@ def local_swaps(
 ) -> torch.Tensor:
     """Greedy swaps of channels inside blocks of places; reference.local_swaps is the definition."""
     compiled = _library_for(s)
-    if compiled is None or group_size > MOST_PLACES:
+    if compiled is None:
         return reference.local_swaps(s, start, block, kept, group_size, rounds, least_gain)
     padding = -s.shape[1] % LANES  # rows of zeros add nothing
     padded = functional.pad(s, (0, padding)) if padding else s.contiguous()

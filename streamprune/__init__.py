@@ -11,18 +11,20 @@ from streamprune.errors import StreampruneError
 
 if TYPE_CHECKING:
     from streamprune.pipeline.compress import compress
+    from streamprune.pipeline.preview import plan
     from streamprune.runtime.evaluate import evaluate
     from streamprune.runtime.export import export
     from streamprune.runtime.inspect import inspect
     from streamprune.runtime.verify import verify
 
-__all__ = ["StreampruneError", "compress", "evaluate", "export", "inspect", "verify"]
+__all__ = ["StreampruneError", "compress", "evaluate", "export", "inspect", "plan", "verify"]
 
 _HOMES = {
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
     "inspect": "streamprune.runtime.inspect",
+    "plan": "streamprune.pipeline.preview",
     "verify": "streamprune.runtime.verify",
 }
 

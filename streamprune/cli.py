@@ -29,6 +29,11 @@ SCRATCH = click.option("--scratch", type=click.Path(), help="Folder for hidden s
 QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, listed by --help in this order."""
+    return lambda function: functools.reduce(lambda done, option: option(done), reversed(decorators), function)
+
+
 @click.group(epilog=EXIT_CODES)
 @click.version_option(package_name="streamprune")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -85,6 +90,89 @@ def _errors_in_one_line() -> Iterator[None]:
         sys.exit(error.exit_code if isinstance(error, StreampruneError) else 1)
 
 
+METHOD = _options(
+    click.option("--pattern", default="2:4", show_default=True, help="N:M, N of every M weights are KEPT."),
+    click.option("--metric", default=PruneConfig.metric, show_default=True, help="esparse, wanda, ria or magnitude."),
+    click.option(
+        "--shuffle",
+        default=PruneConfig.shuffle,
+        show_default=True,
+        help="none, or searches joined by +: stride, global, local, assignment; residual in front: one "
+        "permutation of the residual stream for the whole model.",
+    ),
+    click.option(
+        "--fold",
+        default=PruneConfig.fold,
+        show_default=True,
+        help="Attention's output: heads (inside heads, free at run time) or free (a gather).",
+    ),
+    click.option(
+        "--refine/--no-refine",
+        default=PruneConfig.refine,
+        show_default=True,
+        help="Improve the masks by the inputs' second moments; kept weights stay.",
+    ),
+    click.option("--reconstruct", is_flag=True, help="Fit the kept weights too: they are then NOT the source's."),
+    click.option(
+        "--objective",
+        default=PruneConfig.objective,
+        show_default=True,
+        help="What searches raise: sum of retained score, or of its squares (energy).",
+    ),
+    click.option(
+        "--shuffle-block", default=PruneConfig.shuffle_block, show_default=True, help="Channels in a block of local."
+    ),
+    click.option(
+        "--alpha", default=PruneConfig.alpha, show_default=True, help="esparse: amplitude's weight beside entropy."
+    ),
+    click.option(
+        "--entropy-bins", default=PruneConfig.entropy_bins, show_default=True, help="esparse: histogram bins."
+    ),
+    click.option(
+        "--entropy-range",
+        default=PruneConfig.entropy_range,
+        show_default=True,
+        help="esparse: bins span channel or layer.",
+    ),
+    click.option("--amplitude", default=PruneConfig.amplitude, show_default=True, help="esparse: l2, wanda or rms."),
+    click.option(
+        "--relative/--absolute",
+        default=PruneConfig.relative,
+        show_default=True,
+        help="esparse: divide entropy and amplitude by their means first.",
+    ),
+    click.option(
+        "--shrinkage",
+        type=float,
+        help="Refinement: of second moments towards their diagonal, 0 to 1. "
+        "Default: chosen for each input by held-out samples.",
+    ),
+    click.option(
+        "--correction",
+        default=PruneConfig.correction,
+        show_default=True,
+        help="Refinement: share of earlier blocks' error that masks shall undo, 0 to 1.",
+    ),
+    click.option(
+        "--correction-stride",
+        default=PruneConfig.correction_stride,
+        show_default=True,
+        help="Every k-th sample also runs behind dense blocks, to learn that error.",
+    ),
+    click.option(
+        "--moments-width",
+        default=PruneConfig.moments_width,
+        show_default=True,
+        help="Channels in one block of second moments; 4 to 12 bytes a square.",
+    ),
+)
+AMOUNT = _options(
+    click.option("--samples", default=128, show_default=True, help="Calibration sequences."),
+    click.option("--sequence-length", default=2048, show_default=True, help="Tokens in each."),
+)
+MAX_MEMORY = click.option("--max-memory", help="Limit on host memory, such as 12GiB; a job that cannot fit is refused.")
+
+
 def show_compression(result: Any) -> None:
     """The closing summary of `compress`."""
     share = result.packed_bytes / result.dense_bytes if result.dense_bytes else 0.0
@@ -123,48 +211,16 @@ def show_compression(result: Any) -> None:
 )
 @click.argument("model", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Output folder; the same command again goes on there.")
-@click.option("--pattern", default="2:4", show_default=True, help="N:M, N of every M weights are KEPT.")
-@click.option("--metric", default=PruneConfig.metric, show_default=True, help="esparse, wanda, ria or magnitude.")
-@click.option("--shuffle", default=PruneConfig.shuffle, show_default=True,
-              help="none, or searches joined by +: stride, global, local, assignment; residual in front: one "
-                   "permutation of the residual stream for the whole model.")  # fmt: skip
-@click.option("--fold", default=PruneConfig.fold, show_default=True,
-              help="Attention's output: heads (inside heads, free at run time) or free (a gather).")  # fmt: skip
-@click.option("--refine/--no-refine", default=PruneConfig.refine, show_default=True,
-              help="Improve the masks by the inputs' second moments; kept weights stay.")  # fmt: skip
-@click.option("--reconstruct", is_flag=True, help="Fit the kept weights too: they are then NOT the source's.")
 @click.option("--calibration", help="A .txt, .jsonl or .parquet file, or a data set NAME[:CONFIG[:SPLIT]]. "
                                     "Default: a text that ships with the package.")  # fmt: skip
-@click.option("--samples", default=128, show_default=True, help="Calibration sequences.")
-@click.option("--sequence-length", default=2048, show_default=True, help="Tokens in each.")
+@AMOUNT
 @click.option("--seed", default=0, show_default=True, help="Draws the calibration sequences.")
-@click.option("--objective", default=PruneConfig.objective, show_default=True,
-              help="What searches raise: sum of retained score, or of its squares (energy).")  # fmt: skip
-@click.option(
-    "--shuffle-block", default=PruneConfig.shuffle_block, show_default=True, help="Channels in a block of local."
-)
-@click.option(
-    "--alpha", default=PruneConfig.alpha, show_default=True, help="esparse: amplitude's weight beside entropy."
-)
-@click.option("--entropy-bins", default=PruneConfig.entropy_bins, show_default=True, help="esparse: histogram bins.")
-@click.option(
-    "--entropy-range", default=PruneConfig.entropy_range, show_default=True, help="esparse: bins span channel or layer."
-)
-@click.option("--amplitude", default=PruneConfig.amplitude, show_default=True, help="esparse: l2, wanda or rms.")
-@click.option("--relative/--absolute", default=PruneConfig.relative, show_default=True,
-              help="esparse: divide entropy and amplitude by their means first.")  # fmt: skip
-@click.option("--shrinkage", type=float, help="Refinement: of second moments towards their diagonal, 0 to 1. "
-                                              "Default: chosen for each input by held-out samples.")  # fmt: skip
-@click.option("--correction", default=PruneConfig.correction, show_default=True,
-              help="Refinement: share of earlier blocks' error that masks shall undo, 0 to 1.")  # fmt: skip
-@click.option("--correction-stride", default=PruneConfig.correction_stride, show_default=True,
-              help="Every k-th sample also runs behind dense blocks, to learn that error.")  # fmt: skip
-@click.option("--moments-width", default=PruneConfig.moments_width, show_default=True,
-              help="Channels in one block of second moments; 4 to 12 bytes a square.")  # fmt: skip
+@METHOD
 @click.option("--max-block-error", type=float, help="Budget on the error of what a block adds. Default: no budget.")
 @click.option("--on-excess", default="stop", show_default=True, help="Above the budget: stop, keep-dense or warn.")
 @DEVICE
 @DTYPE
+@MAX_MEMORY
 @SCRATCH
 @click.option("--restart", is_flag=True, help="Throw away what the output folder holds of a former job.")
 @QUIET
@@ -178,6 +234,46 @@ def compress(quiet: bool, **settings: Any) -> Any:
         click.echo("no --max-block-error: every block is pruned, whatever it costs", err=True)
     with _stop_on_signals() as should_stop:
         return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
+
+
+def show_plan(result: Any) -> None:
+    """What a job would do, then what would stay dense."""
+    memory = dataclasses.asdict(result.memory)
+    rows = [
+        (
+            "model",
+            f"{result.blocks} blocks, {result.parameters / 1e9:.2f} G parameters, {result.layers} layers to prune",
+        ),
+        ("read", _size(result.read_bytes)),
+        ("written", _size(result.written_bytes)),
+        ("scratch", _size(result.scratch_bytes)),
+        ("peak memory", f"{_size(result.peak_memory_bytes)}, estimated"),
+        *((f"  {stage.replace('_', ' ')}", _size(count)) for stage, count in memory.items()),
+        ("moments", f"blocks of at most {result.moments_width} channels"),
+        ("time", f"{result.seconds / 3600:.1f} h" if result.seconds > 3600 else f"{result.seconds:.0f} s"),
+        ("", f"assuming {result.assumption}"),
+        *(("stays dense", f"{name}: {reason}") for name, reason in list(result.dense_layers.items())[:10]),
+    ]
+    if len(result.dense_layers) > 10:
+        rows.append(("stays dense", f"and {len(result.dense_layers) - 10} more; --json lists all"))
+    for label, text in rows:
+        click.echo(f"  {label:17} {text}")
+
+
+@command(
+    show_plan,
+    "plan /models/llama-65b",
+    "plan /models/llama-65b --max-memory 9GiB --samples 16 --sequence-length 256 --json",
+)
+@click.argument("model", type=click.Path())
+@METHOD
+@AMOUNT
+@DEVICE
+@DTYPE
+@MAX_MEMORY
+def plan(**settings: Any) -> Any:
+    """What `compress` with the same options would read, write, hold in memory and take; reads headers alone."""
+    return streamprune.plan(**settings)
 
 
 def show_verification(result: Any) -> None:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -49,6 +50,18 @@ class NMPattern:
         if match is None:
             raise SettingsError(f"pattern {text!r} is not N:M; write for example 2:4 (2 of every 4 weights are kept)")
         return cls(int(match[1]), int(match[2]))
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes: "12GiB", "900 MB", "1.5e9". Raises SettingsError for anything else."""
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not math.isfinite(number):
+        raise SettingsError(f"{text!r} is not a number of bytes; write for example 12GiB or 900MB")
+    return int(number * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The command line: help, exit codes, one-line errors, JSON, and signals to a real process."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -20,9 +21,10 @@ from click.testing import CliRunner, Result
 import streamprune
 from streamprune.checkpoint import writer
 from streamprune.cli import cli
+from streamprune.config import PruneConfig
 from streamprune.errors import OutputError
 
-COMMANDS = ["compress", "verify", "evaluate", "export", "inspect"]
+COMMANDS = ["compress", "plan", "verify", "evaluate", "export", "inspect"]
 
 
 def run(*arguments: object) -> Result:
@@ -70,11 +72,18 @@ def test_options_are_the_functions_parameters(name: str) -> None:
     command = cli.commands[name]
     line = ["x" if isinstance(part, click.Argument) else f"--{part.name}=x" for part in command.params if part.required]
     options = command.make_context(name, line).params
-    parameters = inspect.signature(getattr(streamprune, name)).parameters
+    parameters = dict(inspect.signature(getattr(streamprune, name)).parameters)
+    defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
+    if parameters.pop("settings", None):  # the fields of the method's settings
+        fields = {field.name: field.default for field in dataclasses.fields(PruneConfig) if field.name != "pattern"}
+        if name == "plan":  # what becomes of a block above its budget plays no part
+            fields = {key: value for key, value in fields.items() if key not in ("max_block_error", "on_excess")}
+        defaults.update(fields)
+        parameters.update(fields)
     assert options.keys() - {"quiet", "as_json"} == parameters.keys() - {"progress", "should_stop"}
-    for parameter in parameters.values():
-        if parameter.name in options and parameter.default is not parameter.empty:
-            assert options[parameter.name] == parameter.default, parameter.name
+    for key, default in defaults.items():
+        if key in options:
+            assert options[key] == default, key
 
 
 def test_version() -> None:

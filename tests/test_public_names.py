@@ -13,6 +13,7 @@ PUBLIC = {
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
     "inspect": "streamprune.runtime.inspect",
+    "plan": "streamprune.pipeline.preview",
     "verify": "streamprune.runtime.verify",
 }
 

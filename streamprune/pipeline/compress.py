@@ -25,7 +25,7 @@ from streamprune.checkpoint.packed import (
 from streamprune.checkpoint.reader import SAFETENSORS_INDEX, open_file, read_about, read_json
 from streamprune.checkpoint.safetensors_header import read_header
 from streamprune.checkpoint.writer import file_digest, write_atomically, write_json, write_safetensors, write_text
-from streamprune.config import NMPattern, PruneConfig
+from streamprune.config import NMPattern, PruneConfig, parse_bytes
 from streamprune.errors import OutputError
 from streamprune.model.arithmetic import peak_memory_bytes
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
@@ -86,51 +86,35 @@ def compress(
     out: str | Path,
     *,
     pattern: str = "2:4",
-    metric: str = PruneConfig.metric,
-    shuffle: str = PruneConfig.shuffle,
-    fold: str = PruneConfig.fold,
-    objective: str = PruneConfig.objective,
-    shuffle_block: int = PruneConfig.shuffle_block,
-    alpha: float = PruneConfig.alpha,
-    entropy_bins: int = PruneConfig.entropy_bins,
-    entropy_range: str = PruneConfig.entropy_range,
-    amplitude: str = PruneConfig.amplitude,
-    relative: bool = PruneConfig.relative,
-    refine: bool = PruneConfig.refine,
-    shrinkage: float | None = PruneConfig.shrinkage,
-    correction: float = PruneConfig.correction,
-    correction_stride: int = PruneConfig.correction_stride,
-    moments_width: int = PruneConfig.moments_width,
-    reconstruct: bool = PruneConfig.reconstruct,
-    max_block_error: float | None = None,
-    on_excess: str = "stop",
     calibration: str | None = None,
     samples: int = 128,
     sequence_length: int = 2048,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    max_memory: str | None = None,
     scratch: str | Path | None = None,
     restart: bool = False,
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
+    **settings: Any,
 ) -> CompressResult:
     """Prune a causal LM to N:M sparsity, block by block from disk, into the folder `out`.
+
+    `settings` are the fields of streamprune.config.PruneConfig but the pattern. `max_memory` ("12GiB") limits host
+    memory by an estimate: second moments are cut into blocks for it, and a job that cannot fit is refused.
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
     holds. `scratch` is a folder for hidden states (default: inside `out`). `should_stop` is asked after every sequence;
     when true, Interrupted is raised and nothing finished is lost. Raises the errors of streamprune.errors.
     """
     start = time.perf_counter()
-    config = PruneConfig(
-        NMPattern.parse(pattern), metric, shuffle, fold, objective, shuffle_block, alpha, entropy_bins,  # type: ignore[arg-type]
-        entropy_range, amplitude, relative, refine, shrinkage, correction, correction_stride,  # type: ignore[arg-type]
-        moments_width, reconstruct, max_block_error, on_excess,  # type: ignore[arg-type]
-    )  # fmt: skip
+    config = PruneConfig(NMPattern.parse(pattern), **settings)
+    limit = None if max_memory is None else parse_bytes(max_memory)
     model, out = Path(model), Path(out)
     if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
         raise OutputError(f"{out}: lies in the source folder; choose another --out")
-    job = resolve_job(model, config, calibration, samples, sequence_length, seed, device, dtype)
+    job = resolve_job(model, config, calibration, samples, sequence_length, seed, device, dtype, limit)
     if is_finished(out) and not restart:
         return _already_finished(job, out)
     with output_locked(out) as journal:

@@ -59,24 +59,28 @@ def resolve_job(
     seed: int,
     device: str,
     dtype: str,
+    max_memory: int | None,
 ) -> Job:
-    """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work."""
-    if is_packed(model):
-        raise CheckpointError(f"{model}: is already an output of streamprune; give the dense model")
+    """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work.
+
+    `max_memory` is a limit on host memory in bytes, which the settings are fitted to.
+    """
     if library() is None:
         logger.warning(
             "streamprune was built without its compiled kernels: search and refinement take several times longer; "
             "install a C++ compiler and then streamprune again"
         )
-    skeleton = build_skeleton(model)
-    checkpoint = open_checkpoint(model)
-    names = match_names(skeleton, checkpoint)
+    skeleton, checkpoint, names = open_model(model)
     longest = getattr(skeleton.model.config, "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise SettingsError(f"sequence length {sequence_length} is beyond the model's {longest} positions")
-    source_dtype = checkpoint.tensors[names[skeleton.block_parameters(0)[0]]].dtype
-    arithmetic = resolve_arithmetic(device, dtype, source_dtype)
-    plan = make_plan(skeleton, checkpoint, names, config, samples * sequence_length, arithmetic.dtype)
+    arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
+    asked = config.moments_width
+    plan, config = make_plan(
+        skeleton, checkpoint, names, config, samples, sequence_length, arithmetic.dtype, max_memory
+    )
+    if config.moments_width < asked:
+        logger.warning("second moments in blocks of at most %d channels, to keep to the memory", config.moments_width)
     tokens = calibration_tokens(model, calibration, samples, sequence_length, seed)
     vocabulary, _ = skeleton.embedding_shape
     if int(tokens.max()) >= vocabulary:
@@ -93,6 +97,20 @@ def resolve_job(
         "compute": arithmetic.identity,
     }
     return Job(model, skeleton, checkpoint, names, config, plan, tokens, arithmetic, identity)
+
+
+def open_model(model: Path) -> tuple[Skeleton, Checkpoint, dict[str, str]]:
+    """A dense model's modules, what lies where in its files, and each parameter's name there."""
+    if is_packed(model):
+        raise CheckpointError(f"{model}: is already an output of streamprune; give the dense model")
+    skeleton = build_skeleton(model)
+    checkpoint = open_checkpoint(model)
+    return skeleton, checkpoint, match_names(skeleton, checkpoint)
+
+
+def source_dtype(skeleton: Skeleton, checkpoint: Checkpoint, names: dict[str, str]) -> torch.dtype:
+    """The dtype that the first block's weights are stored in."""
+    return checkpoint.tensors[names[skeleton.block_parameters(0)[0]]].dtype
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from streamprune.checkpoint.reader import Checkpoint
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import OutputError, SettingsError
 from streamprune.model.skeleton import Skeleton
+from streamprune.pipeline.memory import Memory, Sizes, estimate_memory, fit_memory
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,29 @@ class Plan:
     source_bytes: int
     output_bytes: int
     scratch_bytes: int
+    memory: Memory
 
     @property
     def layers(self) -> dict[str, LayerPlan]:
         return {name: layer for block in self.blocks for name, layer in block.items()}
+
+
+def plan_layers(
+    skeleton: Skeleton, checkpoint: Checkpoint, names: dict[str, str], pattern: NMPattern
+) -> tuple[tuple[dict[str, LayerPlan], ...], dict[str, str]]:
+    """The layers to prune in each block, and the linear layers left dense with reasons.
+
+    Raises SettingsError where no layer can be pruned.
+    """
+    blocks, dense = [], {}
+    for index in range(len(skeleton.blocks)):
+        layers, left = _plan_block(skeleton, index, checkpoint, names, pattern)
+        blocks.append(layers)
+        dense.update(left)
+    if not any(blocks):
+        reason = next(iter(dense.values()), "the model has no linear layers in its blocks")
+        raise SettingsError(f"pattern {pattern}: no layer of this model can be pruned ({reason})")
+    return tuple(blocks), dense
 
 
 def make_plan(
@@ -43,24 +63,23 @@ def make_plan(
     checkpoint: Checkpoint,
     names: dict[str, str],
     config: PruneConfig,
-    tokens: int,
+    samples: int,
+    sequence_length: int,
     dtype: torch.dtype,
-) -> Plan:
-    """Plan a job of `tokens` calibration tokens whose hidden states are kept in `dtype`."""
-    blocks, dense = [], {}
-    for index in range(len(skeleton.blocks)):
-        layers, left = _plan_block(skeleton, index, checkpoint, names, config.pattern)
-        blocks.append(layers)
-        dense.update(left)
-    if not any(blocks):
-        reason = next(iter(dense.values()), "the model has no linear layers in its blocks")
-        raise SettingsError(f"pattern {config.pattern}: no layer of this model can be pruned ({reason})")
+    max_memory: int | None = None,
+) -> tuple[Plan, PruneConfig]:
+    """Plan a job whose hidden states are kept in `dtype`; and its settings, fitted to a limit on memory in bytes."""
+    blocks, dense = plan_layers(skeleton, checkpoint, names, config.pattern)
+    shapes = [{name: layer.shape for name, layer in block.items()} for block in blocks]
+    sizes = Sizes(skeleton, checkpoint, names, shapes, sequence_length, dtype)
+    config = fit_memory(sizes, config, max_memory)
     source_bytes = sum(checkpoint.tensors[name].size_bytes for name in names.values())
     saved = sum(layer.dense_bytes - layer.packed_bytes for block in blocks for layer in block.values())
     # hidden states in, dense and out; with correction the reference in and out, of every k-th sequence
     sets = 3 + (2 / config.correction_stride if config.correction else 0)
-    scratch_bytes = math.ceil(sets * tokens) * skeleton.hidden_size * dtype.itemsize
-    return Plan(tuple(blocks), dense, source_bytes, source_bytes - saved, scratch_bytes)
+    scratch_bytes = math.ceil(sets * samples * sequence_length) * skeleton.hidden_size * dtype.itemsize
+    memory = estimate_memory(sizes, config)
+    return Plan(blocks, dense, source_bytes, source_bytes - saved, scratch_bytes, memory), config
 
 
 def check_disk(plan: Plan, finished: int, out: Path, scratch: Path) -> None:

@@ -1,0 +1,141 @@
+"""How much host memory a job takes, from shapes alone; and second moments cut to fit a limit.
+
+What is counted is what each stage of a block holds at once, so it stands beside that code and follows it. The libraries
+themselves are a measured constant.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from streamprune.checkpoint.reader import Checkpoint
+from streamprune.config import PruneConfig
+from streamprune.errors import SettingsError
+from streamprune.model.skeleton import Skeleton
+from streamprune.pipeline.block_pruning import moment_unit
+from streamprune.pruning.group import ROWS_AT_ONCE
+from streamprune.pruning.statistics import FINE_BINS, moment_blocks
+
+LIBRARIES_BYTES = 600_000_000  # resident with torch, transformers and a model's skeleton, before anything is read
+LEAST_MOMENTS_WIDTH = 1024  # to which blocks of second moments are cut for a limit
+ROW_COPIES = 12  # float32 matrices of a piece of rows that selection and refinement hold at once
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of host memory that each stage holds at once, for the block that needs most."""
+
+    libraries: int
+    embeddings: int
+    dense_pass: int
+    pruning: int
+    sparse_pass: int
+
+    @property
+    def peak(self) -> int:
+        return self.libraries + max(self.embeddings, self.dense_pass, self.pruning, self.sparse_pass)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model and a job decides the memory: headers, layers to prune in each block, tokens of a sequence."""
+
+    skeleton: Skeleton
+    checkpoint: Checkpoint
+    names: Mapping[str, str]
+    layers: Sequence[Mapping[str, Shape]]
+    tokens: int
+    dtype: torch.dtype
+
+    def stored(self, parameters: Sequence[str]) -> int:
+        """Bytes of parameters as they are stored."""
+        return sum(self.checkpoint.tensors[self.names[name]].size_bytes for name in parameters)
+
+    def computed(self, parameters: Sequence[str]) -> int:
+        """Bytes of parameters in the dtype of the arithmetic."""
+        shapes = (self.checkpoint.tensors[self.names[name]].shape for name in parameters)
+        return sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
+
+
+def estimate_memory(sizes: Sizes, config: PruneConfig) -> Memory:
+    """What the job holds at once, stage by stage."""
+    outer = sizes.skeleton.outer_parameters()
+    by_size = {sizes.stored(sizes.skeleton.block_parameters(i)): i for i in range(len(sizes.skeleton.blocks))}
+    blocks = [_block_memory(sizes, index, config) for index in by_size.values()]  # equal blocks need the same
+    most = (max(values) for values in zip(*blocks, strict=True))
+    return Memory(LIBRARIES_BYTES, sizes.stored(outer) + sizes.computed(outer), *most)
+
+
+def fit_memory(sizes: Sizes, config: PruneConfig, limit: int | None) -> PruneConfig:
+    """The configuration with second moments in blocks as wide as a limit in bytes allows.
+
+    Raises SettingsError where the narrowest are too wide, naming what the job would need.
+    """
+    if limit is None:
+        return config
+    needed = estimate_memory(sizes, config).peak
+    while needed > limit and config.needs_moments and config.moments_width > LEAST_MOMENTS_WIDTH:
+        config = dataclasses.replace(config, moments_width=max(config.moments_width // 2, LEAST_MOMENTS_WIDTH))
+        needed = estimate_memory(sizes, config).peak
+    if needed > limit:
+        less = ", shorten --sequence-length or give --no-refine" if config.needs_moments else ""
+        raise SettingsError(
+            f"the job needs about {needed / 2**30:.2f} GiB of memory, the limit is {limit / 2**30:.2f} GiB; raise "
+            f"--max-memory{less}; streamprune plan shows what needs it"
+        )
+    return config
+
+
+def _block_memory(sizes: Sizes, index: int, config: PruneConfig) -> tuple[int, int, int]:
+    """Bytes of a block's dense pass, pruning and sparse pass."""
+    layers = sizes.layers[index]
+    parameters = sizes.skeleton.block_parameters(index)
+    source, block = sizes.stored(parameters), sizes.computed(parameters)
+    elements = {name: math.prod(shape) for name, shape in layers.items()}
+    largest = max(elements.values(), default=0)
+    widest = max((max(shape) for shape in layers.values()), default=0)
+    # of a sequence: what attention and the MLP hold at once, and the tokens of layers that are kept for correction
+    activations = 4 * sizes.tokens * (16 * sizes.skeleton.hidden_size + 6 * widest)
+    groups = [(group, names) for group, names in sizes.skeleton.group_layers(index) if names[0] in layers]
+    inputs = [layers[names[0]][1] for _, names in groups]
+    histograms = 4 * FINE_BINS * sum(inputs) if config.metric == "esparse" else 0
+    moments = [
+        _moment_bytes([layers[name] for name in names], moment_unit(sizes.skeleton, group, config), config)
+        for group, names in groups
+    ]
+    pruning = kept = 0
+    for place, (_, names) in enumerate(groups):
+        pruning = max(pruning, kept + sum(moments[place:]) + _search_bytes([layers[name] for name in names], config))
+        kept += sum(elements[name] for name in names)  # masks
+    itemsize = sizes.checkpoint.tensors[sizes.names[parameters[0]]].dtype.itemsize
+    written = kept * itemsize if config.reconstruct else 0
+    results = source + kept + written
+    packed = kept * itemsize * config.pattern.kept // config.pattern.group_size + kept // 8
+    return (
+        source + block + sum(moments) + histograms + activations,
+        source + max(pruning + written, results),
+        results + packed + max(block, 2 * packed) + 12 * largest + activations,
+    )
+
+
+def _moment_bytes(shapes: Sequence[Shape], unit: int, config: PruneConfig) -> int:
+    """Second and cross moments of one input."""
+    if not config.needs_moments:
+        return 0
+    out_features, in_features = sum(shape[0] for shape in shapes), shapes[0][1]
+    square = sum((end - begin) ** 2 for begin, end in moment_blocks(in_features, config.moments_width, unit))
+    by_output = len(shapes) == 1 and out_features <= in_features
+    cross = (out_features * in_features if by_output else square) if config.correction else 0
+    return 4 * (2 * square + cross)
+
+
+def _search_bytes(shapes: Sequence[Shape], config: PruneConfig) -> int:
+    """Scores of one input's layers, and beside them the search's copies or what a piece of the rows takes."""
+    rows, in_features = sum(shape[0] for shape in shapes), shapes[0][1]
+    scores, piece = rows * in_features, min(max(shape[0] for shape in shapes), ROWS_AT_ONCE) * in_features
+    copies = 2 * scores if config.search_stages else scores
+    return 4 * (scores + max(copies, ROW_COPIES * piece if config.needs_moments else 6 * piece))

@@ -1,0 +1,101 @@
+"""`plan`: what a job will read, write, hold and take, from headers alone; nothing is run."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamprune.config import NMPattern, PruneConfig, parse_bytes
+from streamprune.model.arithmetic import resolve_arithmetic
+from streamprune.pipeline.job import open_model, source_dtype
+from streamprune.pipeline.memory import Memory
+from streamprune.pipeline.plan import make_plan
+
+MEASURED_SIZE = 1024  # of the square products that the speed of this machine is measured by
+READ_BYTES_PER_SECOND = 1e9
+OTHER_SHARE = 1.4  # of a job's time to that of its products: counting, searching, packing (docs/benchmarks.md)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a job would do. Bytes are exact but for memory; `seconds` rests on `assumption`."""
+
+    model: str
+    blocks: int
+    layers: int
+    parameters: int
+    read_bytes: int
+    written_bytes: int
+    scratch_bytes: int
+    memory: Memory
+    peak_memory_bytes: int
+    moments_width: int
+    seconds: float
+    assumption: str
+    dense_layers: dict[str, str]
+
+
+def plan(
+    model: str | Path,
+    *,
+    pattern: str = "2:4",
+    samples: int = 128,
+    sequence_length: int = 2048,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_memory: str | None = None,
+    **settings: Any,
+) -> PlanResult:
+    """What `compress` with the same arguments would read, write, hold in memory and take; reads headers alone.
+
+    Raises the errors that `compress` would: SettingsError where the job does not fit `max_memory`, for one.
+    """
+    skeleton, checkpoint, names = open_model(Path(model))
+    arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
+    limit = None if max_memory is None else parse_bytes(max_memory)
+    config = PruneConfig(NMPattern.parse(pattern), **settings)
+    planned, config = make_plan(skeleton, checkpoint, names, config, samples, sequence_length, arithmetic.dtype, limit)
+    shapes = [checkpoint.tensors[name].shape for name in names.values()]
+    speed = _products_per_second(arithmetic.device, arithmetic.dtype)
+    products = _products(planned.layers.values(), config, samples * sequence_length)
+    read = planned.source_bytes + planned.output_bytes
+    return PlanResult(
+        model=str(model),
+        blocks=len(planned.blocks),
+        layers=len(planned.layers),
+        parameters=sum(torch.Size(shape).numel() for shape in shapes),
+        read_bytes=read,
+        written_bytes=planned.output_bytes,
+        scratch_bytes=planned.scratch_bytes,
+        memory=planned.memory,
+        peak_memory_bytes=planned.memory.peak,
+        moments_width=config.moments_width,
+        seconds=OTHER_SHARE * products / speed + read / READ_BYTES_PER_SECOND,
+        assumption=(
+            f"products at the {speed / 1e9:.0f} G multiplications a second that this machine does now, "
+            f"{OTHER_SHARE:g} times for all that is not products, files at {READ_BYTES_PER_SECOND / 1e9:g} GB/s"
+        ),
+        dense_layers=planned.dense,
+    )
+
+
+def _products(layers: Any, config: PruneConfig, tokens: int) -> float:
+    """Multiplications of the layers' two passes, of the reference pass, and of second and cross moments."""
+    passes = 2 + (1 / config.correction_stride if config.correction else 0)
+    of_passes = passes * sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    # each input's X^T X, by its upper half; of q/k/v and gate/up one serves two or three layers
+    of_moments = sum(layer.shape[1] ** 2 / 2 for layer in layers) / 2 if config.needs_moments else 0
+    return float(tokens * (of_passes + of_moments))
+
+
+def _products_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications a second of products of 1,024 squared, the best of three."""
+    a = torch.ones(MEASURED_SIZE, MEASURED_SIZE, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a number waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return float(MEASURED_SIZE**3 / best)

@@ -1,0 +1,119 @@
+"""`plan` and --max-memory: what is foretold from headers, and what a limit on memory changes or refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import streamprune
+from streamprune.checkpoint.reader import Checkpoint
+from streamprune.config import parse_bytes
+from streamprune.errors import CheckpointError, SettingsError
+from streamprune.pipeline import memory
+from streamprune.pipeline.compress import CompressResult
+
+Sources = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1", 1),
+        ("12GiB", 12 * 2**30),
+        ("900 MB", 900_000_000),
+        ("1.5k", 1500),
+        ("2e9", 2_000_000_000),
+        ("0.5tib", 2**39),
+        (" 7 kib ", 7 * 1024),
+    ],
+)
+def test_parse_bytes(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1.2.3", "nan", "inf", "12 apples", "1e999"])
+def test_parse_bytes_refuses(text: str) -> None:
+    with pytest.raises(SettingsError, match="is not a number of bytes; write for example 12GiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(("source", "pattern"), [("llama", "2:4"), ("opt-bin", "2:4"), ("llama", "3:5")])
+def test_plan_foretells_the_job(
+    source: str, pattern: str, sources: Sources, prune: Callable[..., CompressResult], tmp_path: Path
+) -> None:
+    foretold = streamprune.plan(sources(source), pattern=pattern, **amount())
+    done = prune(source, tmp_path / "out", pattern=pattern)
+    manifest = tiny.read_json(tmp_path / "out" / tiny.MANIFEST)
+    assert foretold.blocks == done.blocks
+    assert foretold.layers == sum(len(block["layers"]) for block in manifest["blocks"])
+    assert foretold.dense_layers == done.dense_layers
+    assert foretold.written_bytes == done.source_bytes - done.dense_bytes + done.packed_bytes
+    assert foretold.read_bytes == done.source_bytes + foretold.written_bytes
+    assert foretold.seconds > 0
+    assert "this machine" in foretold.assumption
+
+
+def amount() -> dict[str, Any]:
+    return {key: value for key, value in tiny.CALIBRATION.items() if key in ("samples", "sequence_length")}
+
+
+def test_plan_reads_no_tensor(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(Checkpoint, "read", refuse)
+    streamprune.plan(sources("llama"))
+
+
+def test_plan_of_a_packed_folder_is_refused(outputs: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match="already an output"):
+        streamprune.plan(outputs("llama"))
+
+
+def test_memory_follows_what_the_settings_hold(sources: Sources) -> None:
+    def stages(**settings: Any) -> Any:
+        return streamprune.plan(sources("llama"), **amount(), **settings).memory
+
+    everything, plain = stages(), stages(refine=False, metric="wanda", shuffle="none")
+    assert everything.dense_pass > stages(correction=0.0).dense_pass > stages(refine=False).dense_pass
+    assert stages(refine=False).dense_pass == plain.dense_pass + (3 * 64 + 160) * 16384
+    assert everything.dense_pass > stages(moments_width=64).dense_pass
+    assert everything.embeddings == plain.embeddings
+    longer = streamprune.plan(sources("llama"), samples=4, sequence_length=128).memory
+    assert longer == streamprune.plan(sources("llama"), samples=4000, sequence_length=128).memory
+    assert longer.dense_pass > everything.dense_pass
+
+
+def test_a_limit_cuts_second_moments_and_no_more_than_needed(
+    sources: Sources, prune: Callable[..., CompressResult], caplog: pytest.LogCaptureFixture, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(memory, "LIBRARIES_BYTES", 0)
+    monkeypatch.setattr(memory, "LEAST_MOMENTS_WIDTH", 64)
+
+    def needed(width: int) -> int:
+        return streamprune.plan(sources("llama"), **amount(), moments_width=width).peak_memory_bytes
+
+    monkeypatch.setattr(memory.Memory, "peak", property(lambda self: self.dense_pass))
+    assert needed(64) < needed(128) < needed(256)
+    for limit, width in ((needed(256), 16384), (needed(256) - 1, 128), (needed(64), 64)):
+        found = streamprune.plan(sources("llama"), **amount(), max_memory=str(limit))
+        assert found.moments_width == width
+        assert found.peak_memory_bytes <= limit
+    prune("llama", tmp_path / "out", max_memory=str(needed(128)))
+    settings = tiny.read_json(tmp_path / "out" / tiny.MANIFEST)["identity"]["settings"]
+    assert settings["moments_width"] == 128
+    assert "second moments in blocks of at most 128 channels" in caplog.text
+    with pytest.raises(SettingsError, match=r"needs about .* GiB of memory, the limit is .*--no-refine"):
+        prune("llama", tmp_path / "refused", max_memory=str(needed(64) - 1))
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_limit_without_second_moments_is_kept_or_refused(sources: Sources) -> None:
+    settings = {"metric": "wanda", "shuffle": "none", "refine": False}
+    needed = streamprune.plan(sources("opt"), **settings).peak_memory_bytes
+    assert streamprune.plan(sources("opt"), max_memory=str(needed), **settings).peak_memory_bytes == needed
+    with pytest.raises(SettingsError, match="raise --max-memory; streamprune plan shows"):
+        streamprune.plan(sources("opt"), max_memory=str(needed - 1), **settings)
