@@ -1,0 +1,153 @@
+"""Write a checkpoint of random weights in a real model's shapes, for measuring memory and speed.
+
+    python examples/make_checkpoint.py /data/llama-65b-2 --like llama-65b --blocks 2
+    python examples/make_checkpoint.py /data/opt-66b-2 --like opt-66b --blocks 2 --format bin
+
+Shapes are the published models' (hidden, intermediate, heads, vocabulary); weights are fp16, normal with a standard
+deviation of 0.02, norms 1 and biases 0, so nothing that is measured on them says anything of perplexity. Files are
+sharded at --shard-bytes as the originals are (10 GB), safetensors or pickled .bin, with an index. One tensor at a time
+is in memory with safetensors, one shard with .bin. The tokenizer has one token for each byte.
+"""
+
+import argparse
+import json
+import math
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+from streamprune.config import parse_bytes
+
+LLAMA = {  # LLaMA, arXiv 2302.13971, table 2: hidden, intermediate, heads, blocks
+    "llama-7b": (4096, 11008, 32, 32),
+    "llama-13b": (5120, 13824, 40, 40),
+    "llama-30b": (6656, 17920, 52, 60),
+    "llama-65b": (8192, 22016, 64, 80),
+}
+OPT = {"opt-66b": (9216, 36864, 72, 64)}  # OPT, arXiv 2205.01068, table 1
+DEVIATION = 0.02
+TILE = 1 << 24  # random numbers that are drawn once and repeated: drawing billions would take minutes
+
+
+def config_like(name: str, blocks: int | None) -> PreTrainedConfig:
+    """The model's config with `blocks` blocks, or as many as it has."""
+    hidden, intermediate, heads, count = (LLAMA | OPT)[name]
+    shared = {"num_hidden_layers": blocks or count, "num_attention_heads": heads, "tie_word_embeddings": name in OPT}
+    if name in OPT:
+        return OPTConfig(vocab_size=50272, hidden_size=hidden, ffn_dim=intermediate, word_embed_proj_dim=hidden,
+                         max_position_embeddings=2048, **shared)  # fmt: skip
+    return LlamaConfig(vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate,
+                       max_position_embeddings=2048, **shared)  # fmt: skip
+
+
+def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors that a checkpoint of this model stores, in their order."""
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def shards_of(shapes: dict[str, torch.Size], shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut where a shard would grow beyond `shard_bytes`."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        count = 2 * math.prod(shape)
+        if shards[-1] and size + count > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += count
+    return shards
+
+
+def values(shapes: dict[str, torch.Size], names: list[str], tile: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each named tensor, fp16."""
+    for name in names:
+        count = math.prod(shapes[name])
+        if len(shapes[name]) == 1:
+            flat = torch.full((count,), 1.0 if "norm" in name and name.endswith("weight") else 0.0, dtype=torch.float16)
+        else:
+            start = hash_of(name) % len(tile)
+            flat = tile.roll(-start).repeat(-(-count // len(tile)))[:count]
+        yield name, flat.view(shapes[name])
+
+
+def hash_of(name: str) -> int:
+    """A number of a name's own, the same in every process."""
+    return int.from_bytes(name.encode(), "big") % (2**31 - 1)
+
+
+def write_safetensors(path: Path, shapes: dict[str, torch.Size], names: list[str], tile: torch.Tensor) -> None:
+    """The format's header, then the tensors one after the other."""
+    header, offset = {}, 0
+    for name in names:
+        end = offset + 2 * math.prod(shapes[name])
+        header[name] = {"dtype": "F16", "shape": list(shapes[name]), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in values(shapes, names, tile):
+            tensor.numpy().tofile(file)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token a byte."""
+    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def make_checkpoint(folder: Path, like: str, blocks: int | None, form: str, shard_bytes: int) -> None:
+    """Write the checkpoint; the folder must not exist."""
+    config = config_like(like, blocks)
+    shapes = shapes_of(config)
+    folder.mkdir(parents=True)
+    config.architectures = ["OPTForCausalLM" if like in OPT else "LlamaForCausalLM"]
+    config.dtype = torch.float16
+    config.save_pretrained(folder)
+    write_tokenizer(folder)
+    tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0)).mul_(DEVIATION).to(torch.float16)
+    shards = shards_of(shapes, shard_bytes)
+    stem, suffix = ("model", "safetensors") if form == "safetensors" else ("pytorch_model", "bin")
+    weight_map = {}
+    for index, names in enumerate(tqdm(shards, unit="shard", disable=None)):
+        file = f"{stem}-{index + 1:05d}-of-{len(shards):05d}.{suffix}"
+        weight_map.update(dict.fromkeys(names, file))
+        if form == "safetensors":
+            write_safetensors(folder / file, shapes, names, tile)
+        else:
+            torch.save(dict(values(shapes, names, tile)), folder / file)
+    total = 2 * sum(math.prod(shape) for shape in shapes.values())
+    index_name = f"{stem}.{suffix}.index.json"
+    (folder / index_name).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a checkpoint of random weights in a real model's shapes.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--like", choices=(*LLAMA, *OPT), required=True)
+    parser.add_argument("--blocks", type=int, help="default: as many as the model has")
+    parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
+    parser.add_argument("--shard-bytes", type=parse_bytes, default=10_000_000_000, help="such as 2GB (default: 10 GB)")
+    given = parser.parse_args()
+    if given.folder.exists():
+        sys.exit(f"{given.folder} exists; name a new folder")
+    make_checkpoint(given.folder, given.like, given.blocks, given.format, given.shard_bytes)
+
+
+if __name__ == "__main__":
+    main()
