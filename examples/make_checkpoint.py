@@ -16,6 +16,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -39,7 +40,11 @@ TILE = 1 << 24  # random numbers that are drawn once and repeated: drawing billi
 def config_like(name: str, blocks: int | None) -> PreTrainedConfig:
     """The model's config with `blocks` blocks, or as many as it has."""
     hidden, intermediate, heads, count = (LLAMA | OPT)[name]
-    shared = {"num_hidden_layers": blocks or count, "num_attention_heads": heads, "tie_word_embeddings": name in OPT}
+    shared: dict[str, Any] = {
+        "num_hidden_layers": blocks or count,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": name in OPT,
+    }
     if name in OPT:
         return OPTConfig(vocab_size=50272, hidden_size=hidden, ffn_dim=intermediate, word_embed_proj_dim=hidden,
                          max_position_embeddings=2048, **shared)  # fmt: skip

@@ -3,7 +3,6 @@
 A table of data. An architecture is added by a row here, if its blocks are a plain list of modules with linear layers.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streamprune.errors import UnsupportedModelError
@@ -28,13 +27,11 @@ class InputGroup:
 class ResidualStream:
     """Parameters along the residual stream, with their dimension that it is; those that a model lacks are passed over.
 
-    block: inside every block; outer: outside, full names; norms: which norm feeds the input group that begins with a
-    layer.
+    block: inside every block; outer: outside, full names.
     """
 
     block: tuple[tuple[str, int], ...]
     outer: tuple[tuple[str, int], ...]
-    norms: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,6 @@ _LLAMA = Architecture(
             ("mlp.down_proj.bias", 0),
         ),
         outer=(("model.embed_tokens.weight", 1), ("model.norm.weight", 0), ("lm_head.weight", 1)),
-        norms={"self_attn.q_proj": "input_layernorm", "mlp.gate_proj": "post_attention_layernorm"},
     ),
 )
 
@@ -105,7 +101,6 @@ _OPT = Architecture(
             ("model.decoder.final_layer_norm.bias", 0),
             ("lm_head.weight", 1),
         ),
-        norms={"self_attn.q_proj": "self_attn_layer_norm", "fc1": "final_layer_norm"},
     ),
 )
 

@@ -1,5 +1,6 @@
 """`compress`: the whole job, from a checkpoint folder to a packed one."""
 
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -127,8 +128,9 @@ def compress(
         with ExitStack() as open_files:
             open_files.callback(bars.close)
             check_disk(job.plan, len(entries), out, folder)
-            residual = residual_permutation(job, journal) if config.residual else None
-            run = Run(job, journal, folder, bars, should_stop, open_files, residual)
+            run = Run(job, journal, folder, bars, should_stop, open_files)
+            if config.residual:
+                run = dataclasses.replace(run, residual=residual_permutation(job, journal, run.tick))
             entries = compress_blocks(run, entries)
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)

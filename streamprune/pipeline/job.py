@@ -59,7 +59,7 @@ def resolve_job(
     seed: int,
     device: str,
     dtype: str,
-    max_memory: int | None,
+    max_memory: int | None = None,
 ) -> Job:
     """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work.
 

@@ -1,30 +1,37 @@
 """One permutation of the residual stream for the whole model, folded into everything that reads or writes it.
 
-It is found from the weights alone, before the first block: the rows that read the stream (q, k, v and gate, up of every
-block), each column times the weight of the norm before it, which is about the size of that input. Every tensor is put
-in the new order when it is read from the source, so the rest of the job does not know.
+It is found before the first block, from the rows that read the stream (q, k, v and gate, up of every block), each
+column times the size of that input in a pre-pass: a few sequences through the dense model, block by block. Every tensor
+is put in the new order when it is read from the source, so the rest of the job does not know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from streamprune.checkpoint.reader import open_file
 from streamprune.checkpoint.writer import write_safetensors
+from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
+from streamprune.model.skeleton import record_block_inputs
+from streamprune.model.streaming import embed, input_parameters, read_outer
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.journal import Journal
 from streamprune.pruning.shuffle import search_permutation
 
 NAME = "residual.permutation"
+PRE_PASS_SEQUENCES = 2  # of the calibration text
 MOST_ROWS = 16384  # of all blocks together that the search sees, evenly spaced
 
 
-def residual_permutation(job: Job, journal: Journal) -> FoldedPermutation:
-    """The permutation of a job, found now or kept in its journal, and every tensor that it reorders."""
+def residual_permutation(job: Job, journal: Journal, tick: Callable[[], None]) -> FoldedPermutation:
+    """The permutation of a job, found now or kept in its journal, and every tensor that it reorders.
+
+    `tick` is called at safe points of the pre-pass.
+    """
     path = journal.work / "residual.safetensors"
     if not path.exists():
-        found = search_permutation(_reading_rows(job), job.config)
+        found = search_permutation(_reading_rows(job, tick), job.config)
         write_safetensors(path, {NAME: found.to(torch.int32)}, journal.temporary)
     permutation = open_file(path).read([NAME])[NAME].long()
     return FoldedPermutation(NAME, permutation, residual_sides(job))
@@ -66,18 +73,43 @@ def _size(job: Job, side: tuple[str, int]) -> int:
     return job.checkpoint.tensors[job.names[name]].shape[dim]
 
 
-def _reading_rows(job: Job) -> torch.Tensor:
-    """|W| times the norm's weight, float32 [rows, hidden], of evenly spaced rows that read the residual stream."""
-    skeleton = job.skeleton
-    groups = len(skeleton.blocks) * len(skeleton.architecture.residual.norms)
+def _reading_rows(job: Job, tick: Callable[[], None]) -> torch.Tensor:
+    """|W| times the inputs' root mean square, float32 [rows, hidden], of evenly spaced rows that read the stream.
+
+    The inputs are those of the dense model on the first calibration sequences.
+    """
+    skeleton, arithmetic = job.skeleton, job.arithmetic
+    outer = read_outer(skeleton, job.checkpoint, job.names, input_parameters(skeleton))
+    arguments = embed(skeleton, outer, job.tokens[:1], arithmetic, None, tick)
+    computed = {name: tensor.to(arithmetic.dtype) for name, tensor in outer.items()}
+    recorded = [record_block_inputs(skeleton, computed, row[None]) for row in job.tokens[:PRE_PASS_SEQUENCES]]
+    states = [inputs.hidden_states.to(arithmetic.device) for inputs in recorded]
+    readers = sum(not group.producers for group in skeleton.architecture.groups)
     parts = []
     for index, prefix in enumerate(skeleton.blocks):
-        by_first = {group.layers[0]: names for group, names in skeleton.group_layers(index)}
-        for first, norm in skeleton.architecture.residual.norms.items():
-            names = [f"{name}.weight" for name in by_first[first]]
-            sources = [job.names[name] for name in (*names, f"{prefix}.{norm}.weight")]
-            *weights, scale = job.checkpoint.read(sources).values()
-            rows = torch.cat([weight.to(torch.float32) for weight in weights])
-            rows = rows[:: max(1, len(rows) * groups // MOST_ROWS)].abs() * scale.to(torch.float32).abs()
-            parts.append(rows / rows.mean())  # no block outweighs the others by its scale
+        parameters = skeleton.block_parameters(index)
+        source = job.checkpoint.read(job.names[name] for name in parameters)
+        tensors = {name: source[job.names[name]] for name in parameters}
+        block = dense_block(skeleton, index, tensors, arithmetic.device, arithmetic.dtype)
+        groups = [names for group, names in skeleton.group_layers(index) if not group.producers]
+        energy = {names[0]: torch.zeros(skeleton.hidden_size, dtype=torch.float64) for names in groups}
+        observers = {name.removeprefix(f"{prefix}."): _adding(energy[name]) for name in energy}
+        with layers_observed(block, observers):
+            for place, x in enumerate(states):
+                states[place] = run_block(block, x, arguments[index], prefix)
+                tick()
+        for names in groups:
+            rows = torch.cat([tensors[f"{name}.weight"].to(torch.float32) for name in names])
+            rows = rows[:: max(1, len(rows) * readers * len(skeleton.blocks) // MOST_ROWS)].abs()
+            rows = rows * energy[names[0]].sqrt().to(torch.float32)
+            parts.append(rows / rows.mean().clamp(min=torch.finfo(torch.float32).tiny))  # no block outweighs others
     return torch.cat(parts)
+
+
+def _adding(energy: torch.Tensor) -> Observer:
+    """Adds each channel's sum of squares to float64 [in]."""
+
+    def observe(x: torch.Tensor, y: torch.Tensor) -> None:
+        energy.add_(x.to(torch.float64).square_().sum(dim=0).cpu())
+
+    return observe

@@ -1,5 +1,6 @@
 """One permutation of the residual stream changes nothing, whole or pruned, and leaves N:M as it lies in the file."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,9 @@ from streamprune.runtime.verify import verify
 
 TOKENS = torch.tensor([[ord(character) for character in tiny.text(200, seed=5)]])
 RESIDUAL = {"shuffle": "residual+assignment"}
-LLAMA_NORMS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
-OPT_NORMS = {
-    "self_attn_layer_norm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "final_layer_norm": ("fc1",),
+READERS = {
+    "llama": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
+    "opt": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("fc1",)),
 }
 
 
@@ -161,22 +158,29 @@ def test_a_pruned_model_stores_no_permutation_and_lies_in_order(
     assert figures[0].loss == pytest.approx(figures[1].loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(("source", "norms"), [("llama", LLAMA_NORMS), ("opt", OPT_NORMS)])
-def test_the_permutation_retains_more_of_the_weights_that_read_the_stream(
-    source: str, norms: dict[str, tuple[str, ...]], sources: Callable[[str], Path], outputs: Callable[..., Path]
+@pytest.mark.parametrize("source", ["llama", "opt"])
+def test_the_permutation_retains_more_of_what_reads_the_stream(
+    source: str, sources: Callable[[str], Path], outputs: Callable[..., Path]
 ) -> None:
-    """Their sizes times the norm's before them, over all blocks: found from the weights alone."""
+    """Weights' sizes times their inputs' in the dense model, on text of the same kind, over all blocks."""
     tensors, packed = tiny.read_tensors(sources(source)), packed_reader.PackedFolder(outputs(source, **RESIDUAL))
+    model = AutoModelForCausalLM.from_pretrained(sources(source), dtype=torch.float32).eval()
     prefixes = sorted({name.partition(".self_attn")[0] for name in packed.patterns if ".self_attn" in name})
+    rms: dict[str, torch.Tensor] = {}
+    for prefix, layers in itertools.product(prefixes, READERS[source]):
+        name = f"{prefix}.{layers[0]}"
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, name=name: rms.update({name: x[0].flatten(0, -2).square().mean(dim=0).sqrt()})
+        )
+    with torch.inference_mode():
+        model(TOKENS)
     rows = []
-    for prefix in prefixes:
-        for norm, layers in norms.items():
-            scale = tensors[f"{prefix}.{norm}.weight"].float().abs()
-            part = torch.cat([tensors[f"{prefix}.{layer}.weight"].float().abs() for layer in layers]) * scale
-            rows.append(part / part.mean())
+    for prefix, layers in itertools.product(prefixes, READERS[source]):
+        part = torch.cat([tensors[f"{prefix}.{layer}.weight"].float().abs() for layer in layers])
+        rows.append(part * rms[f"{prefix}.{layers[0]}"] / (part * rms[f"{prefix}.{layers[0]}"]).mean())
     scores, order = torch.cat(rows), torch.from_numpy(packed.folded[NAME]).long()
     before, after = (stable_sum(kept_scores(s, select(s, NMPattern(2, 4)))) for s in (scores, scores[:, order]))
-    assert after > before * 1.001
+    assert after > before * 1.005
 
 
 @pytest.mark.parametrize("layer", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj"])
