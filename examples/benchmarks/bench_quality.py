@@ -72,7 +72,7 @@ CLAIMS = (
     Row(DENSE, DENSE),
     WANDA,
     RIA_HEADS,
-    shuffled("assignment"),
+    shuffled("global+local"),
     DEFAULT,
     SPARSEGPT,
     RECONSTRUCT,

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +50,12 @@ class Checkpoint:
 
         Raises CheckpointError for a missing tensor or a file that ends early, NumericsError for NaN or infinity.
         """
+        tensors = self.read_unchecked(names)
+        self.check_finite(tensors)
+        return tensors
+
+    def read_unchecked(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """As `read`, without looking at the values: no arithmetic, so that another thread's is not disturbed."""
         wanted = list(names)
         for name in wanted:
             if name not in self.tensors:
@@ -61,10 +67,13 @@ class Checkpoint:
         for path, in_file in by_file.items():
             first = self.tensors[in_file[0]]
             result.update(self._read_bin(path, in_file) if first.entry is None else self._read_raw(path, in_file))
-        for name, tensor in result.items():
+        return {name: result[name] for name in wanted}
+
+    def check_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise NumericsError, naming the tensor, where one of this checkpoint's holds NaN or infinity."""
+        for name, tensor in tensors.items():
             if tensor.is_floating_point() and not all_finite(tensor):
                 raise NumericsError(f"{self.folder}: tensor {name} holds NaN or infinity; it cannot be pruned")
-        return {name: result[name] for name in wanted}
 
     def _read_raw(self, path: Path, names: list[str]) -> dict[str, torch.Tensor]:
         result = {}

@@ -27,17 +27,22 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes of host memory that each stage holds at once, for the block that needs most."""
+    """Estimated bytes of host memory that each stage holds at once, for the block that needs most.
+
+    Beside every stage of a block lies the next block as the source stores it, where it is read ahead.
+    """
 
     libraries: int
     embeddings: int
     dense_pass: int
     pruning: int
     sparse_pass: int
+    next_block: int
 
     @property
     def peak(self) -> int:
-        return self.libraries + max(self.embeddings, self.dense_pass, self.pruning, self.sparse_pass)
+        of_block = max(self.dense_pass, self.pruning, self.sparse_pass) + self.next_block
+        return self.libraries + max(self.embeddings, of_block)
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,15 @@ class Sizes:
         return sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
 
 
-def estimate_memory(sizes: Sizes, config: PruneConfig) -> Memory:
+def estimate_memory(sizes: Sizes, config: PruneConfig, *, read_ahead: bool) -> Memory:
     """What the job holds at once, stage by stage."""
     outer = sizes.skeleton.outer_parameters()
     by_size = {sizes.stored(sizes.skeleton.block_parameters(i)): i for i in range(len(sizes.skeleton.blocks))}
     blocks = [_block_memory(sizes, index, config) for index in by_size.values()]  # equal blocks need the same
-    most = (max(values) for values in zip(*blocks, strict=True))
-    return Memory(LIBRARIES_BYTES, sizes.stored(outer) + sizes.computed(outer), *most)
+    dense_pass, pruning, sparse_pass = (max(values) for values in zip(*blocks, strict=True))
+    embeddings = sizes.stored(outer) + sizes.computed(outer)
+    next_block = max(by_size) if read_ahead else 0
+    return Memory(LIBRARIES_BYTES, embeddings, dense_pass, pruning, sparse_pass, next_block)
 
 
 def fit_memory(sizes: Sizes, config: PruneConfig, limit: int | None) -> PruneConfig:
@@ -77,10 +84,10 @@ def fit_memory(sizes: Sizes, config: PruneConfig, limit: int | None) -> PruneCon
     """
     if limit is None:
         return config
-    needed = estimate_memory(sizes, config).peak
+    needed = estimate_memory(sizes, config, read_ahead=False).peak
     while needed > limit and config.needs_moments and config.moments_width > LEAST_MOMENTS_WIDTH:
         config = dataclasses.replace(config, moments_width=max(config.moments_width // 2, LEAST_MOMENTS_WIDTH))
-        needed = estimate_memory(sizes, config).peak
+        needed = estimate_memory(sizes, config, read_ahead=False).peak
     if needed > limit:
         less = ", shorten --sequence-length or give --no-refine" if config.needs_moments else ""
         raise SettingsError(

@@ -82,7 +82,9 @@ def make_plan(
     # hidden states in, dense and out; with correction the reference in and out, of every k-th sequence
     sets = 3 + (2 / config.correction_stride if config.correction else 0)
     scratch_bytes = math.ceil(sets * samples * sequence_length) * skeleton.hidden_size * dtype.itemsize
-    memory = estimate_memory(sizes, config)
+    memory = estimate_memory(sizes, config, read_ahead=True)
+    if max_memory is not None and memory.peak > max_memory:
+        memory = estimate_memory(sizes, config, read_ahead=False)
     return Plan(blocks, dense, source_bytes, source_bytes - saved, scratch_bytes, memory), config
 
 

@@ -10,7 +10,8 @@ blocks alone (the reference), and compares each layer's inputs there with those 
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,10 @@ def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, A
         return entries
     run.progress.start(len(blocks), len(entries), len(run.job.tokens))
     arguments, streams = _inputs_of_next_block(run, entries)
+    sources = _source_blocks(run, range(len(entries), len(blocks)))
+    run.open_files.callback(sources.close)
     for index in range(len(entries), len(blocks)):
-        entry, following = _compress_block(run, index, arguments, streams)
+        entry, following = _compress_block(run, index, sources, arguments, streams)
         run.journal.record(index, entry)
         entries.append(entry)
         streams.close(remove=True)
@@ -170,18 +173,49 @@ def _written_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
 
 def _source_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
     job = run.job
-    tensors = _read_source_block(run, index, {})
+    tensors = _parameters_of(run, index, _read_source(run, index))
     return dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
 
 
-def _read_source_block(run: Run, index: int, digests: dict[str, str]) -> dict[str, torch.Tensor]:
-    """A block's parameters from the source, the residual stream in the job's order; notes the source's digests."""
+@dataclass(frozen=True)
+class _SourceBlock:
+    """A block's parameters as the source stores them, by its names, and their digests."""
+
+    tensors: dict[str, torch.Tensor]
+    digests: dict[str, str]
+
+
+def _source_blocks(run: Run, indices: Iterable[int]) -> Generator[_SourceBlock, None, None]:
+    """The blocks of `indices` in order; while one is worked on the next is read, if there is memory for it.
+
+    The thread that reads makes no arithmetic but checksums, so it takes no core from the one that computes.
+    """
+    if not run.job.plan.memory.next_block:
+        yield from (_read_source(run, index) for index in indices)
+        return
+    left = list(indices)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        upcoming = reader.submit(_read_source, run, left[0])
+        for following in [*left[1:], None]:
+            block = upcoming.result()
+            if following is not None:
+                upcoming = reader.submit(_read_source, run, following)
+            yield block
+
+
+def _read_source(run: Run, index: int) -> _SourceBlock:
     job = run.job
+    tensors = job.checkpoint.read_unchecked(job.names[name] for name in job.skeleton.block_parameters(index))
+    return _SourceBlock(tensors, {name: tensor_digest(tensor) for name, tensor in tensors.items()})
+
+
+def _parameters_of(run: Run, index: int, source: _SourceBlock) -> dict[str, torch.Tensor]:
+    """A block's parameters by name, checked, on the job's device, the residual stream in the job's order."""
+    job = run.job
+    job.checkpoint.check_finite(source.tensors)
     parameters = job.skeleton.block_parameters(index)
-    source = job.checkpoint.read(job.names[parameter] for parameter in parameters)
-    digests.update((original, tensor_digest(tensor)) for original, tensor in source.items())
     device = job.arithmetic.device
-    return reordered({parameter: source[job.names[parameter]].to(device) for parameter in parameters}, run.residual)
+    return reordered({name: source.tensors[job.names[name]].to(device) for name in parameters}, run.residual)
 
 
 def read_source_outer(
@@ -206,13 +240,14 @@ def _is_whole(states: HiddenStates) -> bool:
 
 
 def _compress_block(
-    run: Run, index: int, arguments: BlockArguments, streams: _Streams
+    run: Run, index: int, sources: Iterator[_SourceBlock], arguments: BlockArguments, streams: _Streams
 ) -> tuple[dict[str, Any], _Streams]:
     job, name = run.job, run.job.skeleton.blocks[index]
     timed = StageTimes()
-    digests: dict[str, str] = {}
     with timed("read"):
-        tensors = _read_source_block(run, index, digests)
+        source = next(sources)
+        digests, tensors = source.digests, _parameters_of(run, index, source)
+        del source
     dense = run.hidden_states("dense", len(job.tokens))
     reference = None
     if streams.reference is not None:
@@ -237,7 +272,7 @@ def _compress_block(
         )
     if outcome == "kept dense":
         with timed("write"):
-            _write_block(run, index, PrunedBlock({}, _read_source_block(run, index, digests), ()))
+            _write_block(run, index, PrunedBlock({}, _parameters_of(run, index, _read_source(run, index)), ()))
         for sequence in range(len(dense)):
             following.write(sequence, dense.read(sequence))
         layers = []

@@ -1,5 +1,7 @@
 """`plan` and --max-memory: what is foretold from headers, and what a limit on memory changes or refuses."""
 
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import tiny
 import streamprune
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.config import PruneConfig, parse_bytes
-from streamprune.errors import CheckpointError, SettingsError
+from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.pipeline import memory
 from streamprune.pipeline.compress import CompressResult
 
@@ -71,7 +73,7 @@ def test_plan_reads_no_tensor(sources: Sources, monkeypatch: pytest.MonkeyPatch)
     def refuse(*arguments: Any) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(Checkpoint, "read", refuse)
+    monkeypatch.setattr(Checkpoint, "read_unchecked", refuse)
     streamprune.plan(sources("llama"))
 
 
@@ -121,7 +123,34 @@ def test_a_limit_cuts_second_moments_and_no_more_than_needed(
 
 def test_a_limit_without_second_moments_is_kept_or_refused(sources: Sources) -> None:
     settings = {"metric": "wanda", "shuffle": "none", "refine": False}
-    needed = streamprune.plan(sources("opt"), **settings).peak_memory_bytes
+    free = streamprune.plan(sources("opt"), **settings)
+    needed = free.peak_memory_bytes - free.memory.next_block
     assert streamprune.plan(sources("opt"), max_memory=str(needed), **settings).peak_memory_bytes == needed
     with pytest.raises(SettingsError, match="raise --max-memory; streamprune plan shows"):
         streamprune.plan(sources("opt"), max_memory=str(needed - 1), **settings)
+
+
+def test_without_room_for_the_next_block_it_is_not_read_ahead_and_the_bytes_are_the_same(
+    sources: Sources, outputs: Callable[..., Path], prune: Callable[..., CompressResult], tmp_path: Path
+) -> None:
+    foretold = streamprune.plan(sources("llama"), **amount())
+    assert foretold.memory.next_block > 0
+    limit = str(foretold.peak_memory_bytes - 1)
+    tight = streamprune.plan(sources("llama"), **amount(), max_memory=limit).memory
+    assert tight.next_block == 0
+    assert tight.peak == foretold.peak_memory_bytes - foretold.memory.next_block
+    prune("llama", tmp_path / "out", max_memory=limit)
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
+
+
+def test_reading_ahead_ends_with_the_job(
+    sources: Sources, prune: Callable[..., CompressResult], tmp_path: Path
+) -> None:
+    """A fault in block 2 shows when block 2 is reached; until then the blocks before it are finished and kept."""
+    source = Path(shutil.copytree(sources("llama-sharded"), tmp_path / "source"))
+    name = "model.layers.2.self_attn.v_proj.weight"
+    tiny.edit_tensor(tiny.shard_of(source, name), name, lambda tensor: tensor[0].fill_(float("nan")))
+    with pytest.raises(NumericsError, match=rf"tensor {name} holds NaN or infinity"):
+        prune(source, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
