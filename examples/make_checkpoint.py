@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTraine
 from streamprune.config import parse_bytes
 
 LLAMA = {  # LLaMA, arXiv 2302.13971, table 2: hidden, intermediate, heads, blocks
+    "llama-160m": (768, 3072, 12, 12),  # of no paper: small enough to measure many blocks of
     "llama-7b": (4096, 11008, 32, 32),
     "llama-13b": (5120, 13824, 40, 40),
     "llama-30b": (6656, 17920, 52, 60),

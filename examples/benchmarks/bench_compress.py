@@ -1,34 +1,61 @@
-"""What compress costs beside the least it could cost: two forward passes of the same blocks over the same tokens.
+"""What compress costs beside the least it could cost: time, memory, reading.
 
-    python examples/benchmarks/bench_compress.py [DIR]
+    python examples/benchmarks/bench_compress.py [DIR] [--part ratio] [--rounds 3]
 
-DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes. Compress runs with its default
-method at 8 x 256 tokens into a fresh folder; the floor is transformers' own dense model in fp32, already in memory, run
-twice over the same calibration tokens, one sequence at a time, without the head. The two take turns, so that a busy
-machine slows both; medians of three. Takes about three minutes on two quiet cores, nearly all of it compress. Prints a
-table, then the same figures as one line of JSON.
+DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes; checkpoints of random weights are
+made under DIR/bench and kept. The parts:
+
+    ratio    compress of SmolLM2-135M on 32 x 1024 tokens in float32, over two forward passes of transformers' own dense
+             model, in memory, on the same tokens, a sequence at a time, without the head; with each stage's share
+    depth    peak memory at 6, 12, 24 and 48 blocks of LLaMA-160M's shape, 8 x 256 tokens
+    tokens   peak memory and seconds at 8, 32 and 128 x 256 tokens, 6 blocks of that shape
+    read     the reader's bytes a second over a plain sequential read's of the same files, both evicted from the page
+             cache before
+
+What is compared takes turns, so that a busy machine slows all of it; figures are medians over --rounds. Every job is a
+process of its own, but for `ratio`'s, whose imports are not counted on either side. Prints a table for each part, then
+all figures as one line of JSON.
 """
 
 import argparse
+import functools
 import json
+import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from transformers import AutoModelForCausalLM
 
 import streamprune
+from make_checkpoint import make_checkpoint
+from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.pipeline.calibration import calibration_tokens
 
-SAMPLES = 8
-SEQUENCE_LENGTH = 256
-SEED = 0
-ROUNDS = 3
+RATIO_TOKENS = 32, 1024
+METHODS: dict[str, dict[str, Any]] = {
+    "global": {"shuffle": "global", "refine": False},
+    "global+local": {"shuffle": "global+local", "refine": False},
+    "wanda": {"metric": "wanda", "shuffle": "none", "refine": False},
+    "default": {},
+}
+SHAPE = "llama-160m"
+DEPTHS = (6, 12, 24, 48)
+SAMPLES = (8, 32, 128)
+LENGTH = 256
+CHUNK_BYTES = 1 << 24
+
+Rounds = dict[str, list[float]]
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -37,24 +64,13 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compress_once(model: Path, text: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=model.parent) as folder:
-        streamprune.compress(
-            model,
-            Path(folder) / "pruned",
-            calibration=str(text),
-            samples=SAMPLES,
-            sequence_length=SEQUENCE_LENGTH,
-            seed=SEED,
-            device="cpu",
-            dtype="float32",
-        )
-
-
-def measure(model: Path, text: Path) -> dict[str, list[float]]:
-    """Seconds of each round, interleaved, after one untimed forward pass."""
-    tokens = calibration_tokens(model, str(text), SAMPLES, SEQUENCE_LENGTH, SEED)
+def ratio(directory: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of each method and of two forward passes, and each stage's share of a method's."""
+    model, text = directory / "smollm2-135m", directory / "text" / "calibration.txt"
+    samples, length = RATIO_TOKENS
+    tokens = calibration_tokens(model, str(text), samples, length, 0)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    amount: dict[str, Any] = {"calibration": str(text), "samples": samples, "sequence_length": length, "device": "cpu"}
 
     @torch.inference_mode()
     def forward(passes: int) -> None:
@@ -62,42 +78,151 @@ def measure(model: Path, text: Path) -> dict[str, list[float]]:
             for sequence in tokens:
                 dense.model(input_ids=sequence[None], use_cache=False)
 
+    seconds: Rounds = {"two forward passes": [], **{name: [] for name in METHODS}}
+    stages: dict[str, dict[str, float]] = {}
     forward(1)
-    seconds: dict[str, list[float]] = {"compress": [], "two_forward_passes": []}
-    for _ in range(ROUNDS):
-        seconds["two_forward_passes"].append(seconds_of(lambda: forward(2)))
-        seconds["compress"].append(seconds_of(lambda: compress_once(model, text)))
-    return seconds
+    for _ in range(rounds):
+        seconds["two forward passes"].append(seconds_of(lambda: forward(2)))
+        for name, settings in METHODS.items():
+            with tempfile.TemporaryDirectory(prefix="bench-", dir=directory) as folder:
+                out = Path(folder) / "pruned"
+                job = functools.partial(streamprune.compress, model, out, **amount, **settings)
+                seconds[name].append(seconds_of(job))
+                stages[name] = json.loads((out / "timings.json").read_text())["stages"]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    floor = medians["two forward passes"]
+    print(f"SmolLM2-135M, {samples} x {length} tokens, float32, {torch.get_num_threads()} threads, {rounds} rounds")
+    table(
+        ("", "seconds", "over two passes"),
+        [(name, f"{value:.1f}", f"{value / floor:.2f}") for name, value in medians.items()],
+    )
+    names = sorted({stage for shares in stages.values() for stage in shares})
+    shares = [(stage, *(f"{stages[name].get(stage, 0):.1f}" for name in METHODS)) for stage in names]
+    table(("seconds of stage, last round", *METHODS), shares)
+    return {"seconds": seconds, "ratio": {name: value / floor for name, value in medians.items()}, "stages": stages}
+
+
+def job_of(model: Path, out: Path, samples: int) -> dict[str, float]:
+    """Compress in a process of its own; seconds and peak memory."""
+    arguments = [sys.executable, "-m", "streamprune", "compress", str(model), "--out", str(out), "--json", "--quiet"]
+    amount = ["--samples", str(samples), "--sequence-length", str(LENGTH), "--dtype", "float32"]
+    done = subprocess.run([*arguments, *amount], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr.strip())
+    result = json.loads(done.stdout)
+    shutil.rmtree(out)
+    return {"seconds": result["seconds"], "peak_memory_bytes": result["peak_memory_bytes"]}
+
+
+def checkpoint(directory: Path, blocks: int) -> Path:
+    """A checkpoint of random weights, made if it is not there."""
+    folder = directory / "bench" / f"{SHAPE}-{blocks}"
+    if not folder.exists():
+        make_checkpoint(folder, SHAPE, blocks, "safetensors", 1_000_000_000)
+    return folder
+
+
+def jobs(directory: Path, rounds: int, cases: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
+    """Median seconds and peak memory of jobs (label, blocks, samples), in turns."""
+    measured: dict[str, list[dict[str, float]]] = {label: [] for label, _, _ in cases}
+    for _ in range(rounds):
+        for label, blocks, samples in cases:
+            out = directory / "bench" / "out"
+            measured[label].append(job_of(checkpoint(directory, blocks), out, samples))
+    keys = ("seconds", "peak_memory_bytes")
+    found = {label: {key: statistics.median(run[key] for run in runs) for key in keys}
+             for label, runs in measured.items()}  # fmt: skip
+    least = found[cases[0][0]]["peak_memory_bytes"]
+    rows = []
+    for label, one in found.items():
+        peak = one["peak_memory_bytes"]
+        rows.append((label, f"{peak / 1e6:.1f}", f"{peak / least:.3f}", f"{one['seconds']:.1f}"))
+    table(("", "peak MB", "over the first", "seconds"), rows)
+    return found
+
+
+def depth(directory: Path, rounds: int) -> dict[str, Any]:
+    print(f"{SHAPE}'s blocks, 8 x {LENGTH} tokens, default method")
+    return jobs(directory, rounds, [(f"{blocks} blocks", blocks, 8) for blocks in DEPTHS])
+
+
+def tokens(directory: Path, rounds: int) -> dict[str, Any]:
+    print(f"6 of {SHAPE}'s blocks, default method")
+    return jobs(directory, rounds, [(f"{samples} x {LENGTH} tokens", 6, samples) for samples in SAMPLES])
+
+
+def read(directory: Path, rounds: int) -> dict[str, Any]:
+    """Bytes a second of the reader and of a plain read, from files that are not in the page cache."""
+    folder = checkpoint(directory, max(DEPTHS))
+    files = sorted(folder.glob("*.safetensors"))
+    count = sum(path.stat().st_size for path in files)
+
+    def plain() -> None:
+        buffer = bytearray(CHUNK_BYTES)
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+    def reader() -> None:
+        opened = open_checkpoint(folder)
+        blocks: dict[str, list[str]] = {}
+        for name in opened.tensors:
+            blocks.setdefault(name.partition("layers.")[2].partition(".")[0], []).append(name)
+        for names in blocks.values():
+            opened.read_unchecked(names)
+
+    seconds: Rounds = {"plain sequential read": [], "reader": []}
+    for _ in range(rounds):
+        for name, work in (("plain sequential read", plain), ("reader", reader)):
+            evict(files)
+            seconds[name].append(seconds_of(work))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{count / 1e9:.2f} GB in {len(files)} files, evicted before each read")
+    first = medians["plain sequential read"]
+    table(
+        ("", "GB/s", "of the plain read"),
+        [(name, f"{count / value / 1e9:.2f}", f"{first / value:.2f}") for name, value in medians.items()],
+    )
+    return {"bytes": count, "seconds": seconds}
+
+
+def evict(files: Iterable[Path]) -> None:
+    """Take files out of the page cache."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A markdown table."""
+    print(f"\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    print(flush=True)
+
+
+PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "ratio": ratio,
+    "depth": depth,
+    "tokens": tokens,
+    "read": read,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
-    directory = parser.parse_args().directory
-    model, text = directory / "smollm2-135m", directory / "text" / "calibration.txt"
-    if not (model.is_dir() and text.is_file()):
-        sys.exit(f"{directory} holds no inputs yet: run python examples/real_inputs.py {directory} first")
-
-    seconds = measure(model, text)
-    medians = {name: statistics.median(rounds) for name, rounds in seconds.items()}
-    print(f"SmolLM2-135M, {SAMPLES} x {SEQUENCE_LENGTH} tokens, fp32, {torch.get_num_threads()} threads")
-    for name, rounds in seconds.items():
-        print(f"  {name:<20}{medians[name]:>8.2f} s   rounds: {', '.join(f'{value:.2f}' for value in rounds)}")
-    ratio = medians["compress"] / medians["two_forward_passes"]
-    print(f"  {'ratio':<20}{ratio:>8.2f}")
-    print(
-        json.dumps(
-            {
-                "tokens": SAMPLES * SEQUENCE_LENGTH,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "processor": platform.processor() or platform.machine(),
-                "seconds": seconds,
-                "median_seconds": medians,
-                "ratio": ratio,
-            }
-        )
-    )
+    parser.add_argument("--part", choices=tuple(PARTS), action="append", help="several allowed (default: all)")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    chosen = given.part or list(PARTS)
+    if "ratio" in chosen and not (given.directory / "smollm2-135m").is_dir():
+        sys.exit(f"{given.directory} holds no inputs: run python examples/real_inputs.py {given.directory} first")
+    found = {name: PARTS[name](given.directory, given.rounds) for name in chosen}
+    about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+    print(json.dumps({**about, **found}))
 
 
 if __name__ == "__main__":
