@@ -12,7 +12,7 @@ from streamprune.checkpoint.packed import is_packed
 from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, SettingsError
-from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
+from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 from streamprune.pipeline.plan import Plan, make_plan
@@ -82,6 +82,7 @@ def resolve_job(
     if config.moments_width < asked:
         logger.warning("second moments in blocks of at most %d channels, to keep to the memory", config.moments_width)
     tokens = calibration_tokens(model, calibration, samples, sequence_length, seed)
+    return_free_memory()  # a tokenizer takes much for a moment
     vocabulary, _ = skeleton.embedding_shape
     if int(tokens.max()) >= vocabulary:
         raise CheckpointError(f"{model}: the tokenizer makes ids up to {int(tokens.max())}, the model has {vocabulary}")

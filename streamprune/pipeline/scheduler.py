@@ -32,7 +32,7 @@ from streamprune.errors import (
     JobMismatchError,
     numerics_named,
 )
-from streamprune.model.arithmetic import peak_memory_bytes
+from streamprune.model.arithmetic import peak_memory_bytes, return_free_memory
 from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
 from streamprune.model.streaming import BlockArguments, advance, embed, input_parameters, load_block, read_outer
 from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, moment_unit, prune_block
@@ -88,6 +88,7 @@ def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, A
         entries.append(entry)
         streams.close(remove=True)
         streams = following
+        return_free_memory()
         run.progress.block_done(blocks[index], entry)
     streams.close(remove=True)
     return entries
