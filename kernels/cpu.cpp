@@ -260,8 +260,8 @@ INLINE void widen(float low, float high, int32_t* exponent, int32_t* first, int3
 }
 
 // Counts the values of channels [begin, end) of x [tokens, channels] in windows of `bins` bins: that of channel c
-// begins at bin first[c], its bins are 2^exponent[c] wide, and it is moved first where it does not hold low[c]..high[c],
-// which bound all values so far. counts [channels, bins]; `moved` is room for one window.
+// begins at bin first[c], its bins are 2^exponent[c] wide, and it is moved first where it does not hold
+// low[c]..high[c], which bound all values so far. counts [channels, bins]; `moved` is room for one window.
 CLONES static void count_values_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end,
                                      const float* low, const float* high, int32_t* exponent, int32_t* first,
                                      int32_t* counts, int64_t bins, int32_t* moved) {
