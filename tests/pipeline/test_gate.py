@@ -125,9 +125,9 @@ def test_hidden_states_after_a_block_kept_dense(
     dense: list[torch.Tensor] = []
     original, original_dense = scheduler._compress_block, scheduler._dense_pass
 
-    def compress_block(run: Any, index: int, arguments: Any, streams: Any) -> Any:
+    def compress_block(run: Any, index: int, sources: Any, arguments: Any, streams: Any) -> Any:
         seen[index] = [streams.hidden.read(sequence) for sequence in range(len(streams.hidden))]
-        return original(run, index, arguments, streams)
+        return original(run, index, sources, arguments, streams)
 
     def dense_pass(run: Any, index: int, tensors: Any, arguments: Any, states: Any, target: Any, *rest: Any) -> Any:
         result = original_dense(run, index, tensors, arguments, states, target, *rest)
