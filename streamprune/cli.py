@@ -157,7 +157,7 @@ METHOD = _options(
         "--correction-stride",
         default=PruneConfig.correction_stride,
         show_default=True,
-        help="Every k-th sample also runs behind dense blocks, to learn that error; 0: by the amount of text.",
+        help="Every k-th sample also runs behind dense blocks, to learn that error.",
     ),
     click.option(
         "--moments-width",

@@ -27,7 +27,6 @@ CHOICES = {
 }
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
-CORRECTION_TOKENS = 8192  # docs/method.md
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ class PruneConfig:
     refine          improve the masks by the inputs' second moments
     shrinkage       how far refinement shrinks the moments towards their diagonal, 0 to 1; None: by held-out samples
     correction      how much of the error that earlier blocks left in a layer's inputs its mask shall undo, 0 to 1
-    correction_stride  every k-th sequence also runs behind dense blocks, to learn that error; 0: chosen by the amount
-                    of text
+    correction_stride  every k-th sequence also runs behind dense blocks, to learn that error
     moments_width   channels in one block of second moments; wider inputs are cut into equal blocks, and neither
                     permutation nor refinement crosses them
     reconstruct     fit the kept weights to the dense layer's outputs: they are then no longer the source's
@@ -108,7 +106,7 @@ class PruneConfig:
     refine: bool = True
     shrinkage: float | None = None
     correction: float = 0.2
-    correction_stride: int = 0
+    correction_stride: int = 2
     moments_width: int = 16384
     reconstruct: bool = False
     max_block_error: float | None = None
@@ -136,22 +134,12 @@ class PruneConfig:
             raise SettingsError(f"correction {self.correction} is outside 0..1")
         if self.correction and not self.needs_moments:
             object.__setattr__(self, "correction", 0.0)
-        if self.correction_stride < 0:
-            raise SettingsError(f"correction_stride {self.correction_stride} is not a whole number >= 0")
+        if self.correction_stride < 1:
+            raise SettingsError(f"correction_stride {self.correction_stride} is not a whole number >= 1")
         if self.moments_width < 64:
             raise SettingsError(f"moments_width {self.moments_width} is fewer than 64 channels")
         if self.max_block_error is not None and not 0 <= self.max_block_error < float("inf"):
             raise SettingsError(f"max_block_error {self.max_block_error} is not a finite number >= 0")
-
-    def for_tokens(self, tokens: int) -> "PruneConfig":
-        """The same with what depends on the number of calibration tokens decided: the stride of correction.
-
-        About CORRECTION_TOKENS are enough to learn the error from; at most every second sequence is used, and at least
-        every eighth, so that they are of many texts.
-        """
-        if self.correction_stride:
-            return self
-        return dataclasses.replace(self, correction_stride=min(max(tokens // CORRECTION_TOKENS, 2), 8))
 
     @property
     def search_stages(self) -> tuple[str, ...]:

@@ -70,9 +70,8 @@ def make_plan(
 ) -> tuple[Plan, PruneConfig]:
     """Plan a job whose hidden states are kept in `dtype`.
 
-    Returns with it the settings as they are used: decided by the amount of text, fitted to a limit on memory in bytes.
+    Returns with it the settings as they are used: fitted to a limit on memory in bytes.
     """
-    config = config.for_tokens(samples * sequence_length)
     blocks, dense = plan_layers(skeleton, checkpoint, names, config.pattern)
     shapes = [{name: layer.shape for name, layer in block.items()} for block in blocks]
     sizes = Sizes(skeleton, checkpoint, names, shapes, sequence_length, dtype)

@@ -11,7 +11,7 @@ import tiny
 
 import streamprune
 from streamprune.checkpoint.reader import Checkpoint
-from streamprune.config import PruneConfig, parse_bytes
+from streamprune.config import parse_bytes
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.pipeline import memory
 from streamprune.pipeline.compress import CompressResult
@@ -39,14 +39,6 @@ def test_parse_bytes(text: str, count: int) -> None:
 def test_parse_bytes_refuses(text: str) -> None:
     with pytest.raises(SettingsError, match="is not a number of bytes; write for example 12GiB"):
         parse_bytes(text)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "stride"), [(192, 2), (16_384, 2), (24_576, 3), (32_768, 4), (65_536, 8), (1 << 20, 8)]
-)
-def test_the_stride_of_correction_follows_the_amount_of_text(tokens: int, stride: int) -> None:
-    assert PruneConfig().for_tokens(tokens).correction_stride == stride
-    assert PruneConfig(correction_stride=5).for_tokens(tokens).correction_stride == 5
 
 
 @pytest.mark.parametrize(("source", "pattern"), [("llama", "2:4"), ("opt-bin", "2:4"), ("llama", "3:5")])

@@ -133,7 +133,7 @@ class TestBeforeAnyBlock:
             ({"shrinkage": float("nan")}, "shrinkage nan"),
             ({"correction": -0.1}, r"correction -0.1 is outside 0\.\.1"),
             ({"correction": float("nan")}, "correction nan"),
-            ({"correction_stride": -1}, "correction_stride -1 is not a whole number >= 0"),
+            ({"correction_stride": 0}, "correction_stride 0 is not a whole number >= 1"),
             ({"moments_width": 63}, "moments_width 63 is fewer than 64 channels"),
             ({"amplitude": "l1"}, "amplitude 'l1' is none of l2, wanda, rms"),
             ({"on_excess": "shrug"}, "on_excess 'shrug' is none of stop, keep-dense, warn"),
