@@ -46,7 +46,7 @@ check: setup  ## formatting, lint, types; prints the line count
 	  '$$2 != "total" { split($$2, part, "/"); lines[part[1]] += $$1; lines["all"] += $$1 } \
 	  END { for (room in lines) printf "%7d %s\n", lines[room], room }' | sort -n
 
-bench: setup inputs  ## time compress against two plain forward passes
+bench: setup inputs  ## time, memory and reading of compress against their floors
 	$(RUN) examples/benchmarks/bench_compress.py
 
 bench-quality: setup inputs  ## perplexity of every method and step; hours, and goes on where it was interrupted

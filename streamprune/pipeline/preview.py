@@ -14,8 +14,8 @@ from streamprune.pipeline.memory import Memory
 from streamprune.pipeline.plan import make_plan
 
 MEASURED_SIZE = 1024  # of the square products that the speed of this machine is measured by
-READ_BYTES_PER_SECOND = 1e9
-OTHER_SHARE = 1.4  # of a job's time to that of its products: counting, searching, packing (docs/benchmarks.md)
+READ_BYTES_PER_SECOND = 1e9  # a guess too; both are named in what `plan` prints
+OTHER_SHARE = 1.4  # of a job's time to that of its products: counting, searching, packing. A guess, not fitted
 
 
 @dataclass(frozen=True)
