@@ -7,10 +7,13 @@ from streamprune_kernels.cpu import (
     add_range,
     count_values,
     excess_sums,
+    kept_sums,
     library,
     local_swaps,
     refine_rows,
     select_groups,
+    squared_distances,
+    weighted_squares,
 )
 from streamprune_kernels.reference import (
     LEAST_EXPONENT,
@@ -28,6 +31,7 @@ __all__ = [
     "count_values",
     "excess_sums",
     "expand",
+    "kept_sums",
     "library",
     "local_swaps",
     "nm_linear",
@@ -36,5 +40,7 @@ __all__ = [
     "pack_values",
     "refine_rows",
     "select_groups",
+    "squared_distances",
     "unpack_mask",
+    "weighted_squares",
 ]

@@ -21,10 +21,13 @@ typedef float Vector __attribute__((vector_size(64)));
 typedef float HalfVector __attribute__((vector_size(32)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
-static const int LANES = 16;
+typedef uint8_t Bytes __attribute__((vector_size(8)));
+static const int LANES = 16, DOUBLES = 8;
 
 #define LOAD(pointer) \
     ({ Vector loaded_; std::memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
+#define WIDEN(type, pointer) \
+    ({ type narrow_; std::memcpy(&narrow_, (pointer), sizeof narrow_); __builtin_convertvector(narrow_, Doubles); })
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
@@ -32,6 +35,7 @@ static const int LANES = 16;
 static const int64_t ROWS_AT_ONCE = 1024;
 static const int TILE_T = 4, TILE_S = 6;  // 24 accumulators of the 32 registers
 static const int RANGE_STRIP = 4;         // vectors of channels; 16 accumulators
+static const int64_t ROWS_AHEAD = 16;     // fetched early: each row of a strip lies in a page of its own
 static const int LEAST_EXPONENT = -126;   // of a bin's width: float scales by its inverse without overflow
 static const int MOST_PLACES = 64, MOST_PATTERNS = 256;  // of a group; that are tried one by one
 
@@ -198,14 +202,13 @@ CLONES static void channel_range_part(const float* x, int64_t tokens, int64_t ch
                 least[v] = LOAD(low + c + v * LANES), greatest[v] = LOAD(high + c + v * LANES);
             for (int64_t row = 0; row < tokens; row++) {
                 const float* values = x + row * channels + c;
+                for (int v = 0; v < RANGE_STRIP; v++) __builtin_prefetch(values + ROWS_AHEAD * channels + v * LANES);
                 for (int v = 0; v < RANGE_STRIP; v++) {
                     Vector value = LOAD(values + v * LANES);
                     least[v] = MIN(value, least[v]);
                     greatest[v] = MAX(value, greatest[v]);
                     for (int half = 0; half < 2; half++) {
-                        HalfVector part;
-                        std::memcpy(&part, (const char*)&value + half * sizeof part, sizeof part);
-                        Doubles wide = __builtin_convertvector(part, Doubles);
+                        Doubles wide = WIDEN(HalfVector, (const char*)&value + half * sizeof(HalfVector));
                         squares[2 * v + half] += wide * wide;
                     }
                 }
@@ -253,8 +256,14 @@ INLINE void widen(float low, float high, int32_t* exponent, int32_t* first, int3
     // room on both sides, so that the next new extreme need not move the window
     int32_t centred = lowest - ((int32_t)bins - 1 - (highest - lowest)) / 2;
     std::memset(moved, 0, sizeof(int32_t) * bins);
-    for (int64_t i = 0; i < bins; i++)  // bins without counts may fall outside
-        if (counts[i]) moved[((*first + (int32_t)i) >> shift) - centred] += counts[i];
+    for (int64_t begin = 0; begin < bins; begin += LANES) {  // most bins are empty
+        int64_t end = MIN(begin + LANES, bins);
+        int32_t any = 0;
+        for (int64_t i = begin; i < end; i++) any |= counts[i];
+        if (!any) continue;
+        for (int64_t i = begin; i < end; i++)  // bins without counts may fall outside
+            if (counts[i]) moved[((*first + (int32_t)i) >> shift) - centred] += counts[i];
+    }
     std::memcpy(counts, moved, sizeof(int32_t) * bins);
     *exponent = wider, *first = centred;
 }
@@ -282,6 +291,7 @@ CLONES static void count_values_part(const float* x, int64_t tokens, int64_t cha
             continue;
         }
         for (int64_t row = 0; row < tokens; row++) {
+            __builtin_prefetch(x + (row + ROWS_AHEAD) * channels + c);
             Vector scaled = LOAD(x + row * channels + c) * scales;
             Integers truncated = __builtin_convertvector(scaled, Integers);
             // a comparison is -1 where it holds: one less where truncation went up
@@ -311,6 +321,64 @@ CLONES static void select_part(const float* scores, int64_t begin, int64_t end, 
     if (m == 4) return select_rows<4>(scores, begin, end, width, m, kept, keep);
     if (m == 8) return select_rows<8>(scores, begin, end, width, m, kept, keep);
     select_rows<0>(scores, begin, end, width, m, kept, keep);
+}
+
+INLINE double total_of(Doubles lanes) {
+    double sum = 0;
+    for (int lane = 0; lane < DOUBLES; lane++) sum += lanes[lane];
+    return sum;
+}
+
+// Sums of the kept values of rows [begin, end); x, keep [rows, width].
+CLONES static void kept_sums_part(const float* x, const uint8_t* keep, int64_t begin, int64_t end, int64_t width,
+                                  double* out) {
+    for (int64_t row = begin; row < end; row++) {
+        const float* value = x + row * width;
+        const uint8_t* kept = keep + row * width;
+        Doubles lanes = {};
+        int64_t c = 0;
+        for (; c + DOUBLES <= width; c += DOUBLES) lanes += WIDEN(HalfVector, value + c) * WIDEN(Bytes, kept + c);
+        out[row] = total_of(lanes);
+        for (; c < width; c++) out[row] += kept[c] ? (double)value[c] : 0;
+    }
+}
+
+// Sums of the squares of x * scale, over the dropped columns and over all, of rows [begin, end); scale [width].
+CLONES static void weighted_squares_part(const float* x, const uint8_t* keep, const float* scale, int64_t begin,
+                                         int64_t end, int64_t width, double* dropped, double* all) {
+    for (int64_t row = begin; row < end; row++) {
+        const float* value = x + row * width;
+        const uint8_t* kept = keep + row * width;
+        Doubles lost = {}, whole = {};
+        int64_t c = 0;
+        for (; c + DOUBLES <= width; c += DOUBLES) {
+            Doubles weighted = WIDEN(HalfVector, value + c) * WIDEN(HalfVector, scale + c);
+            whole += weighted * weighted;
+            lost += weighted * weighted * (1 - WIDEN(Bytes, kept + c));
+        }
+        dropped[row] = total_of(lost), all[row] = total_of(whole);
+        for (; c < width; c++) {
+            double weighted = (double)value[c] * scale[c];
+            all[row] += weighted * weighted;
+            dropped[row] += kept[c] ? 0 : weighted * weighted;
+        }
+    }
+}
+
+// Squared distances of rows [begin, end) of x and y [rows, width].
+CLONES static void squared_distances_part(const float* x, const float* y, int64_t begin, int64_t end, int64_t width,
+                                          double* out) {
+    for (int64_t row = begin; row < end; row++) {
+        const float *one = x + row * width, *other = y + row * width;
+        Doubles lanes = {};
+        int64_t c = 0;
+        for (; c + DOUBLES <= width; c += DOUBLES) {
+            Doubles difference = WIDEN(HalfVector, one + c) - WIDEN(HalfVector, other + c);
+            lanes += difference * difference;
+        }
+        out[row] = total_of(lanes);
+        for (; c < width; c++) out[row] += ((double)one[c] - other[c]) * ((double)one[c] - other[c]);
+    }
 }
 
 // Cost of the pattern that costs least, and the places that it keeps.
@@ -436,7 +504,7 @@ CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float
 extern "C" {
 
 // What cpu.py calls must be what was compiled: raised with every change of a signature or of its meaning.
-int64_t interface_number() { return 5; }
+int64_t interface_number() { return 6; }
 
 void sum_of_maxima(const float* s, int64_t n_s, const float* t, int64_t n_t, int64_t rows, float* out,
                    int64_t threads) {
@@ -470,6 +538,23 @@ void select_groups(const float* scores, int64_t rows, int64_t width, int64_t m, 
             int64_t threads) {
     in_parts(rows, 1, threads,
              [=](int64_t begin, int64_t end) { select_part(scores, begin, end, width, m, kept, keep); });
+}
+
+void kept_sums(const float* x, const uint8_t* keep, int64_t rows, int64_t width, double* out, int64_t threads) {
+    in_parts(rows, 1, threads, [=](int64_t begin, int64_t end) { kept_sums_part(x, keep, begin, end, width, out); });
+}
+
+void weighted_squares(const float* x, const uint8_t* keep, const float* scale, int64_t rows, int64_t width,
+                      double* dropped, double* all, int64_t threads) {
+    in_parts(rows, 1, threads, [=](int64_t begin, int64_t end) {
+        weighted_squares_part(x, keep, scale, begin, end, width, dropped, all);
+    });
+}
+
+void squared_distances(const float* x, const float* y, int64_t rows, int64_t width, double* out, int64_t threads) {
+    in_parts(rows, 1, threads, [=](int64_t begin, int64_t end) {
+        squared_distances_part(x, y, begin, end, width, out);
+    });
 }
 
 int64_t refine_rows(const float* weight, uint8_t* keep, float* q, const float* h, int64_t rows,

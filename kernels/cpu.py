@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 5  # of cpu.cpp's functions; both numbers are raised together
+INTERFACE = 6  # of cpu.cpp's functions; both numbers are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -26,6 +26,9 @@ SIGNATURES = {
     "count_values": [POINTER, INT64, INT64, *[POINTER] * 5, INT64, INT64],
     "local_swaps": [POINTER, *[INT64] * 6, FLOAT, POINTER, INT64],
     "select_groups": [POINTER, *[INT64] * 4, POINTER, INT64],
+    "kept_sums": [POINTER, POINTER, INT64, INT64, POINTER, INT64],
+    "weighted_squares": [*[POINTER] * 3, INT64, INT64, POINTER, POINTER, INT64],
+    "squared_distances": [POINTER, POINTER, INT64, INT64, POINTER, INT64],
     "refine_rows": [*[POINTER] * 4, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
 }
 
@@ -117,6 +120,41 @@ def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Ten
     keep = torch.empty(scores.shape, dtype=torch.bool)
     compiled.select_groups(scores.data_ptr(), *scores.shape, group_size, kept, keep.data_ptr(), _threads())
     return keep
+
+
+def kept_sums(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Sum of the kept values of each row, float64 [rows]; x float32 [rows, width] finite, keep bool of its shape."""
+    compiled = _library_for(x)
+    if compiled is None or x.dtype != torch.float32:
+        return reference.kept_sums(x, keep)
+    x, keep, sums = x.contiguous(), keep.contiguous(), torch.empty(len(x), dtype=torch.float64)
+    compiled.kept_sums(x.data_ptr(), keep.data_ptr(), *x.shape, sums.data_ptr(), _threads())
+    return sums
+
+
+def weighted_squares(x: torch.Tensor, keep: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of (x * scale)^2 of each row, float64 [rows]: over the dropped columns, and over all.
+
+    x float32 [rows, width] finite, keep bool of its shape, scale float32 [width].
+    """
+    compiled = _library_for(x)
+    if compiled is None:
+        return reference.weighted_squares(x, keep, scale)
+    x, keep, scale = x.contiguous(), keep.contiguous(), scale.contiguous()
+    dropped, whole = torch.empty(2, len(x), dtype=torch.float64)
+    sums = dropped.data_ptr(), whole.data_ptr()
+    compiled.weighted_squares(x.data_ptr(), keep.data_ptr(), scale.data_ptr(), *x.shape, *sums, _threads())
+    return dropped, whole
+
+
+def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """||x - y||^2 of each row, float64 [rows]; x and y float32 [rows, width]."""
+    compiled = _library_for(x)
+    if compiled is None:
+        return reference.squared_distances(x, y)
+    x, y, sums = x.contiguous(), y.contiguous(), torch.empty(len(x), dtype=torch.float64)
+    compiled.squared_distances(x.data_ptr(), y.data_ptr(), *x.shape, sums.data_ptr(), _threads())
+    return sums
 
 
 def refine_rows(

@@ -221,6 +221,26 @@ def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Ten
     return torch.stack([rank < kept for rank in ranks], dim=2).view(scores.shape)
 
 
+def kept_sums(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Sum of the kept values of each row, float64 [rows]; x [rows, width], keep bool of its shape."""
+    return torch.where(keep, x, 0).sum(dim=1, dtype=torch.float64)
+
+
+def weighted_squares(x: torch.Tensor, keep: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of (x * scale)^2 of each row, float64 [rows]: over the dropped columns, and over all.
+
+    x [rows, width], keep bool of its shape, scale [width].
+    """
+    squares = (x.to(torch.float64) * scale.to(torch.float64)).square_()
+    whole = squares.sum(dim=1)
+    return squares.masked_fill_(keep, 0).sum(dim=1), whole
+
+
+def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """||x - y||^2 of each row, float64 [rows]; x and y [rows, width]."""
+    return (x.to(torch.float64) - y.to(torch.float64)).square_().sum(dim=1)
+
+
 def refine_rows(
     weight: torch.Tensor,
     keep: torch.Tensor,

@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
@@ -241,15 +242,18 @@ def run_tail(
 
 def arguments_equal(one: Any, other: Any) -> bool:
     """Whether two recorded arguments are the same, tensors by value, floating-point ones up to rounding."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return False
-        return torch.allclose(one, other, rtol=1e-4, atol=1e-6) if one.is_floating_point() else torch.equal(one, other)
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(arguments_equal(one[key], other[key]) for key in one)
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(arguments_equal, one, other))
-    return bool(one == other)
+    (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    # blocks share most of what they are called with: each pair is looked at once
+    pairs = {(id(leaf), id(other)): (leaf, other) for leaf, other in zip(leaves, others, strict=False)}
+    return structure == other_structure and all(_leaves_equal(*pair) for pair in pairs.values())
+
+
+def _leaves_equal(one: Any, other: Any) -> bool:
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return bool(one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6) if one.is_floating_point() else torch.equal(one, other)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,8 @@ def compress(
         with ExitStack() as open_files:
             open_files.callback(bars.close)
             check_disk(job.plan, len(entries), out, folder)
-            run = Run(job, journal, folder, bars, should_stop, open_files)
+            background = open_files.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
+            run = Run(job, journal, folder, bars, should_stop, open_files, background)
             if config.residual:
                 run = dataclasses.replace(run, residual=residual_permutation(job, journal, run.tick))
             entries = compress_blocks(run, entries)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ class Run:
     progress: Progress
     should_stop: Callable[[], bool]
     open_files: ExitStack  # closes the hidden states, however the job ends
+    background: Executor  # waits for disks while the processor works
     residual: FoldedPermutation | None = None  # of the residual stream, for the whole model
 
     def tick(self) -> None:
@@ -63,6 +64,12 @@ class Run:
         self.progress.sample_done()
         if self.should_stop():
             raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
+
+    def inputs_of(self, index: int, kind: str, samples: int) -> HiddenStates:
+        """The inputs of a block. Two files of a kind take turns: a block's outputs go where its predecessor's inputs
+        were, into pages that are there already.
+        """
+        return self.hidden_states(f"{kind}-{index % 2}", samples)
 
     def hidden_states(self, name: str, samples: int) -> HiddenStates:
         length = self.job.tokens.shape[1]
@@ -86,11 +93,11 @@ def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, A
         entry, following = _compress_block(run, index, sources, arguments, streams)
         run.journal.record(index, entry)
         entries.append(entry)
-        streams.close(remove=True)
+        streams.close()
         streams = following
         return_free_memory()
         run.progress.block_done(blocks[index], entry)
-    streams.close(remove=True)
+    streams.close()
     return entries
 
 
@@ -119,10 +126,10 @@ class _Streams:
     hidden: HiddenStates
     reference: HiddenStates | None
 
-    def close(self, *, remove: bool = False) -> None:
+    def close(self) -> None:
         for states in (self.hidden, self.reference):
             if states is not None:
-                states.close(remove=remove)
+                states.close()
 
 
 def _inputs_of_next_block(run: Run, entries: list[dict[str, Any]]) -> tuple[BlockArguments, _Streams]:
@@ -146,20 +153,20 @@ def _resumed(
 ) -> tuple[BlockArguments, HiddenStates]:
     job, finished = run.job, len(entries)
     if finished:
-        states = run.hidden_states(f"{kind}-{finished:05d}", len(tokens))
+        states = run.inputs_of(finished, kind, len(tokens))
         states.checksums = list(entries[-1][f"{kind}_states"])
         if _is_whole(states):
             return embed(job.skeleton, outer, job.tokens, job.arithmetic, None, run.tick), states
-        states.close(remove=True)
-    states = run.hidden_states(f"{kind}-00000", len(tokens))
+        states.close()
+    states = run.inputs_of(0, kind, len(tokens))
     run.progress.stage("embeddings")
     arguments = embed(job.skeleton, outer, tokens, job.arithmetic, states, run.tick)
     for index, entry in enumerate(entries):
         run.progress.stage("replaying")
         block = block_of(run, index, entry)
-        following = run.hidden_states(f"{kind}-{index + 1:05d}", len(tokens))
+        following = run.inputs_of(index + 1, kind, len(tokens))
         advance(block, entry["name"], arguments[index], states, following, job.arithmetic, run.tick)
-        states.close(remove=True)
+        states.close()
         states = following
     return arguments, states
 
@@ -252,7 +259,7 @@ def _compress_block(
     dense = run.hidden_states("dense", len(job.tokens))
     reference = None
     if streams.reference is not None:
-        reference = run.hidden_states(f"reference-{index + 1:05d}", len(streams.reference))
+        reference = run.inputs_of(index + 1, "reference", len(streams.reference))
     run.progress.stage(f"{name} dense")
     statistics = _dense_pass(run, index, tensors, arguments, streams, dense, reference, timed)
     moments_bytes = sum(shared.moments_bytes for shared in {id(s): s for s in statistics.values()}.values())
@@ -263,8 +270,9 @@ def _compress_block(
     with timed("write"):
         _write_block(run, index, pruned)
     run.progress.stage(f"{name} sparse")
-    following = run.hidden_states(f"hidden-{index + 1:05d}", len(job.tokens))
-    error, layers = _sparse_pass(run, index, pruned, arguments, streams.hidden, dense, following, timed)
+    following = run.inputs_of(index + 1, "hidden", len(job.tokens))
+    synced = [] if reference is None else [run.background.submit(reference.sync)]
+    error, layers = _sparse_pass(run, index, pruned, arguments, streams.hidden, dense, following, synced, timed)
     outcome = outcome_of(error, job.config.max_block_error, job.config.on_excess)
     if outcome == "stopped":
         raise BlockErrorExceeded(
@@ -276,13 +284,13 @@ def _compress_block(
             _write_block(run, index, PrunedBlock({}, _parameters_of(run, index, _read_source(run, index)), ()))
         for sequence in range(len(dense)):
             following.write(sequence, dense.read(sequence))
+        synced.append(run.background.submit(following.sync))
         layers = []
     if outcome != "pruned":
         logger.warning("%s: %s, block error %.4g above %g", name, outcome, error, job.config.max_block_error)
-    following.sync()
-    if reference is not None:
-        reference.sync()
-    dense.close(remove=True)
+    dense.close()
+    for done in synced:
+        done.result()
     files = [run.journal.out / job.shard_name(index), run.journal.evidence_path(index)]
     entry = {
         "name": name,
@@ -382,6 +390,7 @@ def _sparse_pass(
     states: HiddenStates,
     dense: HiddenStates,
     following: HiddenStates,
+    synced: list[Future[None]],
     timed: StageTimes,
 ) -> tuple[float, list[dict[str, Any]]]:
     """Pass 2, from the shard as read back from disk: the next block's inputs, the block's error and its layers'."""
@@ -405,6 +414,7 @@ def _sparse_pass(
 
     with timed("sparse pass"), layers_observed(block, observers):
         advance(block, name, arguments[index], states, following, job.arithmetic, run.tick, observe)
+    synced.append(run.background.submit(following.sync))
     layers = []
     with timed("validate"):
         shard_tensors = shard.read(shard.tensors)

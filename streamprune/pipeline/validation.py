@@ -8,12 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 from streamprune.checkpoint.packed import PackedLayer
-from streamprune.checkpoint.reader import tensor_digest
 from streamprune.errors import KernelFault
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.pipeline.block_pruning import PrunedLayer
 from streamprune.pruning.selection import stable_sum
-from streamprune_kernels import unpack_mask
+from streamprune_kernels import squared_distances, unpack_mask
 
 SAMPLE_TOKENS = 256
 
@@ -30,8 +29,8 @@ class InputSample:
         """Take this sequence's share of its inputs [tokens, in]."""
         share = min(max(2, -(-SAMPLE_TOKENS // self.sequences)), SAMPLE_TOKENS - self.taken, x.shape[0])
         if share > 0:
-            places = torch.arange(share, device=x.device) * x.shape[0] // share
-            self.parts.append(x[places])
+            step = x.shape[0] // share
+            self.parts.append(x[: share * step : step].clone())
             self.taken += share
 
     @property
@@ -93,15 +92,16 @@ def check_packed_bits(name: str, pruned: PrunedLayer, written: PackedLayer) -> N
 
 def check_bits(name: str, expected: torch.Tensor, written: torch.Tensor) -> None:
     """Raise KernelFault unless a tensor came back from disk with the bits that it went there with."""
-    if written.dtype != expected.dtype or tensor_digest(written) != tensor_digest(expected.cpu()):
+    one, other = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (expected.cpu(), written))
+    if written.dtype != expected.dtype or written.shape != expected.shape or not torch.equal(one, other):
         raise KernelFault(f"{name}: came back from disk changed; check the disk and memory, then run again")
 
 
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     """||y - reference|| / ||reference|| (Frobenius) of [tokens, out], in float64; NaN where y is not finite."""
-    expected = reference.to(torch.float64)
-    difference = stable_sum((y.to(torch.float64) - expected).square_().sum(dim=1))
-    norm = stable_sum(expected.square_().sum(dim=1))
+    expected = reference.to(torch.float32)
+    difference = stable_sum(squared_distances(y.to(torch.float32), expected))
+    norm = stable_sum(expected.to(torch.float64).square_().sum(dim=1))
     if norm == 0:
         return 0.0 if difference == 0 else math.inf
     return math.sqrt(difference / norm)
@@ -119,16 +119,11 @@ class BlockErrorSum:
 
     def add(self, x: torch.Tensor, dense: torch.Tensor, pruned: torch.Tensor) -> None:
         """Add one sequence: inputs, dense outputs and pruned outputs, each [1, tokens, hidden]."""
-        y = dense[0].to(torch.float32)
-        self.differences.append(_energy(pruned[0].to(torch.float32) - y))
-        self.norms.append(_energy(y - x[0].to(torch.float32)))
+        before, y, now = (states[0].to(torch.float32) for states in (x, dense, pruned))
+        self.differences.append(stable_sum(squared_distances(now, y)))
+        self.norms.append(stable_sum(squared_distances(y, before)))
 
     @property
     def value(self) -> float:
         norm = math.fsum(self.norms)
         return math.sqrt(math.fsum(self.differences) / norm) if norm > 0 else 0.0
-
-
-def _energy(x: torch.Tensor) -> float:
-    """Sum of squares of x float32 [tokens, channels]."""
-    return stable_sum(x.square_().sum(dim=1, dtype=torch.float64))

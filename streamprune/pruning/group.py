@@ -17,9 +17,10 @@ from streamprune.errors import NumericsError
 from streamprune.pruning.metrics import score
 from streamprune.pruning.reconstruction import reconstruct_weight
 from streamprune.pruning.refinement import SHRINKAGE_ROWS, choose_shrinkage, quadratic_form, refine_mask
-from streamprune.pruning.selection import kept_scores, select, stable_product, stable_sum
+from streamprune.pruning.selection import select, stable_product, stable_sum
 from streamprune.pruning.shuffle import search_in_heads, search_permutation
 from streamprune.pruning.statistics import ChannelStatistics, SecondMoments
+from streamprune_kernels import kept_sums
 
 Timed = Callable[[str], AbstractContextManager[None]]
 Heads = tuple[int, int, int]  # query heads, KV heads, size of a head
@@ -167,27 +168,31 @@ def _prune_rows(
         scores, weight = channels.ordered(given.scores), channels.ordered(given.weight)
         rows = _Rows(scores, weight, None if given.linear is None else channels.ordered(given.linear))
         whole = channels.energy(weight)
-        sums["selection"] = _row_sums(rows, channels, keep, torch.where(keep, 0, weight))
+        sums["selection"] = _row_sums(rows, channels, keep)
         if channels.permutation is not None:
             keep = select(scores, config.pattern)
-            sums["shuffle"] = _row_sums(rows, channels, keep, torch.where(keep, 0, weight))
+            sums["shuffle"] = _row_sums(rows, channels, keep)
     if config.refine:
         with timed("refine"):
             keep = _refine(rows, channels, keep, config.pattern)
-            sums["refinement"] = _row_sums(rows, channels, keep, torch.where(keep, 0, weight))
+            sums["refinement"] = _row_sums(rows, channels, keep)
     if config.reconstruct:
         with timed("reconstruct"):
             written = _reconstruct(rows, channels, keep).to(dtype)
             if not bool(torch.isfinite(written).all()):
                 raise NumericsError(f"reconstructed weights are beyond {dtype}")
-            sums["reconstruction"] = _row_sums(rows, channels, keep, weight - written.to(torch.float32))
+            sums["reconstruction"] = _row_sums(rows, channels, keep, written)
     return _PrunedRows(keep, written, whole, sums)
 
 
-def _row_sums(rows: _Rows, channels: _Channels, keep: torch.Tensor, lost: torch.Tensor) -> _RowSums:
-    """After a step, by the difference `lost` float32 [rows, in] between dense and pruned weights."""
+def _row_sums(rows: _Rows, channels: _Channels, keep: torch.Tensor, written: torch.Tensor | None = None) -> _RowSums:
+    """After a step; `written` are fitted weights [rows, in], where the kept ones are not the source's."""
+    retained = kept_sums(rows.scores, keep)
+    if channels.moments is None:
+        return _RowSums(retained, None, None)
+    lost = torch.where(keep, 0, rows.weight) if written is None else rows.weight - written.to(torch.float32)
     slope = None if rows.linear is None else (lost * rows.linear).sum(dim=1, dtype=torch.float64)
-    return _RowSums(kept_scores(rows.scores, keep), channels.energy(lost), slope)
+    return _RowSums(retained, channels.energy(lost), slope)
 
 
 def _steps(pieces: list[_PrunedRows]) -> tuple[Step, ...]:

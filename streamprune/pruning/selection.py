@@ -5,7 +5,7 @@ import math
 import torch
 
 from streamprune.config import NMPattern
-from streamprune_kernels import select_groups
+from streamprune_kernels import select_groups, weighted_squares
 
 INNER_AT_ONCE = 512
 
@@ -18,20 +18,13 @@ def select(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     return select_groups(scores, pattern.kept, pattern.group_size)
 
 
-def kept_scores(scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Sum of the kept scores of each row, float64 [out]."""
-    return torch.where(keep, scores, 0).sum(dim=1, dtype=torch.float64)
-
-
 def weighted_error(weight: torch.Tensor, keep: torch.Tensor, rms: torch.Tensor) -> float:
     """||(W - W') diag(rms)|| / ||W diag(rms)|| (Frobenius): what dropping costs if input channels were independent.
 
     weight [out, in], keep bool [out, in], rms [in], all in one channel order. 0 for a weight of zeros.
     """
-    energy = (weight.to(torch.float64) * rms.to(torch.float64)).square_()
-    total = stable_sum(energy.sum(dim=1))
-    dropped = stable_sum(energy.masked_fill_(keep, 0).sum(dim=1))
-    return math.sqrt(dropped / total) if total > 0 else 0.0
+    dropped, whole = map(stable_sum, weighted_squares(weight.to(torch.float32), keep, rms))
+    return math.sqrt(dropped / whole) if whole > 0 else 0.0
 
 
 def stable_sum(x: torch.Tensor) -> float:

@@ -17,8 +17,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from streamprune.config import NMPattern, PruneConfig
-from streamprune.pruning.selection import kept_scores, select, stable_sum
-from streamprune_kernels import excess_sums, local_swaps, nth_best
+from streamprune.pruning.selection import select, stable_sum
+from streamprune_kernels import excess_sums, kept_sums, local_swaps, nth_best
 
 ROWS_AT_ONCE = 2048  # whose kept score is summed
 MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in practice after 10 to 20
@@ -135,5 +135,5 @@ def _retained(scores: torch.Tensor, permutation: torch.Tensor, pattern: NMPatter
     sums = []
     for rows in scores.split(ROWS_AT_ONCE):
         permuted = rows.index_select(1, permutation)
-        sums.append(kept_scores(permuted, select(permuted, pattern)))
+        sums.append(kept_sums(permuted, select(permuted, pattern)))
     return stable_sum(torch.cat(sums))

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
@@ -98,7 +97,7 @@ class StatisticsAccumulator:
         """Add one sequence's inputs [tokens, in]. Raises NumericsError where one is not finite."""
         x = x.to(torch.float32)
         add_range(x, self.low, self.high, self.square_sum)
-        if not bool(torch.isfinite(self.square_sum).all()):
+        if not math.isfinite(float(self.square_sum.sum())):
             raise NumericsError("a layer's input holds NaN or infinity")
         if self.histogram is not None:
             self.histogram.add(x, self.low, self.high)
@@ -215,9 +214,9 @@ class StreamingHistogram:
 
         Raises NumericsError where a range is beyond float32.
         """
-        if not bool(torch.isfinite(high - low).all()):
+        if not math.isfinite(float((high - low).amax())):
             raise NumericsError("a layer's input spans more than float32 holds")
-        self.minimum, self.maximum = low.clone(), high.clone()
+        self.minimum, self.maximum = low, high
         count_values(x, low, high, self.exponent, self.first_bin, self.counts)
 
     def coarse(self, bins: int, shared: bool = False) -> torch.Tensor:
@@ -237,16 +236,18 @@ class StreamingHistogram:
         edges = low + (high - low) * torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=low.device)
         width = torch.exp2(self.exponent[rows, None].to(torch.float64))
         position = edges / width
-        cumulative = functional.pad(self.counts[rows].cumsum(dim=1, dtype=torch.int32), (1, 0))
+        counts = self.counts[rows]
+        cumulative = counts.new_zeros(len(counts), FINE_BINS + 1)
+        torch.cumsum(counts, dim=1, dtype=torch.int32, out=cumulative[:, 1:])
         index = (position.floor().long() - self.first_bin[rows, None]).clamp_(0, FINE_BINS - 1)
         below = cumulative.gather(1, index)
         part = (position - (index + self.first_bin[rows, None])).clamp_(0, 1)
         at_edge = below + (cumulative.gather(1, index + 1) - below) * part
         at_edge[:, 0], at_edge[:, -1] = 0, cumulative[:, -1]
-        counts = at_edge.diff(dim=1)
-        single = torch.zeros_like(counts)
+        coarse = at_edge.diff(dim=1)
+        single = torch.zeros_like(coarse)
         single[:, 0] = cumulative[:, -1]
-        return torch.where(low == high, single, counts)
+        return torch.where(low == high, single, coarse)
 
 
 def histogram_entropy(counts: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,13 @@ from streamprune_kernels import (
     count_values,
     cpu,
     excess_sums,
+    kept_sums,
     local_swaps,
     reference,
     refine_rows,
     select_groups,
+    squared_distances,
+    weighted_squares,
 )
 
 repeatable = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -84,6 +87,33 @@ def test_excess_sums_of_views_that_are_not_contiguous() -> None:
     assert not s.is_contiguous()
     torch.testing.assert_close(excess_sums(s, t), excess_sums(s.contiguous(), t.contiguous()), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(excess_sums(s, t), reference.excess_sums(s, t), rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(1, 40), st.integers(1, 70), seeds)
+@repeatable
+def test_sums_of_rows(rows: int, width: int, seed: int) -> None:
+    """Columns that are no multiple of a vector; in float64, on any number of threads, each row by itself."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, rows, width, generator=generator)
+    keep = torch.rand(rows, width, generator=generator) < 0.5
+    scale = torch.rand(width, generator=generator)
+    cases: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
+        (kept_sums, (x, keep)),
+        (weighted_squares, (x, keep, scale)),
+        (squared_distances, (x, y)),
+    ]
+    for kernel, arguments in cases:
+        expected = getattr(reference, kernel.__name__)(*arguments)
+        one, three = (on_threads(count, lambda: kernel(*arguments)) for count in (1, 3))
+        by_row = kernel(*(t[-1:] if t.ndim == 2 else t for t in arguments))
+        single = isinstance(one, torch.Tensor)
+        for found, again, alone, plain in (
+            [(one, three, by_row, expected)] if single else zip(one, three, by_row, expected)
+        ):
+            assert found.dtype == torch.float64
+            assert torch.equal(found, again)
+            assert torch.equal(found[-1:], alone)
+            torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
 
 
 @given(

@@ -15,10 +15,11 @@ from streamprune.config import NMPattern, PruneConfig
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.job import Job, resolve_job
 from streamprune.pipeline.residual import NAME, reordered, residual_sides, source_order
-from streamprune.pruning.selection import kept_scores, select, stable_sum
+from streamprune.pruning.selection import select, stable_sum
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
 from streamprune.runtime.verify import verify
+from streamprune_kernels import kept_sums
 
 TOKENS = torch.tensor([[ord(character) for character in tiny.text(200, seed=5)]])
 RESIDUAL = {"shuffle": "residual+assignment"}
@@ -179,7 +180,7 @@ def test_the_permutation_retains_more_of_what_reads_the_stream(
         part = torch.cat([tensors[f"{prefix}.{layer}.weight"].float().abs() for layer in layers])
         rows.append(part * rms[f"{prefix}.{layers[0]}"] / (part * rms[f"{prefix}.{layers[0]}"]).mean())
     scores, order = torch.cat(rows), torch.from_numpy(packed.folded[NAME]).long()
-    before, after = (stable_sum(kept_scores(s, select(s, NMPattern(2, 4)))) for s in (scores, scores[:, order]))
+    before, after = (stable_sum(kept_sums(s, select(s, NMPattern(2, 4)))) for s in (scores, scores[:, order]))
     assert after > before * 1.005
 
 

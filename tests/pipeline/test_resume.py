@@ -96,7 +96,7 @@ def test_torn_hidden_states_are_made_again(
     expected = tiny.digests(outputs("llama"))
     stop_after(prune, tmp_path / "out", 2)
     for name in names:
-        harm(tmp_path / "out" / ".work" / f"{name}-00002.bin")
+        harm(tmp_path / "out" / ".work" / f"{name}-0.bin")
     pruned_blocks.clear()
     prune("llama", tmp_path / "out")
     assert pruned_blocks == [2]
@@ -107,8 +107,8 @@ def test_replaying_a_block_kept_dense(prune: Prune, outputs: Callable[..., Path]
     budget = {"max_block_error": 0.0, "on_excess": "keep-dense"}
     expected = tiny.digests(outputs("llama", **budget))
     stop_after(prune, tmp_path / "out", 2, **budget)
-    remove(tmp_path / "out" / ".work" / "hidden-00002.bin")
-    remove(tmp_path / "out" / ".work" / "reference-00002.bin")
+    remove(tmp_path / "out" / ".work" / "hidden-0.bin")
+    remove(tmp_path / "out" / ".work" / "reference-0.bin")
     prune("llama", tmp_path / "out", **budget)
     assert tiny.digests(tmp_path / "out") == expected
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.pruning import shuffle
-from streamprune.pruning.selection import kept_scores, select, stable_sum
+from streamprune.pruning.selection import select, stable_sum
 from streamprune.pruning.shuffle import (
     ascending_in_groups,
     assignment_shuffle,
@@ -18,7 +18,7 @@ from streamprune.pruning.shuffle import (
     local_shuffle,
     search_permutation,
 )
-from streamprune_kernels import nth_best, reference
+from streamprune_kernels import kept_sums, nth_best, reference
 
 PATTERNS = [NMPattern.parse(text) for text in ("2:4", "4:8", "1:4", "2:8", "1:2", "3:4")]
 TWO_FOUR = NMPattern(2, 4)
@@ -35,7 +35,7 @@ def random_scores(rows: int, channels: int, seed: int, levels: int = 0) -> torch
 
 def retained(scores: torch.Tensor, permutation: torch.Tensor, pattern: NMPattern) -> float:
     permuted = scores[:, permutation]
-    return stable_sum(kept_scores(permuted, select(permuted, pattern)))
+    return stable_sum(kept_sums(permuted, select(permuted, pattern)))
 
 
 def assert_valid(permutation: torch.Tensor, channels: int, pattern: NMPattern) -> None:
