@@ -9,7 +9,7 @@ TEXT := demo/text
 PRUNED := demo/pruned
 
 .DEFAULT_GOAL := help
-.PHONY: help setup inputs demo test verify check bench bench-quality clean
+.PHONY: help setup inputs demo test verify check bench bench-llmcompressor bench-quality clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -47,7 +47,10 @@ check: setup  ## formatting, lint, types; prints the line count
 	  END { for (room in lines) printf "%7d %s\n", lines[room], room }' | sort -n
 
 bench: setup inputs  ## time, memory and reading of compress against their floors
-	$(RUN) examples/benchmarks/bench_compress.py
+	$(RUN) examples/benchmarks/bench_compress.py demo --plot demo/bench/benchmarks.png
+
+bench-llmcompressor: setup inputs  ## Wanda by streamprune and by llm-compressor, which gets an environment of its own
+	$(RUN) examples/benchmarks/bench_llmcompressor.py
 
 bench-quality: setup inputs  ## perplexity of every method and step; hours, and goes on where it was interrupted
 	$(RUN) examples/small_opt.py demo

@@ -7,9 +7,11 @@ from streamprune_kernels.cpu import (
     add_range,
     count_values,
     excess_sums,
+    expand,
     kept_sums,
     library,
     local_swaps,
+    pack_values,
     refine_rows,
     select_groups,
     squared_distances,
@@ -17,11 +19,9 @@ from streamprune_kernels.cpu import (
 )
 from streamprune_kernels.reference import (
     LEAST_EXPONENT,
-    expand,
     nm_linear,
     nth_best,
     pack_mask,
-    pack_values,
     unpack_mask,
 )
 

@@ -270,19 +270,20 @@ INLINE void widen(float low, float high, int32_t* exponent, int32_t* first, int3
 
 // Counts the values of channels [begin, end) of x [tokens, channels] in windows of `bins` bins: that of channel c
 // begins at bin first[c], its bins are 2^exponent[c] wide, and it is moved first where it does not hold
-// low[c]..high[c], which bound all values so far. counts [channels, bins]; `moved` is room for one window.
+// low[c]..high[c], which bound all values so far. counts [channels, bins], rows `stride` apart; `moved` is room for one
+// window.
 CLONES static void count_values_part(const float* x, int64_t tokens, int64_t channels, int64_t begin, int64_t end,
                                      const float* low, const float* high, int32_t* exponent, int32_t* first,
-                                     int32_t* counts, int64_t bins, int32_t* moved) {
+                                     int32_t* counts, int64_t bins, int64_t stride, int32_t* moved) {
     for (int64_t c = begin; c < end; c += LANES) {
         int width = end - c < LANES ? (int)(end - c) : LANES;
-        int32_t* window = counts + c * bins;
+        int32_t* window = counts + c * stride;
         Vector scales = {};
         Integers offsets = {};
         for (int k = 0; k < width; k++) {
-            widen(low[c + k], high[c + k], exponent + c + k, first + c + k, window + k * bins, bins, moved);
+            widen(low[c + k], high[c + k], exponent + c + k, first + c + k, window + k * stride, bins, moved);
             scales[k] = std::ldexp(1.0f, -exponent[c + k]);
-            offsets[k] = (int32_t)(k * bins) - first[c + k];
+            offsets[k] = (int32_t)(k * stride) - first[c + k];
         }
         if (width < LANES) {
             for (int64_t row = 0; row < tokens; row++)
@@ -379,6 +380,56 @@ CLONES static void squared_distances_part(const float* x, const float* y, int64_
         out[row] = total_of(lanes);
         for (; c < width; c++) out[row] += ((double)one[c] - other[c]) * ((double)one[c] - other[c]);
     }
+}
+
+// The kept values of rows [begin, end) of x [rows, width], `kept` of them in each row of out. Returns how many rows keep
+// another number; theirs are not written.
+template <typename T>
+static int64_t pack_part(const T* x, const uint8_t* keep, int64_t begin, int64_t end, int64_t width, int64_t kept,
+                         T* out) {
+    int64_t wrong = 0;
+    std::vector<T> room(width + 1);
+    for (int64_t row = begin; row < end; row++) {
+        const T* value = x + row * width;
+        const uint8_t* place = keep + row * width;
+        int64_t count = 0;
+        for (int64_t c = 0; c < width; c++) room[count] = value[c], count += place[c];
+        if (count == kept)
+            std::memcpy(out + row * kept, room.data(), sizeof(T) * kept);
+        else
+            wrong++;
+    }
+    return wrong;
+}
+
+// The inverse: rows [begin, end) of out [rows, width], the values where the mask's bits are set and 0 elsewhere; column c
+// at place[c] (null: at c). Returns how many rows' masks do not keep `kept` values.
+template <typename T>
+static int64_t expand_part(const T* values, const uint8_t* mask, const int32_t* place, int64_t begin, int64_t end,
+                           int64_t width, int64_t kept, T* out) {
+    int64_t wrong = 0, mask_bytes = (width + 7) / 8;
+    for (int64_t row = begin; row < end; row++) {
+        const T* value = values + row * kept;
+        const uint8_t* bits = mask + row * mask_bytes;
+        T* dense = out + row * width;
+        int64_t count = 0;
+        for (int64_t c = 0; c < width; c++) {
+            bool bit = bits[c / 8] >> (c % 8) & 1;
+            T found = value[MIN(count, kept - 1)];
+            dense[place ? place[c] : c] = bit ? found : 0;
+            count += bit;
+        }
+        wrong += count != kept;
+    }
+    return wrong;
+}
+
+// Calls work(T{}) for the unsigned integer T of `bytes` bytes: values are moved, never computed with.
+template <typename Work>
+static int64_t of_size(int64_t bytes, Work work) {
+    if (bytes == 1) return work(uint8_t{});
+    if (bytes == 2) return work(uint16_t{});
+    return bytes == 4 ? work(uint32_t{}) : work(uint64_t{});
 }
 
 // Cost of the pattern that costs least, and the places that it keeps.
@@ -504,7 +555,7 @@ CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float
 extern "C" {
 
 // What cpu.py calls must be what was compiled: raised with every change of a signature or of its meaning.
-int64_t interface_number() { return 6; }
+int64_t interface_number() { return 7; }
 
 void sum_of_maxima(const float* s, int64_t n_s, const float* t, int64_t n_t, int64_t rows, float* out,
                    int64_t threads) {
@@ -527,10 +578,12 @@ void channel_range(const float* x, int64_t tokens, int64_t channels, float* low,
 }
 
 void count_values(const float* x, int64_t tokens, int64_t channels, const float* low, const float* high,
-                  int32_t* exponent, int32_t* first, int32_t* counts, int64_t bins, int64_t threads) {
+                  int32_t* exponent, int32_t* first, int32_t* counts, int64_t bins, int64_t stride,
+                  int64_t threads) {
     in_parts(channels, LANES, threads, [=](int64_t begin, int64_t end) {
         std::vector<int32_t> moved(bins);
-        count_values_part(x, tokens, channels, begin, end, low, high, exponent, first, counts, bins, moved.data());
+        count_values_part(x, tokens, channels, begin, end, low, high, exponent, first, counts, bins, stride,
+                          moved.data());
     });
 }
 
@@ -554,6 +607,30 @@ void weighted_squares(const float* x, const uint8_t* keep, const float* scale, i
 void squared_distances(const float* x, const float* y, int64_t rows, int64_t width, double* out, int64_t threads) {
     in_parts(rows, 1, threads, [=](int64_t begin, int64_t end) {
         squared_distances_part(x, y, begin, end, width, out);
+    });
+}
+
+int64_t pack_rows(const void* x, const uint8_t* keep, int64_t rows, int64_t width, int64_t kept, int64_t bytes,
+                  void* out, int64_t threads) {
+    return of_size(bytes, [=](auto kind) {
+        using T = decltype(kind);
+        std::atomic<int64_t> wrong{0};
+        in_parts(rows, 1, threads, [&](int64_t begin, int64_t end) {
+            wrong += pack_part((const T*)x, keep, begin, end, width, kept, (T*)out);
+        });
+        return wrong.load();
+    });
+}
+
+int64_t expand_rows(const void* values, const uint8_t* mask, const int32_t* place, int64_t rows, int64_t width,
+                    int64_t kept, int64_t bytes, void* out, int64_t threads) {
+    return of_size(bytes, [=](auto kind) {
+        using T = decltype(kind);
+        std::atomic<int64_t> wrong{0};
+        in_parts(rows, 1, threads, [&](int64_t begin, int64_t end) {
+            wrong += expand_part((const T*)values, mask, place, begin, end, width, kept, (T*)out);
+        });
+        return wrong.load();
     });
 }
 

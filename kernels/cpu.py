@@ -16,19 +16,21 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 6  # of cpu.cpp's functions; both numbers are raised together
+INTERFACE = 7  # of cpu.cpp's functions; both numbers are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "sum_of_maxima": [POINTER, INT64, POINTER, INT64, INT64, POINTER, INT64],
     "channel_range": [POINTER, INT64, INT64, POINTER, POINTER, POINTER, INT64],
-    "count_values": [POINTER, INT64, INT64, *[POINTER] * 5, INT64, INT64],
+    "count_values": [POINTER, INT64, INT64, *[POINTER] * 5, INT64, INT64, INT64],
     "local_swaps": [POINTER, *[INT64] * 6, FLOAT, POINTER, INT64],
     "select_groups": [POINTER, *[INT64] * 4, POINTER, INT64],
     "kept_sums": [POINTER, POINTER, INT64, INT64, POINTER, INT64],
     "weighted_squares": [*[POINTER] * 3, INT64, INT64, POINTER, POINTER, INT64],
     "squared_distances": [POINTER, POINTER, INT64, INT64, POINTER, INT64],
+    "pack_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, INT64],
+    "expand_rows": [*[POINTER] * 3, *[INT64] * 4, POINTER, INT64],
     "refine_rows": [*[POINTER] * 4, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
 }
 
@@ -48,7 +50,7 @@ def library() -> ctypes.CDLL | None:
                 raise ImportError(f"{path} has interface {number}, {INTERFACE} is needed; install streamprune again")
             for name, arguments in SIGNATURES.items():
                 function = getattr(loaded, name)
-                function.argtypes, function.restype = arguments, INT64 if name == "refine_rows" else None
+                function.argtypes, function.restype = arguments, INT64 if name.endswith("_rows") else None
             return loaded
     return None
 
@@ -108,7 +110,7 @@ def count_values(
         return
     x = x.contiguous()
     windows = (tensor.data_ptr() for tensor in (low, high, exponent, first_bin, counts))
-    compiled.count_values(x.data_ptr(), *x.shape, *windows, counts.shape[1], _threads())
+    compiled.count_values(x.data_ptr(), *x.shape, *windows, counts.shape[1], counts.stride(0), _threads())
 
 
 def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Tensor:
@@ -155,6 +157,45 @@ def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     x, y, sums = x.contiguous(), y.contiguous(), torch.empty(len(x), dtype=torch.float64)
     compiled.squared_distances(x.data_ptr(), y.data_ptr(), *x.shape, sums.data_ptr(), _threads())
     return sums
+
+
+def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Kept values of a weight [out, in] in ascending channel, bits untouched.
+
+    Raises ValueError where rows keep different numbers of them.
+    """
+    rows, width = weight.shape
+    kept = int(keep[0].sum()) if rows else 0
+    compiled = _library_for(weight)
+    if compiled is None or not kept:
+        return reference.pack_values(weight, keep)
+    weight, keep, values = weight.contiguous(), keep.contiguous(), torch.empty(rows, kept, dtype=weight.dtype)
+    sizes = rows, width, kept, weight.itemsize
+    if compiled.pack_rows(weight.data_ptr(), keep.data_ptr(), *sizes, values.data_ptr(), _threads()):
+        raise ValueError(f"rows of a mask do not all keep the {kept} values that the first does")
+    return values
+
+
+def expand(
+    values: torch.Tensor, mask: torch.Tensor, in_features: int, permutation: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Dense weight [out, in] in the values' dtype, zeros where nothing is kept; reference.expand is the definition.
+
+    Raises ValueError where a row of the mask does not keep as many as there are values.
+    """
+    compiled = _library_for(values)
+    if compiled is None or not values.numel():
+        return reference.expand(values, mask, in_features, permutation)
+    rows, kept = values.shape
+    values, mask, dense = values.contiguous(), mask.contiguous(), torch.empty(rows, in_features, dtype=values.dtype)
+    place = None if permutation is None else permutation.to(torch.int32).contiguous()
+    if place is not None and not torch.equal(place.sort().values, torch.arange(in_features, dtype=torch.int32)):
+        raise ValueError("the permutation of a packed layer is not one")
+    pointers = values.data_ptr(), mask.data_ptr(), None if place is None else place.data_ptr()
+    sizes = rows, in_features, kept, values.itemsize
+    if compiled.expand_rows(*pointers, *sizes, dense.data_ptr(), _threads()):
+        raise ValueError(f"a mask does not keep {kept} values in every row")
+    return dense
 
 
 def refine_rows(

@@ -29,7 +29,13 @@ def unpack_mask(mask: torch.Tensor, in_features: int) -> torch.Tensor:
 
 
 def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Kept values of a weight [out, in] in ascending channel, bits untouched; every row keeps equally many."""
+    """Kept values of a weight [out, in] in ascending channel, bits untouched.
+
+    Raises ValueError where rows keep different numbers of them.
+    """
+    counts = keep.sum(dim=1)
+    if not bool((counts == counts[:1]).all()):
+        raise ValueError(f"rows of a mask do not all keep the {int(counts[0])} values that the first does")
     return weight[keep].view(weight.shape[0], -1)
 
 
@@ -38,10 +44,14 @@ def expand(
 ) -> torch.Tensor:
     """Dense weight [out, in] in the values' dtype; dropped weights are +0.
 
-    With `permutation` [in] (place j holds source channel p[j]) the columns are put back in the source's order.
+    With `permutation` [in] (place j holds source channel p[j]) the columns are put back in the source's order. Raises
+    ValueError where a row of the mask does not keep as many as there are values.
     """
+    keep = unpack_mask(mask, in_features)
+    if not bool((keep.sum(dim=1) == values.shape[1]).all()):
+        raise ValueError(f"a mask does not keep {values.shape[1]} values in every row")
     dense = torch.zeros(values.shape[0], in_features, dtype=values.dtype, device=values.device)
-    dense.masked_scatter_(unpack_mask(mask, in_features), values)
+    dense.masked_scatter_(keep, values)
     return dense if permutation is None else torch.empty_like(dense).index_copy_(1, permutation.long(), dense)
 
 

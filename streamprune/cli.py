@@ -108,9 +108,14 @@ METHOD = _options(
     ),
     click.option(
         "--refine/--no-refine",
-        default=PruneConfig.refine,
+        default=None,
+        help="Improve the masks by the inputs' second moments; kept weights stay. Default: refine, if validating.",
+    ),
+    click.option(
+        "--validate/--no-validate",
+        default=PruneConfig.validate,
         show_default=True,
-        help="Improve the masks by the inputs' second moments; kept weights stay.",
+        help="Without: no text passes the model and no error is known; for --metric magnitude alone.",
     ),
     click.option("--reconstruct", is_flag=True, help="Fit the kept weights too: they are then NOT the source's."),
     click.option(
@@ -170,7 +175,16 @@ AMOUNT = _options(
     click.option("--samples", default=128, show_default=True, help="Calibration sequences."),
     click.option("--sequence-length", default=2048, show_default=True, help="Tokens in each."),
 )
-MAX_MEMORY = click.option("--max-memory", help="Limit on host memory, such as 12GiB; a job that cannot fit is refused.")
+RESOURCES = _options(
+    click.option("--max-memory", help="Limit on host memory, such as 12GiB; a job that cannot fit is refused."),
+    click.option("--max-device-memory", help="Limit on a GPU's memory, likewise."),
+    click.option(
+        "--micro-batch",
+        type=int,
+        help="Most sequences in a block at once; no result depends on it. Default: as make up 1024 tokens.",
+    ),
+    click.option("--prefetch", default=1, show_default=True, help="Most blocks read ahead; no result depends on it."),
+)
 
 
 def show_compression(result: Any) -> None:
@@ -183,7 +197,9 @@ def show_compression(result: Any) -> None:
         ("pruned layers", f"{_size(result.dense_bytes)} -> {_size(result.packed_bytes)} ({share:.2%})"),
         ("permutations", f"{_size(result.permutation_bytes)} stored beside them"),
         *([("second moments", f"{_size(result.moments_bytes)} at once")] if result.moments_bytes else []),
-        ("worst block", f"{result.worst_block[0]}  block error {result.worst_block[1]:.4f}"),
+        ("worst block", "unknown: not validated, no text has passed the model")
+        if result.worst_block is None
+        else ("worst block", f"{result.worst_block[0]}  block error {result.worst_block[1]:.4f}"),
         *(("worst layer", f"{name}  layer error {error:.4f}") for name, error in result.worst_layers),
         *(("kept dense", f"{name} (above the budget)") for name in result.kept_dense),
     ]
@@ -220,7 +236,7 @@ def show_compression(result: Any) -> None:
 @click.option("--on-excess", default="stop", show_default=True, help="Above the budget: stop, keep-dense or warn.")
 @DEVICE
 @DTYPE
-@MAX_MEMORY
+@RESOURCES
 @SCRATCH
 @click.option("--restart", is_flag=True, help="Throw away what the output folder holds of a former job.")
 @QUIET
@@ -230,7 +246,7 @@ def compress(quiet: bool, **settings: Any) -> Any:
     The same command again goes on after the last finished block. SIGINT, SIGTERM and SIGUSR1 stop the job at a safe
     point with exit code 85.
     """
-    if settings["max_block_error"] is None and not quiet:
+    if settings["max_block_error"] is None and settings["validate"] and not quiet:
         click.echo("no --max-block-error: every block is pruned, whatever it costs", err=True)
     with _stop_on_signals() as should_stop:
         return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
@@ -239,6 +255,7 @@ def compress(quiet: bool, **settings: Any) -> Any:
 def show_plan(result: Any) -> None:
     """What a job would do, then what would stay dense."""
     memory = dataclasses.asdict(result.memory)
+    ahead, on_gpu = memory.pop("blocks_ahead"), memory.pop("on_gpu")
     rows = [
         (
             "model",
@@ -248,7 +265,9 @@ def show_plan(result: Any) -> None:
         ("written", _size(result.written_bytes)),
         ("scratch", _size(result.scratch_bytes)),
         ("peak memory", f"{_size(result.peak_memory_bytes)}, estimated"),
+        *([("  of the GPU", _size(result.peak_device_memory_bytes))] if on_gpu else []),
         *((f"  {stage.replace('_', ' ')}", _size(count)) for stage, count in memory.items()),
+        ("pace", f"{result.micro_batch} sequences at once, {ahead} blocks read ahead"),
         ("moments", f"blocks of at most {result.moments_width} channels"),
         ("time", f"{result.seconds / 3600:.1f} h" if result.seconds > 3600 else f"{result.seconds:.0f} s"),
         ("", f"assuming {result.assumption}"),
@@ -270,7 +289,7 @@ def show_plan(result: Any) -> None:
 @AMOUNT
 @DEVICE
 @DTYPE
-@MAX_MEMORY
+@RESOURCES
 def plan(**settings: Any) -> Any:
     """What `compress` with the same options would read, write, hold in memory and take; reads headers alone."""
     return streamprune.plan(**settings)
@@ -282,6 +301,8 @@ def show_verification(result: Any) -> None:
         click.echo(f"FAULT  {fault}")
     if result.reconstructed:
         click.echo("weights were reconstructed: kept values are not the source's, only masks are compared with it")
+    if result.ok and not result.validated:
+        click.echo("not validated: no text has passed the model, what pruning costs is unknown (evaluate measures it)")
     how = "against the source, position by position" if result.against_source else "by itself, without its source"
     worst = max((layer.relative_error for layer in result.layers if layer.relative_error is not None), default=0.0)
     click.echo(f"{len(result.layers)} layers checked {how}; largest error of a sparse product {worst:.2g}")
@@ -359,11 +380,12 @@ def show_inspection(result: Any) -> None:
         shape = f"{row.shape[0]} x {row.shape[1]}"
         first, last = row.steps[0]["retained_score"], row.steps[-1]["retained_score"]
         after = {step["name"]: step["output_error"] for step in row.steps}
-        errors = "  ".join(f"{'-' if after.get(name) is None else format(after[name], '.4f'):>6}" for name in names)
+        errors = "  ".join(f"{_figure(after.get(name), '.4f'):>6}" for name in names)
         click.echo(
             f"{row.name:{width}}  {row.pattern:4}  {shape:>13}  {_size(row.packed_bytes):>10}"
             f"  {last / first if first else 1.0:6.3f}"
-            f"  {row.kernel_error:10.1e}  {row.layer_error:9.4f}  {row.block_error:9.4f}  {errors}"
+            f"  {_figure(row.kernel_error, '.1e'):>10}  {_figure(row.layer_error, '.4f'):>9}"
+            f"  {_figure(row.block_error, '.4f'):>9}  {errors}"
         )
     for name, reason in result.dense_layers.items():
         click.echo(f"{name:{width}}  dense: {reason}")
@@ -397,6 +419,10 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for kind, handler in former.items():
             signal.signal(kind, handler)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _size(count: float) -> str:

@@ -52,8 +52,10 @@ class NMPattern:
         return cls(int(match[1]), int(match[2]))
 
 
-def parse_bytes(text: str) -> int:
-    """Read a number of bytes: "12GiB", "900 MB", "1.5e9". Raises SettingsError for anything else."""
+def parse_bytes(text: str | None) -> int | None:
+    """Read a number of bytes: "12GiB", "900 MB", "1.5e9"; None stays. Raises SettingsError for anything else."""
+    if text is None:
+        return None
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     try:
         number = float(match[1]) if match else math.nan
@@ -81,7 +83,7 @@ class PruneConfig:
     entropy_range   bins lie between the least and greatest activation of each channel, or of the layer
     amplitude       l2: ||X_j|| over all tokens; wanda: divided by sqrt(sequences); rms: divided by sqrt(tokens)
     relative        divide entropy and amplitude by their means over the layer's channels first
-    refine          improve the masks by the inputs' second moments
+    refine          improve the masks by the inputs' second moments; None: where the text is run through the model
     shrinkage       how far refinement shrinks the moments towards their diagonal, 0 to 1; None: by held-out samples
     correction      how much of the error that earlier blocks left in a layer's inputs its mask shall undo, 0 to 1
     correction_stride  every k-th sequence also runs behind dense blocks, to learn that error
@@ -90,6 +92,8 @@ class PruneConfig:
     reconstruct     fit the kept weights to the dense layer's outputs: they are then no longer the source's
     max_block_error budget on what a block adds, relative (Frobenius); None: no budget
     on_excess       what to do with a block above the budget
+    validate        run the calibration text through the model: for the method's sake, and for every error figure.
+                    Without it no forward pass is made, which only a method that needs weights alone allows
     """
 
     pattern: NMPattern = NMPattern(2, 4)
@@ -103,7 +107,7 @@ class PruneConfig:
     entropy_range: EntropyRange = "channel"
     amplitude: Amplitude = "l2"
     relative: bool = False
-    refine: bool = True
+    refine: bool | None = None
     shrinkage: float | None = None
     correction: float = 0.2
     correction_stride: int = 2
@@ -111,6 +115,7 @@ class PruneConfig:
     reconstruct: bool = False
     max_block_error: float | None = None
     on_excess: OnExcess = "stop"
+    validate: bool = True
 
     def __post_init__(self) -> None:
         for name, kind in CHOICES.items():
@@ -132,6 +137,10 @@ class PruneConfig:
             raise SettingsError(f"shrinkage {self.shrinkage} is outside 0..1")
         if not 0 <= self.correction <= 1:
             raise SettingsError(f"correction {self.correction} is outside 0..1")
+        if self.refine is None:
+            object.__setattr__(self, "refine", self.validate)
+        if not self.validate:
+            self._check_needs_no_text()
         if self.correction and not self.needs_moments:
             object.__setattr__(self, "correction", 0.0)
         if self.correction_stride < 1:
@@ -140,6 +149,21 @@ class PruneConfig:
             raise SettingsError(f"moments_width {self.moments_width} is fewer than 64 channels")
         if self.max_block_error is not None and not 0 <= self.max_block_error < float("inf"):
             raise SettingsError(f"max_block_error {self.max_block_error} is not a finite number >= 0")
+
+    def _check_needs_no_text(self) -> None:
+        needs = {
+            f"metric {self.metric}": self.metric != "magnitude",
+            "refinement": self.refine,
+            "reconstruction": self.reconstruct,
+            "a residual shuffle": self.residual,
+            "a budget on block errors": self.max_block_error is not None,
+        }
+        needed = [name for name, needs_text in needs.items() if needs_text]
+        if needed:
+            raise SettingsError(
+                f"without validation no text passes the model, and {', '.join(needed)} need"
+                f"{'s' if len(needed) == 1 else ''} one; use --metric magnitude --no-refine, or validate"
+            )
 
     @property
     def search_stages(self) -> tuple[str, ...]:
@@ -153,7 +177,7 @@ class PruneConfig:
 
     @property
     def needs_moments(self) -> bool:
-        return self.refine or self.reconstruct
+        return bool(self.refine) or self.reconstruct
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the pattern as "N:M"."""

@@ -73,6 +73,15 @@ def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, in
     return out, peak_memory_bytes(COMPRESS, model, out, CALIBRATION)
 
 
+def test_one_sequence_at_a_time_and_nothing_read_ahead_give_the_same_bytes(
+    model: Path, pruned: Path, tmp_path: Path
+) -> None:
+    """Of matrices as large as real ones, for which a BLAS chooses its way by their sizes."""
+    amount = {"calibration": str(CALIBRATION), "samples": SAMPLES, "sequence_length": LENGTH}
+    compress(model, tmp_path / "out", **amount, micro_batch=1, prefetch=0)
+    assert tiny.digests(tmp_path / "out") == tiny.digests(pruned)
+
+
 @pytest.fixture(scope="session")
 def pruned(run: tuple[Path, int]) -> Path:
     return run[0]

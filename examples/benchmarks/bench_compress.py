@@ -1,6 +1,6 @@
 """What compress costs beside the least it could cost: time, memory, reading.
 
-    python examples/benchmarks/bench_compress.py [DIR] [--part ratio] [--rounds 3]
+    python examples/benchmarks/bench_compress.py [DIR] [--part ratio] [--rounds 3] [--plot docs/benchmarks.png]
 
 DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes; checkpoints of random weights are
 made under DIR/bench and kept. The parts:
@@ -9,16 +9,17 @@ made under DIR/bench and kept. The parts:
              model, in memory, on the same tokens, a sequence at a time, without the head; with each stage's share
     depth    peak memory at 6, 12, 24 and 48 blocks of LLaMA-160M's shape, 8 x 256 tokens
     tokens   peak memory and seconds at 8, 32 and 128 x 256 tokens, 6 blocks of that shape
-    read     the reader's bytes a second over a plain sequential read's of the same files, both evicted from the page
-             cache before
+    read     the reader's bytes a second, and those of a whole job that runs no text through the model, over a plain
+             sequential read's of the same files, all evicted from the page cache before; and what bounds each stage
 
 What is compared takes turns, so that a busy machine slows all of it; figures are medians over --rounds. Every job is a
 process of its own, but for `ratio`'s, whose imports are not counted on either side. Prints a table for each part, then
-all figures as one line of JSON.
+all figures as one line of JSON; --plot draws them.
 """
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -70,7 +71,8 @@ def ratio(directory: Path, rounds: int) -> dict[str, Any]:
     samples, length = RATIO_TOKENS
     tokens = calibration_tokens(model, str(text), samples, length, 0)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    amount: dict[str, Any] = {"calibration": str(text), "samples": samples, "sequence_length": length, "device": "cpu"}
+    amount: dict[str, Any] = {"calibration": str(text), "samples": samples, "sequence_length": length, "device": "cpu",
+                              "micro_batch": 1}  # fmt: skip
 
     @torch.inference_mode()
     def forward(passes: int) -> None:
@@ -172,9 +174,18 @@ def read(directory: Path, rounds: int) -> dict[str, Any]:
         for names in blocks.values():
             opened.read_unchecked(names)
 
-    seconds: Rounds = {"plain sequential read": [], "reader": []}
+    out = directory / "bench" / "out"
+    stages: dict[str, float] = {}
+
+    def whole_job() -> None:
+        streamprune.compress(folder, out, metric="magnitude", shuffle="none", validate=False, device="cpu")
+        stages.update(json.loads((out / "timings.json").read_text())["stages"])
+
+    cases = {"plain sequential read": plain, "reader": reader, "whole job, magnitude, no text": whole_job}
+    seconds: Rounds = {name: [] for name in cases}
     for _ in range(rounds):
-        for name, work in (("plain sequential read", plain), ("reader", reader)):
+        for name, work in cases.items():
+            shutil.rmtree(out, ignore_errors=True)
             evict(files)
             seconds[name].append(seconds_of(work))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -184,7 +195,70 @@ def read(directory: Path, rounds: int) -> dict[str, Any]:
         ("", "GB/s", "of the plain read"),
         [(name, f"{count / value / 1e9:.2f}", f"{first / value:.2f}") for name, value in medians.items()],
     )
-    return {"bytes": count, "seconds": seconds}
+    table(("seconds of stage, last round", "s"), [(name, f"{value:.1f}") for name, value in sorted(stages.items())])
+    written = sum(path.stat().st_size for path in out.glob("model-*.safetensors"))
+    ceilings = {
+        "reading the source, as above": first,
+        "sha256 of the source, on the core that reads": seconds_of(lambda: checksum(files)),
+        "writing the output and syncing it": seconds_of(lambda: write_plainly(directory / "bench" / "plain", written)),
+        "sha256 of the output": seconds_of(lambda: checksum(out.glob("model-*.safetensors"))),
+    }
+    shutil.rmtree(out)
+    table(("what bounds it", "s"), [(name, f"{value:.1f}") for name, value in ceilings.items()])
+    return {"bytes": count, "seconds": seconds, "stages": stages, "ceilings": ceilings}
+
+
+def checksum(files: Iterable[Path]) -> None:
+    """sha256 of files that are in the page cache."""
+    for path in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, "sha256")
+
+
+def write_plainly(path: Path, count: int) -> None:
+    """Write so many bytes to a file, sync it, and remove it."""
+    chunk = os.urandom(CHUNK_BYTES)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(-(-count // CHUNK_BYTES)):
+            file.write(chunk)
+        os.fsync(file.fileno())
+    path.unlink()
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Stages over the floor, and peak memory by depth and by amount of text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), width_ratios=(3, 2), layout="constrained")
+    stages, floor = found["ratio"]["stages"], statistics.median(found["ratio"]["seconds"]["two forward passes"])
+    names = sorted({name for one in stages.values() for name in one}, key=lambda name: -stages["default"].get(name, 0))
+    for place, method in enumerate(stages):
+        left = 0.0
+        for color, name in enumerate(names):
+            width = stages[method].get(name, 0.0) / floor
+            label = name if place == 0 else None
+            axes[0].barh(place, width, left=left, color=f"C{color}", label=label)
+            left += width
+        rest = max(statistics.median(found["ratio"]["seconds"][method]) / floor - left, 0.0)
+        axes[0].barh(place, rest, left=left, color="lightgrey", label="outside of blocks" if place == 0 else None)
+    axes[0].axvline(1, color="black", linestyle="--", linewidth=1)
+    axes[0].set_yticks(range(len(stages)), list(stages))
+    axes[0].set_xlabel("time, over two forward passes of transformers (dashed)")
+    axes[0].legend(fontsize=8, ncols=2, loc="lower right")
+    for part, label in (("depth", "blocks"), ("tokens", "sequences of 256 tokens")):
+        counts = [int(name.split()[0]) for name in found[part]]
+        axes[1].plot(
+            counts, [one["peak_memory_bytes"] / 1e6 for one in found[part].values()], marker="o", label=f"by {label}"
+        )
+    axes[1].set_ylim(bottom=0)
+    axes[1].set_xscale("log", base=2)
+    axes[1].set_xlabel("blocks, or sequences")
+    axes[1].set_ylabel("peak memory of the process, MB")
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def evict(files: Iterable[Path]) -> None:
@@ -216,11 +290,14 @@ def main() -> None:
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="several allowed (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="a PNG file; needs the parts ratio, depth and tokens")
     given = parser.parse_args()
     chosen = given.part or list(PARTS)
     if "ratio" in chosen and not (given.directory / "smollm2-135m").is_dir():
         sys.exit(f"{given.directory} holds no inputs: run python examples/real_inputs.py {given.directory} first")
     found = {name: PARTS[name](given.directory, given.rounds) for name in chosen}
+    if given.plot is not None:
+        plot(found, given.plot)
     about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
     print(json.dumps({**about, **found}))
 

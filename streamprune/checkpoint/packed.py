@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from streamprune.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from streamprune.checkpoint.writer import Pieces
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, SettingsError
 from streamprune_kernels import pack_mask, pack_values
@@ -48,6 +49,21 @@ def pack_layer(weight: torch.Tensor, keep: torch.Tensor, permutation: torch.Tens
     """Pack a weight [out, in] in permuted channel order by its mask; `permutation` only where it is not folded."""
     stored = permutation.to(torch.int32) if permutation is not None else None
     return PackedLayer(pack_values(weight, keep), pack_mask(keep), stored)
+
+
+def packed_tensors(
+    name: str, weight: torch.Tensor, keep: torch.Tensor, permutation: torch.Tensor | None, pattern: NMPattern
+) -> dict[str, Pieces | torch.Tensor]:
+    """The tensors of `pack_layer` under their names in a shard, each packed when it is written."""
+    rows, channels = weight.shape
+    kept = channels // pattern.group_size * pattern.kept
+    tensors: dict[str, Pieces | torch.Tensor] = {
+        f"{name}.weight_values": Pieces(weight.dtype, (rows, kept), lambda: [pack_values(weight, keep).cpu()]),
+        f"{name}.weight_mask": Pieces(torch.uint8, (rows, -(-channels // 8)), lambda: [pack_mask(keep).cpu()]),
+    }
+    if permutation is not None:
+        tensors[f"{name}.input_permutation"] = permutation.to(torch.int32)
+    return tensors
 
 
 def layer_from_tensors(name: str, tensors: Mapping[str, torch.Tensor]) -> PackedLayer:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +22,7 @@ from streamprune.errors import CheckpointError, NumericsError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
+PIECE_BYTES = 1 << 26  # of a large tensor that is copied
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,49 @@ class Checkpoint:
             first = self.tensors[in_file[0]]
             result.update(self._read_bin(path, in_file) if first.entry is None else self._read_raw(path, in_file))
         return {name: result[name] for name in wanted}
+
+    def row_reader(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from row numbers int64 [n] to those rows [n, width] of a matrix, which itself is not read."""
+        source = self.tensors[name]
+        matrix = _load_bin(source.path)[name] if source.entry is None else None
+
+        def rows_of(rows: torch.Tensor) -> torch.Tensor:
+            wanted, places = rows.unique(return_inverse=True)
+            if matrix is not None:
+                found = matrix.detach()[wanted]
+            else:
+                entry = _entry_of(source)
+                found = torch.empty(len(wanted), *entry.shape[1:], dtype=entry.dtype)
+                row_bytes = entry.size_bytes // entry.shape[0]
+                with _opened(source.path) as file:
+                    for place, row in enumerate(wanted.tolist()):
+                        start = entry.offset_bytes + row * row_bytes
+                        read_into(file.fileno(), found[place], start, source.path)
+            self.check_finite({name: found})
+            return found[places]
+
+        return rows_of
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor in pieces of whole rows, of PIECE_BYTES where a row is not longer; checked as by `read`."""
+        source = self.tensors[name]
+        if not source.shape or source.size_bytes <= PIECE_BYTES:
+            yield self.read([name])[name]
+            return
+        matrix = _load_bin(source.path)[name] if source.entry is None else None
+        row_bytes = source.size_bytes // source.shape[0]
+        rows = max(1, PIECE_BYTES // row_bytes)
+        for first in range(0, source.shape[0], rows):
+            count = min(rows, source.shape[0] - first)
+            if matrix is not None:
+                piece = matrix.detach()[first : first + count].clone()
+            else:
+                entry = _entry_of(source)
+                piece = torch.empty(count, *source.shape[1:], dtype=source.dtype)
+                with _opened(source.path) as file:
+                    read_into(file.fileno(), piece, entry.offset_bytes + first * row_bytes, source.path)
+            self.check_finite({name: piece})
+            yield piece
 
     def check_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise NumericsError, naming the tensor, where one of this checkpoint's holds NaN or infinity."""

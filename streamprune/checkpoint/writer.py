@@ -1,28 +1,80 @@
 """Files that are whole or absent: written beside their place, synced, then renamed.
 
-`safetensors` writes several metadata keys in random order, so a shard carries at most one key with one JSON string.
+A shard's tensors are made one after the other while it is written, so none but the one being written is in memory. Its
+metadata hold one key with one JSON string.
 """
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from streamprune.checkpoint.reader import byte_view
+from streamprune.checkpoint.safetensors_header import DTYPES
 from streamprune.errors import OutputError
 
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], temporary: Path, about: Any = None) -> None:
-    """Write CPU tensors as one safetensors file; `about` is plain data kept as JSON under the key "streamprune".
 
-    Without it the one key is "format", which loaders of plain checkpoints look for.
+@dataclass(frozen=True)
+class Pieces:
+    """A tensor that is made while it is written: `make` gives CPU tensors that follow each other in its bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Iterable[torch.Tensor]]
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor | Pieces], temporary: Path, about: Any = None
+) -> str:
+    """Write tensors as one safetensors file; returns the sha256 of its bytes.
+
+    `about` is plain data kept as JSON under the key "streamprune"; without it the one key is "format", which loaders of
+    plain checkpoints look for. As in the reference implementation wide dtypes come first, so that all are aligned.
     """
     metadata = {"streamprune": canonical_json(about)} if about is not None else {"format": "pt"}
-    write_atomically(path, temporary, lambda target: save_file(tensors, target, metadata=metadata))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.dtype.itemsize * math.prod(tensor.shape)
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+
+    def write(target: Path) -> None:
+        with target.open("wb", buffering=0) as file:
+
+            def put(data: Any) -> None:
+                digest.update(data)
+                done = 0
+                while done < len(data):
+                    done += file.write(data[done:])
+
+            put(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                tensor = tensors[name]
+                for piece in tensor.make() if isinstance(tensor, Pieces) else (tensor,):
+                    put(byte_view(piece.cpu().contiguous()))
+            if file.tell() != 8 + len(text) + offset:
+                raise ValueError(f"{path}: the tensors' pieces are not of the sizes announced")
+
+    write_atomically(path, temporary, write)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any, temporary: Path) -> None:
@@ -50,10 +102,6 @@ def write_atomically(path: Path, temporary: Path, write: Callable[[Path], object
         sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}); mend that and run again") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise OutputError(f"{path}: cannot be written ({error}); mend that and run again") from error
 
 
 def sync_folder(folder: Path) -> None:

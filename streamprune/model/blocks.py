@@ -74,7 +74,7 @@ def packed_block(
 
 
 def run_block(block: nn.Module, states: torch.Tensor, arguments: Mapping[str, Any], name: str) -> torch.Tensor:
-    """The block's output [1, tokens, hidden]. Raises NumericsError where it is not finite."""
+    """The block's output [sequences, tokens, hidden]. Raises NumericsError where it is not finite."""
     with torch.inference_mode():
         output = block(states, **arguments)
     output = output[0] if isinstance(output, tuple) else output
@@ -84,11 +84,16 @@ def run_block(block: nn.Module, states: torch.Tensor, arguments: Mapping[str, An
 
 
 @contextmanager
-def layers_observed(block: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
-    """While open, show an observer the tokens of the linear layer of its name inside the block."""
+def layers_observed(block: nn.Module, observers: Mapping[str, Observer], tokens: int) -> Iterator[None]:
+    """While open, show an observer what passes the linear layer of its name, one sequence of `tokens` after another."""
 
     def hook_for(observe: Observer) -> Callable[..., None]:
-        return lambda module, inputs, output: observe(inputs[0].flatten(0, -2), output.flatten(0, -2))
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            of_sequences = (x.flatten(0, -2).split(tokens) for x in (inputs[0], output))
+            for x, y in zip(*of_sequences, strict=True):
+                observe(x, y)
+
+        return hook
 
     handles = [
         block.get_submodule(name).register_forward_hook(hook_for(observe)) for name, observe in observers.items()

@@ -42,6 +42,15 @@ class Skeleton:
         return int(self.model.config.hidden_size)
 
     @property
+    def embedding(self) -> str:
+        """Name of the matrix of input embeddings. Raises UnsupportedModelError where they are more than a lookup."""
+        module = self.model.get_input_embeddings()
+        if type(module) is not nn.Embedding:
+            raise UnsupportedModelError(f"embeddings of {type(module).__name__} are more than rows of a matrix")
+        weight = module.get_parameter("weight")
+        return next(name for name, parameter in self.model.named_parameters() if parameter is weight)
+
+    @property
     def embedding_shape(self) -> tuple[int, int]:
         """Vocabulary and width of the input embeddings."""
         vocabulary, width = self.model.get_input_embeddings().get_parameter("weight").shape
@@ -210,15 +219,15 @@ class BlockInputs:
     arguments: tuple[dict[str, Any], ...]
 
 
-def record_block_inputs(skeleton: Skeleton, outer: Mapping[str, torch.Tensor], input_ids: torch.Tensor) -> BlockInputs:
-    """Run what comes before the blocks on `input_ids` [1, tokens]; `outer` are the parameters outside the blocks."""
+def record_block_inputs(skeleton: Skeleton, outer: Mapping[str, torch.Tensor], embeddings: torch.Tensor) -> BlockInputs:
+    """Run what lies between `embeddings` [1, tokens, width] and the blocks; `outer` are parameters outside them."""
     blocks = [skeleton.block(index) for index in range(len(skeleton.blocks))]
     recorders = [_Recorder(block, index == len(blocks) - 1) for index, block in enumerate(blocks)]
     base = skeleton.model.base_model
     prefix = f"{skeleton.model.base_model_prefix}."
     parameters = {name.removeprefix(prefix): tensor for name, tensor in outer.items() if name.startswith(prefix)}
     with _blocks_replaced(skeleton, recorders), torch.inference_mode(), suppress(_StopForward):
-        functional_call(base, parameters, (), {"input_ids": input_ids, "use_cache": False})
+        functional_call(base, parameters, (), {"inputs_embeds": embeddings, "use_cache": False})
     first = recorders[0].states
     if first is None:
         raise UnsupportedModelError(f"the forward of {type(skeleton.model).__name__} did not call its blocks")

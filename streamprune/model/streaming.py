@@ -4,6 +4,7 @@ Hidden states wait in scratch files between blocks; only one block is in memory.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import packed_block, run_block
-from streamprune.model.skeleton import Skeleton, arguments_equal, match_names, record_block_inputs
+from streamprune.model.skeleton import BlockInputs, Skeleton, arguments_equal, match_names, record_block_inputs
 
 BlockArguments = tuple[dict[str, Any], ...]
 
@@ -30,15 +31,42 @@ def read_outer(
     return {name: tensors[names[name]] for name in parameters}
 
 
-def input_parameters(skeleton: Skeleton) -> list[str]:
-    """Outer parameters of the base model: what runs before the blocks (and small norms after them), not the head."""
+@dataclass(frozen=True)
+class TextInputs:
+    """What turns tokens into the first block's inputs.
+
+    parameters  of the base model outside the blocks, but the embedding matrix
+    rows        of the embedding matrix by token ids int64 [tokens], read from disk when asked for
+    """
+
+    parameters: dict[str, torch.Tensor]
+    rows: Callable[[torch.Tensor], torch.Tensor]
+
+
+def text_inputs(
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    ordered: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+) -> TextInputs:
+    """Open what embeds a text; `ordered` puts tensors by name in the job's order of the residual stream."""
+    embedding = skeleton.embedding
     prefix = f"{skeleton.model.base_model_prefix}."
-    return [name for name in skeleton.outer_parameters() if name.startswith(prefix)]
+    small = [name for name in skeleton.outer_parameters() if name.startswith(prefix) and name != embedding]
+    read = checkpoint.row_reader(names[embedding])
+    parameters = ordered(read_outer(skeleton, checkpoint, names, small))
+    return TextInputs(parameters, lambda ids: ordered({embedding: read(ids)})[embedding])
+
+
+def block_inputs(skeleton: Skeleton, inputs: TextInputs, ids: torch.Tensor, arithmetic: Arithmetic) -> BlockInputs:
+    """What the blocks are called with for the token ids int64 [tokens] of one sequence."""
+    parameters = {name: tensor.to(arithmetic.dtype) for name, tensor in inputs.parameters.items()}
+    return record_block_inputs(skeleton, parameters, inputs.rows(ids).to(arithmetic.dtype)[None])
 
 
 def embed(
     skeleton: Skeleton,
-    outer: Mapping[str, torch.Tensor],
+    inputs: TextInputs,
     tokens: torch.Tensor,
     arithmetic: Arithmetic,
     states: HiddenStates | None,
@@ -49,13 +77,12 @@ def embed(
     Returns what each block is called with beside hidden states. Without `states` only the first sequence is run, to
     learn that. Raises UnsupportedModelError where it differs between sequences.
     """
-    parameters = {name: tensor.to(arithmetic.dtype) for name, tensor in outer.items()}
     # Seen once in several hundred jobs and not reproduced: a later recording was not bit-equal to the first. In case a
     # process's first call of a vector routine may round differently, that call is made for nothing.
-    record_block_inputs(skeleton, parameters, tokens[:1])
+    block_inputs(skeleton, inputs, tokens[0], arithmetic)
     arguments: BlockArguments | None = None
     for index in range(len(tokens) if states is not None else 1):
-        recorded = record_block_inputs(skeleton, parameters, tokens[index : index + 1])
+        recorded = block_inputs(skeleton, inputs, tokens[index], arithmetic)
         if arguments is None:
             arguments = recorded.arguments
         elif not arguments_equal(arguments, recorded.arguments):
@@ -83,14 +110,21 @@ def advance(
     arithmetic: Arithmetic,
     tick: Callable[[], None],
     observe: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda index, x, y: None,
+    micro_batch: int = 1,
 ) -> None:
-    """Run a block on every sequence of `states`, keep its outputs in `target`, and show each (index, input, output)."""
-    for index in range(len(states)):
-        x = states.read(index).to(arithmetic.device)
-        output = run_block(block, x, arguments, name)
-        target.write(index, output)
-        observe(index, x, output)
-        tick()
+    """Run a block on every sequence of `states`, keep its outputs in `target`, and show each (index, input, output).
+
+    `micro_batch` sequences go through the block at once. What a sequence becomes does not depend on it.
+    """
+    for first in range(0, len(states), micro_batch):
+        indices = range(first, min(first + micro_batch, len(states)))
+        x = torch.cat([states.read(index) for index in indices]).to(arithmetic.device)
+        outputs = run_block(block, x, arguments, name)
+        for place, index in enumerate(indices):
+            one = slice(place, place + 1)
+            target.write(index, outputs[one])
+            observe(index, x[one], outputs[one])
+            tick()
 
 
 def load_block(

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,9 +24,16 @@ from streamprune.checkpoint.packed import (
     TIMINGS_FILE,
     quantization_config,
 )
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, open_file, read_about, read_json
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, byte_view, open_file, read_about, read_json
 from streamprune.checkpoint.safetensors_header import read_header
-from streamprune.checkpoint.writer import file_digest, write_atomically, write_json, write_safetensors, write_text
+from streamprune.checkpoint.writer import (
+    Pieces,
+    file_digest,
+    write_atomically,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 from streamprune.config import NMPattern, PruneConfig, parse_bytes
 from streamprune.errors import OutputError
 from streamprune.model.arithmetic import peak_memory_bytes
@@ -39,10 +46,11 @@ from streamprune.pipeline.journal import (
     output_locked,
     remove_output,
 )
+from streamprune.pipeline.memory import Limits
 from streamprune.pipeline.plan import check_disk
 from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.residual import residual_permutation
-from streamprune.pipeline.scheduler import Run, about_permutation, check_outcomes, compress_blocks, read_source_outer
+from streamprune.pipeline.residual import reordered, residual_permutation
+from streamprune.pipeline.scheduler import Run, about_permutation, check_outcomes, compress_blocks
 
 COPIED_FILES = (
     "generation_config.json",
@@ -73,8 +81,8 @@ class CompressResult:
     permutation_bytes: int
     source_bytes: int
     output_bytes: int
-    worst_layers: tuple[tuple[str, float], ...]  # by layer_error, worst first
-    worst_block: tuple[str, float]  # by block_error
+    worst_layers: tuple[tuple[str, float], ...]  # by layer_error, worst first; none without validation
+    worst_block: tuple[str, float] | None  # by block_error; None without validation
     kept_dense: tuple[str, ...]  # blocks above the budget
     dense_layers: dict[str, str]  # linear layers that the pattern does not fit, with reasons
     moments_bytes: int  # of second moments held at once, most of any block
@@ -95,6 +103,9 @@ def compress(
     device: str = "auto",
     dtype: str = "auto",
     max_memory: str | None = None,
+    max_device_memory: str | None = None,
+    micro_batch: int | None = None,
+    prefetch: int = 1,
     scratch: str | Path | None = None,
     restart: bool = False,
     progress: bool = False,
@@ -104,7 +115,9 @@ def compress(
     """Prune a causal LM to N:M sparsity, block by block from disk, into the folder `out`.
 
     `settings` are the fields of streamprune.config.PruneConfig but the pattern. `max_memory` ("12GiB") limits host
-    memory by an estimate: second moments are cut into blocks for it, and a job that cannot fit is refused.
+    memory by an estimate, `max_device_memory` a GPU's: fewer sequences go through a block at once than `micro_batch`
+    (default: as make up 1024 tokens), fewer blocks are read ahead than `prefetch`, then second moments are cut into
+    blocks; a job that cannot fit is refused. With `validate=False` no text passes the model and no error is known.
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
     holds. `scratch` is a folder for hidden states (default: inside `out`). `should_stop` is asked after every sequence;
@@ -112,11 +125,13 @@ def compress(
     """
     start = time.perf_counter()
     config = PruneConfig(NMPattern.parse(pattern), **settings)
-    limit = None if max_memory is None else parse_bytes(max_memory)
+    limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
     model, out = Path(model), Path(out)
     if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
         raise OutputError(f"{out}: lies in the source folder; choose another --out")
-    job = resolve_job(model, config, calibration, samples, sequence_length, seed, device, dtype, limit)
+    amount = samples, sequence_length, seed
+    resources: dict[str, Any] = {"limits": limits, "micro_batch": micro_batch, "prefetch": prefetch}
+    job = resolve_job(model, config, calibration, *amount, device, dtype, **resources)
     if is_finished(out) and not restart:
         return _already_finished(job, out)
     with output_locked(out) as journal:
@@ -171,9 +186,8 @@ def _finish(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write what is not a block: the outer shard, permutations, statistics, index, config; returns the manifest."""
     job, out, temporary = run.job, run.journal.out, run.journal.temporary
     digests: dict[str, str] = {}
-    outer = read_source_outer(run, job.skeleton.outer_parameters(), digests)
-    write_safetensors(out / job.shard_name(None), outer, temporary)
-    del outer
+    shard_digests = [write_safetensors(out / job.shard_name(None), _outer_tensors(run, digests), temporary)]
+    shard_digests += [entry["files"][job.shard_name(index)] for index, entry in enumerate(entries)]
     _merge_evidence(run)
     shards = [job.shard_name(None), *(job.shard_name(index) for index in range(len(entries)))]
     _write_index(out, shards, temporary)
@@ -184,6 +198,7 @@ def _finish(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     copied = _copy_files(job.source, out, temporary)
     for entry in entries:
         digests.update(entry["source_tensors"])
+    known = dict(zip(shards, shard_digests, strict=True))
     written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *copied]
     kept = ("name", "outcome", "block_error", "moments", "layers")
     return {
@@ -193,8 +208,31 @@ def _finish(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "dense_layers": dense,
         "source_bytes": job.plan.source_bytes,
         "source_tensors": digests,
-        "files": {name: {"sha256": file_digest(out / name), "bytes": (out / name).stat().st_size} for name in written},
+        "files": {
+            name: {"sha256": known.get(name) or file_digest(out / name), "bytes": (out / name).stat().st_size}
+            for name in written
+        },
     }
+
+
+def _outer_tensors(run: Run, digests: dict[str, str]) -> dict[str, Pieces]:
+    """Parameters outside the blocks, copied piece by piece, the residual stream in the job's order.
+
+    `digests` gets the source's, by its names, while they are written.
+    """
+    job = run.job
+
+    def copied(name: str) -> Iterator[torch.Tensor]:
+        stored, digest = job.names[name], hashlib.sha256()
+        rows_move = run.residual is not None and (name, 0) in run.residual.reorders
+        pieces = iter([job.checkpoint.read([stored])[stored]]) if rows_move else job.checkpoint.pieces(stored)
+        for piece in pieces:
+            digest.update(byte_view(piece))
+            yield reordered({name: piece}, run.residual)[name]
+        digests[stored] = digest.hexdigest()
+
+    sources = {name: job.checkpoint.tensors[job.names[name]] for name in job.skeleton.outer_parameters()}
+    return {name: Pieces(s.dtype, s.shape, functools.partial(copied, name)) for name, s in sources.items()}
 
 
 def _merge_evidence(run: Run) -> None:
@@ -269,8 +307,9 @@ def _timings(entries: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any
 def _result(status: str, out: Path, manifest: dict[str, Any], timings: dict[str, Any]) -> CompressResult:
     blocks = manifest["blocks"]
     layers = [layer for block in blocks for layer in block["layers"]]
-    worst = sorted(layers, key=lambda layer: -layer["layer_error"])[:WORST_LAYERS]
-    block = max(blocks, key=lambda block: block["block_error"])
+    validated = manifest["identity"]["settings"]["validate"]
+    worst = sorted(layers, key=lambda layer: -layer["layer_error"])[:WORST_LAYERS] if validated else []
+    block = max(blocks, key=lambda block: block["block_error"]) if validated else None
     return CompressResult(
         status=status,
         out=str(out),
@@ -283,7 +322,7 @@ def _result(status: str, out: Path, manifest: dict[str, Any], timings: dict[str,
         source_bytes=manifest["source_bytes"],
         output_bytes=sum(file["bytes"] for name, file in manifest["files"].items() if name.startswith("model-")),
         worst_layers=tuple((layer["name"], layer["layer_error"]) for layer in worst),
-        worst_block=(block["name"], block["block_error"]),
+        worst_block=None if block is None else (block["name"], block["block_error"]),
         kept_dense=tuple(block["name"] for block in blocks if block["outcome"] == "kept dense"),
         dense_layers=manifest["dense_layers"],
         moments_bytes=max(block["moments"]["bytes"] for block in blocks),

@@ -59,11 +59,11 @@ def resolve_job(
     seed: int,
     device: str,
     dtype: str,
-    max_memory: int | None = None,
+    **resources: Any,
 ) -> Job:
     """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work.
 
-    `max_memory` is a limit on host memory in bytes, which the settings are fitted to.
+    `resources` are `make_plan`'s: limits on memory, which the settings are fitted to, micro-batch and prefetch.
     """
     if library() is None:
         logger.warning(
@@ -76,24 +76,24 @@ def resolve_job(
         raise SettingsError(f"sequence length {sequence_length} is beyond the model's {longest} positions")
     arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
     asked = config.moments_width
-    plan, config = make_plan(
-        skeleton, checkpoint, names, config, samples, sequence_length, arithmetic.dtype, max_memory
-    )
+    plan, config = make_plan(skeleton, checkpoint, names, config, samples, sequence_length, arithmetic, **resources)
     if config.moments_width < asked:
         logger.warning("second moments in blocks of at most %d channels, to keep to the memory", config.moments_width)
-    tokens = calibration_tokens(model, calibration, samples, sequence_length, seed)
+    if config.validate:
+        tokens = calibration_tokens(model, calibration, samples, sequence_length, seed)
+    else:
+        tokens = torch.empty(0, 0, dtype=torch.int64)  # no text passes the model
     return_free_memory()  # a tokenizer takes much for a moment
     vocabulary, _ = skeleton.embedding_shape
-    if int(tokens.max()) >= vocabulary:
+    if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise CheckpointError(f"{model}: the tokenizer makes ids up to {int(tokens.max())}, the model has {vocabulary}")
+    calibrated = None
+    if config.validate:
+        amount = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
+        calibrated = {"tokens": tokens_digest(tokens), **amount}
     identity = {
         "source": {"fingerprint": checkpoint.fingerprint()},
-        "calibration": {
-            "tokens": tokens_digest(tokens),
-            "samples": samples,
-            "sequence_length": sequence_length,
-            "seed": seed,
-        },
+        "calibration": calibrated,
         "settings": config.to_dict(),
         "compute": arithmetic.identity,
     }

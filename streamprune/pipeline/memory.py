@@ -1,4 +1,4 @@
-"""How much host memory a job takes, from shapes alone; and second moments cut to fit a limit.
+"""How much memory a job takes, from shapes alone; and its pace and second moments cut to fit a limit.
 
 What is counted is what each stage of a block holds at once, so it stands beside that code and follows it. The libraries
 themselves are a measured constant.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streamprune.checkpoint.reader import Checkpoint
+from streamprune.checkpoint.reader import PIECE_BYTES, Checkpoint
 from streamprune.config import PruneConfig
 from streamprune.errors import SettingsError
 from streamprune.model.skeleton import Skeleton
@@ -27,9 +27,10 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes of host memory that each stage holds at once, for the block that needs most.
+    """Estimated bytes that each stage holds at once, for the block that needs most.
 
-    Beside every stage of a block lies the next block as the source stores it, where it is read ahead.
+    On the host lie the libraries, embeddings, and the `blocks_ahead` next blocks as the source stores them (together
+    `read_ahead`); the stages of a block are on the device, which without a GPU is the host too.
     """
 
     libraries: int
@@ -37,12 +38,47 @@ class Memory:
     dense_pass: int
     pruning: int
     sparse_pass: int
-    next_block: int
+    read_ahead: int
+    blocks_ahead: int
+    on_gpu: bool
+
+    @property
+    def of_block(self) -> int:
+        """The stage that needs most."""
+        return max(self.dense_pass, self.pruning, self.sparse_pass)
 
     @property
     def peak(self) -> int:
-        of_block = max(self.dense_pass, self.pruning, self.sparse_pass) + self.next_block
-        return self.libraries + max(self.embeddings, of_block)
+        """Of the host."""
+        beside = 0 if self.on_gpu else self.of_block
+        return self.libraries + max(self.embeddings, beside + self.read_ahead)
+
+    @property
+    def device_peak(self) -> int:
+        """Of the GPU; 0 without one."""
+        return self.of_block if self.on_gpu else 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most bytes that a job may take on the host and on a GPU; None: no limit."""
+
+    host: int | None = None
+    device: int | None = None
+
+    def hold(self, memory: Memory) -> bool:
+        """Whether a job with these needs keeps to them."""
+        return (self.host is None or memory.peak <= self.host) and (
+            self.device is None or memory.device_peak <= self.device
+        )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What changes a job's time and memory and none of its bytes: sequences at once, blocks read ahead."""
+
+    micro_batch: int
+    blocks_ahead: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +91,7 @@ class Sizes:
     layers: Sequence[Mapping[str, Shape]]
     tokens: int
     dtype: torch.dtype
+    on_gpu: bool = False
 
     def stored(self, parameters: Sequence[str]) -> int:
         """Bytes of parameters as they are stored."""
@@ -66,38 +103,53 @@ class Sizes:
         return sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
 
 
-def estimate_memory(sizes: Sizes, config: PruneConfig, *, read_ahead: bool) -> Memory:
+def estimate_memory(sizes: Sizes, config: PruneConfig, pace: Pace) -> Memory:
     """What the job holds at once, stage by stage."""
-    outer = sizes.skeleton.outer_parameters()
     by_size = {sizes.stored(sizes.skeleton.block_parameters(i)): i for i in range(len(sizes.skeleton.blocks))}
-    blocks = [_block_memory(sizes, index, config) for index in by_size.values()]  # equal blocks need the same
+    blocks = [_block_memory(sizes, index, config, pace) for index in by_size.values()]  # equal blocks need the same
     dense_pass, pruning, sparse_pass = (max(values) for values in zip(*blocks, strict=True))
-    embeddings = sizes.stored(outer) + sizes.computed(outer)
-    next_block = max(by_size) if read_ahead else 0
-    return Memory(LIBRARIES_BYTES, embeddings, dense_pass, pruning, sparse_pass, next_block)
+    read_ahead = pace.blocks_ahead * max(by_size)
+    embeddings = _embedding_memory(sizes)
+    return Memory(
+        LIBRARIES_BYTES, embeddings, dense_pass, pruning, sparse_pass, read_ahead, pace.blocks_ahead, sizes.on_gpu
+    )
 
 
-def fit_memory(sizes: Sizes, config: PruneConfig, limit: int | None) -> PruneConfig:
-    """The configuration with second moments in blocks as wide as a limit in bytes allows.
+def fit_memory(sizes: Sizes, config: PruneConfig, pace: Pace, limits: Limits) -> tuple[PruneConfig, Pace]:
+    """The configuration and the pace that keep to limits: one sequence at a time, nothing read ahead, second moments
+    in narrower blocks, in this order and only as far as needed.
 
-    Raises SettingsError where the narrowest are too wide, naming what the job would need.
+    Raises SettingsError where that is not enough, naming what the job would need.
     """
-    if limit is None:
-        return config
-    needed = estimate_memory(sizes, config, read_ahead=False).peak
-    while needed > limit and config.needs_moments and config.moments_width > LEAST_MOMENTS_WIDTH:
+    slower = [pace, Pace(1, pace.blocks_ahead), Pace(1, 0)]
+    for pace in slower:
+        if limits.hold(memory := estimate_memory(sizes, config, pace)):
+            return config, pace
+    while config.needs_moments and config.moments_width > LEAST_MOMENTS_WIDTH:
         config = dataclasses.replace(config, moments_width=max(config.moments_width // 2, LEAST_MOMENTS_WIDTH))
-        needed = estimate_memory(sizes, config, read_ahead=False).peak
-    if needed > limit:
-        less = ", shorten --sequence-length or give --no-refine" if config.needs_moments else ""
-        raise SettingsError(
-            f"the job needs about {needed / 2**30:.2f} GiB of memory, the limit is {limit / 2**30:.2f} GiB; raise "
-            f"--max-memory{less}; streamprune plan shows what needs it"
-        )
-    return config
+        if limits.hold(memory := estimate_memory(sizes, config, pace)):
+            return config, pace
+    less = ", shorten --sequence-length or give --no-refine" if config.needs_moments else ""
+    needs = [("memory", memory.peak, limits.host, "--max-memory")]
+    needs.append(("GPU memory", memory.device_peak, limits.device, "--max-device-memory"))
+    what, needed, limit, option = next(need for need in needs if need[2] is not None and need[1] > need[2])
+    raise SettingsError(
+        f"the job needs about {needed / 2**30:.2f} GiB of {what}, the limit is {(limit or 0) / 2**30:.2f} GiB; raise "
+        f"{option}{less}; streamprune plan shows what needs it"
+    )
 
 
-def _block_memory(sizes: Sizes, index: int, config: PruneConfig) -> tuple[int, int, int]:
+def _embedding_memory(sizes: Sizes) -> int:
+    """Bytes of what embeds one sequence, or of a piece of a large tensor that is copied."""
+    embedding = sizes.skeleton.embedding
+    prefix = f"{sizes.skeleton.model.base_model_prefix}."
+    small = [name for name in sizes.skeleton.outer_parameters() if name.startswith(prefix) and name != embedding]
+    source = sizes.checkpoint.tensors[sizes.names[embedding]]
+    rows = sizes.tokens * source.shape[1] * 2 * (source.dtype.itemsize + sizes.dtype.itemsize)
+    return max(sizes.stored(small) + sizes.computed(small) + rows, 2 * PIECE_BYTES)
+
+
+def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> tuple[int, int, int]:
     """Bytes of a block's dense pass, pruning and sparse pass."""
     layers = sizes.layers[index]
     parameters = sizes.skeleton.block_parameters(index)
@@ -105,8 +157,8 @@ def _block_memory(sizes: Sizes, index: int, config: PruneConfig) -> tuple[int, i
     elements = {name: math.prod(shape) for name, shape in layers.items()}
     largest = max(elements.values(), default=0)
     widest = max((max(shape) for shape in layers.values()), default=0)
-    # of a sequence: what attention and the MLP hold at once, and the tokens of layers that are kept for correction
-    activations = 4 * sizes.tokens * (16 * sizes.skeleton.hidden_size + 6 * widest)
+    # what attention and the MLP hold at once, and the tokens of layers that are kept for correction
+    activations = 4 * pace.micro_batch * sizes.tokens * (16 * sizes.skeleton.hidden_size + 6 * widest)
     groups = [(group, names) for group, names in sizes.skeleton.group_layers(index) if names[0] in layers]
     inputs = [layers[names[0]][1] for _, names in groups]
     histograms = 4 * FINE_BINS * sum(inputs) if config.metric == "esparse" else 0
@@ -122,6 +174,8 @@ def _block_memory(sizes: Sizes, index: int, config: PruneConfig) -> tuple[int, i
     written = kept * itemsize if config.reconstruct else 0
     results = source + kept + written
     packed = kept * itemsize * config.pattern.kept // config.pattern.group_size + kept // 8
+    if not config.validate:  # no pass at all
+        return 0, source + max(pruning + written, results), 0
     return (
         source + block + sum(moments) + histograms + activations,
         source + max(pruning + written, results),

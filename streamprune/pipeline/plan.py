@@ -5,14 +5,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import OutputError, SettingsError
+from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.skeleton import Skeleton
-from streamprune.pipeline.memory import Memory, Sizes, estimate_memory, fit_memory
+from streamprune.pipeline.memory import Limits, Memory, Pace, Sizes, estimate_memory, fit_memory
+
+TOKENS_AT_ONCE = 1024  # that go through a block together, where sequences are shorter
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Plan:
     output_bytes: int
     scratch_bytes: int
     memory: Memory
+    micro_batch: int
 
     @property
     def layers(self) -> dict[str, LayerPlan]:
@@ -65,26 +69,33 @@ def make_plan(
     config: PruneConfig,
     samples: int,
     sequence_length: int,
-    dtype: torch.dtype,
-    max_memory: int | None = None,
+    arithmetic: Arithmetic,
+    limits: Limits = NO_LIMITS,
+    micro_batch: int | None = None,
+    prefetch: int = 1,
 ) -> tuple[Plan, PruneConfig]:
-    """Plan a job whose hidden states are kept in `dtype`.
+    """Plan a job; returns with it the settings as they are used, fitted to limits on memory.
 
-    Returns with it the settings as they are used: fitted to a limit on memory in bytes.
+    micro_batch: most sequences that go through a block at once (None: as many as make up TOKENS_AT_ONCE); prefetch:
+    most blocks that are read ahead. No byte of the output depends on either.
     """
+    for name, value, least in (("micro batch", micro_batch, 1), ("prefetch", prefetch, 0)):
+        if value is not None and value < least:
+            raise SettingsError(f"{name} {value} is not a whole number >= {least}")
+    dtype = arithmetic.dtype
     blocks, dense = plan_layers(skeleton, checkpoint, names, config.pattern)
     shapes = [{name: layer.shape for name, layer in block.items()} for block in blocks]
-    sizes = Sizes(skeleton, checkpoint, names, shapes, sequence_length, dtype)
-    config = fit_memory(sizes, config, max_memory)
+    sizes = Sizes(skeleton, checkpoint, names, shapes, sequence_length, dtype, arithmetic.device.type == "cuda")
+    at_once = micro_batch or max(1, TOKENS_AT_ONCE // sequence_length)
+    config, pace = fit_memory(sizes, config, Pace(min(at_once, samples), prefetch), limits)
     source_bytes = sum(checkpoint.tensors[name].size_bytes for name in names.values())
     saved = sum(layer.dense_bytes - layer.packed_bytes for block in blocks for layer in block.values())
     # hidden states in, dense and out; with correction the reference in and out, of every k-th sequence
     sets = 3 + (2 / config.correction_stride if config.correction else 0)
     scratch_bytes = math.ceil(sets * samples * sequence_length) * skeleton.hidden_size * dtype.itemsize
-    memory = estimate_memory(sizes, config, read_ahead=True)
-    if max_memory is not None and memory.peak > max_memory:
-        memory = estimate_memory(sizes, config, read_ahead=False)
-    return Plan(blocks, dense, source_bytes, source_bytes - saved, scratch_bytes, memory), config
+    memory = estimate_memory(sizes, config, pace)
+    scratch_bytes = scratch_bytes if config.validate else 0
+    return Plan(blocks, dense, source_bytes, source_bytes - saved, scratch_bytes, memory, pace.micro_batch), config
 
 
 def check_disk(plan: Plan, finished: int, out: Path, scratch: Path) -> None:

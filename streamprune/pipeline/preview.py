@@ -10,7 +10,7 @@ import torch
 from streamprune.config import NMPattern, PruneConfig, parse_bytes
 from streamprune.model.arithmetic import resolve_arithmetic
 from streamprune.pipeline.job import open_model, source_dtype
-from streamprune.pipeline.memory import Memory
+from streamprune.pipeline.memory import Limits, Memory
 from streamprune.pipeline.plan import make_plan
 
 MEASURED_SIZE = 1024  # of the square products that the speed of this machine is measured by
@@ -31,6 +31,8 @@ class PlanResult:
     scratch_bytes: int
     memory: Memory
     peak_memory_bytes: int
+    peak_device_memory_bytes: int
+    micro_batch: int
     moments_width: int
     seconds: float
     assumption: str
@@ -46,6 +48,9 @@ def plan(
     device: str = "auto",
     dtype: str = "auto",
     max_memory: str | None = None,
+    max_device_memory: str | None = None,
+    micro_batch: int | None = None,
+    prefetch: int = 1,
     **settings: Any,
 ) -> PlanResult:
     """What `compress` with the same arguments would read, write, hold in memory and take; reads headers alone.
@@ -54,9 +59,11 @@ def plan(
     """
     skeleton, checkpoint, names = open_model(Path(model))
     arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
-    limit = None if max_memory is None else parse_bytes(max_memory)
+    limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
     config = PruneConfig(NMPattern.parse(pattern), **settings)
-    planned, config = make_plan(skeleton, checkpoint, names, config, samples, sequence_length, arithmetic.dtype, limit)
+    planned, config = make_plan(
+        skeleton, checkpoint, names, config, samples, sequence_length, arithmetic, limits, micro_batch, prefetch
+    )
     shapes = [checkpoint.tensors[name].shape for name in names.values()]
     speed = _products_per_second(arithmetic.device, arithmetic.dtype)
     products = _products(planned.layers.values(), config, samples * sequence_length)
@@ -71,6 +78,8 @@ def plan(
         scratch_bytes=planned.scratch_bytes,
         memory=planned.memory,
         peak_memory_bytes=planned.memory.peak,
+        peak_device_memory_bytes=planned.memory.device_peak,
+        micro_batch=planned.micro_batch,
         moments_width=config.moments_width,
         seconds=OTHER_SHARE * products / speed + read / READ_BYTES_PER_SECOND,
         assumption=(
@@ -83,6 +92,8 @@ def plan(
 
 def _products(layers: Any, config: PruneConfig, tokens: int) -> float:
     """Multiplications of the layers' two passes, of the reference pass, and of second and cross moments."""
+    if not config.validate:
+        return 0.0
     passes = 2 + (1 / config.correction_stride if config.correction else 0)
     of_passes = passes * sum(layer.shape[0] * layer.shape[1] for layer in layers)
     # each input's X^T X, by its upper half; of q/k/v and gate/up one serves two or three layers

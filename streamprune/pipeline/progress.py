@@ -48,9 +48,9 @@ class Progress:
         self._blocks.update()
         if self.enabled and not self.on_terminal:
             seconds = sum(entry["timings"]["seconds"].values())
-            print(
-                f"{name}: {entry['outcome']}, block error {entry['block_error']:.4f}, {seconds:.1f} s", file=sys.stderr
-            )
+            error = entry["block_error"]
+            known = "not validated" if error is None else f"block error {error:.4f}"
+            print(f"{name}: {entry['outcome']}, {known}, {seconds:.1f} s", file=sys.stderr)
 
     def close(self) -> None:
         for bar in (self._samples, self._blocks):

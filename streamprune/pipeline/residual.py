@@ -12,8 +12,7 @@ import torch
 from streamprune.checkpoint.reader import open_file
 from streamprune.checkpoint.writer import write_safetensors
 from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
-from streamprune.model.skeleton import record_block_inputs
-from streamprune.model.streaming import embed, input_parameters, read_outer
+from streamprune.model.streaming import block_inputs, embed, text_inputs
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.journal import Journal
@@ -79,11 +78,10 @@ def _reading_rows(job: Job, tick: Callable[[], None]) -> torch.Tensor:
     The inputs are those of the dense model on the first calibration sequences.
     """
     skeleton, arithmetic = job.skeleton, job.arithmetic
-    outer = read_outer(skeleton, job.checkpoint, job.names, input_parameters(skeleton))
-    arguments = embed(skeleton, outer, job.tokens[:1], arithmetic, None, tick)
-    computed = {name: tensor.to(arithmetic.dtype) for name, tensor in outer.items()}
-    recorded = [record_block_inputs(skeleton, computed, row[None]) for row in job.tokens[:PRE_PASS_SEQUENCES]]
-    states = [inputs.hidden_states.to(arithmetic.device) for inputs in recorded]
+    inputs = text_inputs(skeleton, job.checkpoint, job.names)
+    arguments = embed(skeleton, inputs, job.tokens[:1], arithmetic, None, tick)
+    recorded = [block_inputs(skeleton, inputs, row, arithmetic) for row in job.tokens[:PRE_PASS_SEQUENCES]]
+    states = [one.hidden_states.to(arithmetic.device) for one in recorded]
     readers = sum(not group.producers for group in skeleton.architecture.groups)
     parts = []
     for index, prefix in enumerate(skeleton.blocks):
@@ -94,7 +92,7 @@ def _reading_rows(job: Job, tick: Callable[[], None]) -> torch.Tensor:
         groups = [names for group, names in skeleton.group_layers(index) if not group.producers]
         energy = {names[0]: torch.zeros(skeleton.hidden_size, dtype=torch.float64) for names in groups}
         observers = {name.removeprefix(f"{prefix}."): _adding(energy[name]) for name in energy}
-        with layers_observed(block, observers):
+        with layers_observed(block, observers, job.tokens.shape[1]):
             for place, x in enumerate(states):
                 states[place] = run_block(block, x, arguments[index], prefix)
                 tick()

@@ -8,10 +8,9 @@ blocks alone (the reference), and compares each layer's inputs there with those 
 """
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,28 +19,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamprune.checkpoint.packed import layer_from_tensors, pack_layer
-from streamprune.checkpoint.reader import open_file, tensor_digest
+from streamprune.checkpoint.packed import layer_from_tensors, packed_tensors
+from streamprune.checkpoint.reader import open_file
 from streamprune.checkpoint.scratch import HiddenStates
-from streamprune.checkpoint.writer import file_digest, write_safetensors
+from streamprune.checkpoint.writer import Pieces, write_safetensors
 from streamprune.config import PruneConfig
-from streamprune.errors import (
-    BlockErrorExceeded,
-    CheckpointError,
-    Interrupted,
-    JobMismatchError,
-    numerics_named,
-)
+from streamprune.errors import BlockErrorExceeded, CheckpointError, Interrupted, JobMismatchError
 from streamprune.model.arithmetic import peak_memory_bytes, return_free_memory
 from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
-from streamprune.model.streaming import BlockArguments, advance, embed, input_parameters, load_block, read_outer
-from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, moment_unit, prune_block
+from streamprune.model.streaming import BlockArguments, TextInputs, advance, embed, load_block, text_inputs
+from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, PrunedLayer, prune_block
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.journal import Journal
+from streamprune.pipeline.observation import BlockObservation
 from streamprune.pipeline.progress import Progress, StageTimes
 from streamprune.pipeline.residual import reordered, source_order
-from streamprune.pipeline.validation import BlockErrorSum, InputSample, check_bits, check_packed_bits, layer_errors
-from streamprune.pruning.statistics import ChannelStatistics, LayerTokens, StatisticsAccumulator
+from streamprune.pipeline.source import SourceBlock, parameters_of, read_source, source_blocks
+from streamprune.pipeline.validation import (
+    BlockErrorSum,
+    InputSample,
+    LayerErrors,
+    check_bits,
+    check_packed_bits,
+    layer_errors,
+)
+from streamprune.pruning.statistics import ChannelStatistics
 
 logger = logging.getLogger("streamprune")
 
@@ -65,6 +67,20 @@ class Run:
         if self.should_stop():
             raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
 
+    def advance(
+        self,
+        block: nn.Module,
+        index: int,
+        arguments: BlockArguments,
+        states: HiddenStates,
+        target: HiddenStates,
+        observe: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda index, x, y: None,
+    ) -> None:
+        """Run block `index` on every sequence."""
+        job = self.job
+        name, batch = job.skeleton.blocks[index], job.plan.micro_batch
+        advance(block, name, arguments[index], states, target, job.arithmetic, self.tick, observe, batch)
+
     def inputs_of(self, index: int, kind: str, samples: int) -> HiddenStates:
         """The inputs of a block. Two files of a kind take turns: a block's outputs go where its predecessor's inputs
         were, into pages that are there already.
@@ -86,19 +102,32 @@ def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, A
     if len(entries) == len(blocks):
         return entries
     run.progress.start(len(blocks), len(entries), len(run.job.tokens))
-    arguments, streams = _inputs_of_next_block(run, entries)
-    sources = _source_blocks(run, range(len(entries), len(blocks)))
+    sources = source_blocks(run.job, range(len(entries), len(blocks)))
     run.open_files.callback(sources.close)
-    for index in range(len(entries), len(blocks)):
-        entry, following = _compress_block(run, index, sources, arguments, streams)
+    left = range(len(entries), len(blocks))
+    if run.job.config.validate:
+        following = _pruned_blocks(run, tuple(entries), sources)
+    else:
+        following = (_prune_unseen(run, index, sources) for index in left)
+    for index, entry in zip(left, following, strict=True):
         run.journal.record(index, entry)
         entries.append(entry)
-        streams.close()
-        streams = following
         return_free_memory()
         run.progress.block_done(blocks[index], entry)
-    streams.close()
     return entries
+
+
+def _pruned_blocks(
+    run: Run, finished: Sequence[dict[str, Any]], sources: Iterator[SourceBlock]
+) -> Iterator[dict[str, Any]]:
+    """The entries of the blocks that follow; each is to be in the journal before the next is asked for."""
+    arguments, streams = _inputs_of_next_block(run, finished)
+    for index in range(len(finished), len(run.job.skeleton.blocks)):
+        entry, following = _compress_block(run, index, sources, arguments, streams)
+        yield entry
+        streams.close()
+        streams = following
+    streams.close()
 
 
 def outcome_of(error: float, max_block_error: float | None, on_excess: str) -> str:
@@ -110,7 +139,7 @@ def outcome_of(error: float, max_block_error: float | None, on_excess: str) -> s
 
 def check_outcomes(config: PruneConfig, entries: list[dict[str, Any]]) -> None:
     """Raise JobMismatchError where a finished block would have ended otherwise under these settings."""
-    for entry in entries:
+    for entry in entries if config.validate else ():
         now = outcome_of(entry["block_error"], config.max_block_error, config.on_excess)
         if now != entry["outcome"]:
             raise JobMismatchError(
@@ -132,21 +161,21 @@ class _Streams:
                 states.close()
 
 
-def _inputs_of_next_block(run: Run, entries: list[dict[str, Any]]) -> tuple[BlockArguments, _Streams]:
+def _inputs_of_next_block(run: Run, entries: Sequence[dict[str, Any]]) -> tuple[BlockArguments, _Streams]:
     """Hidden states for the first unfinished block: those on disk if they are whole, or made again by replaying."""
     job = run.job
-    outer = read_source_outer(run, input_parameters(job.skeleton))
-    arguments, hidden = _resumed(run, outer, entries, "hidden", job.tokens, _written_block)
+    inputs = text_inputs(job.skeleton, job.checkpoint, job.names, lambda tensors: reordered(tensors, run.residual))
+    arguments, hidden = _resumed(run, inputs, entries, "hidden", job.tokens, _written_block)
     if not job.config.correction:
         return arguments, _Streams(hidden, None)
     tokens = job.tokens[:: job.config.correction_stride]
-    return arguments, _Streams(hidden, _resumed(run, outer, entries, "reference", tokens, _source_block)[1])
+    return arguments, _Streams(hidden, _resumed(run, inputs, entries, "reference", tokens, _source_block)[1])
 
 
 def _resumed(
     run: Run,
-    outer: dict[str, torch.Tensor],
-    entries: list[dict[str, Any]],
+    inputs: TextInputs,
+    entries: Sequence[dict[str, Any]],
     kind: str,
     tokens: torch.Tensor,
     block_of: Callable[[Run, int, dict[str, Any]], nn.Module],
@@ -156,16 +185,16 @@ def _resumed(
         states = run.inputs_of(finished, kind, len(tokens))
         states.checksums = list(entries[-1][f"{kind}_states"])
         if _is_whole(states):
-            return embed(job.skeleton, outer, job.tokens, job.arithmetic, None, run.tick), states
+            return embed(job.skeleton, inputs, job.tokens, job.arithmetic, None, run.tick), states
         states.close()
     states = run.inputs_of(0, kind, len(tokens))
     run.progress.stage("embeddings")
-    arguments = embed(job.skeleton, outer, tokens, job.arithmetic, states, run.tick)
+    arguments = embed(job.skeleton, inputs, tokens, job.arithmetic, states, run.tick)
     for index, entry in enumerate(entries):
         run.progress.stage("replaying")
         block = block_of(run, index, entry)
         following = run.inputs_of(index + 1, kind, len(tokens))
-        advance(block, entry["name"], arguments[index], states, following, job.arithmetic, run.tick)
+        run.advance(block, index, arguments, states, following)
         states.close()
         states = following
     return arguments, states
@@ -181,59 +210,8 @@ def _written_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
 
 def _source_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
     job = run.job
-    tensors = _parameters_of(run, index, _read_source(run, index))
+    tensors = parameters_of(job, index, read_source(job, index), run.residual)
     return dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
-
-
-@dataclass(frozen=True)
-class _SourceBlock:
-    """A block's parameters as the source stores them, by its names, and their digests."""
-
-    tensors: dict[str, torch.Tensor]
-    digests: dict[str, str]
-
-
-def _source_blocks(run: Run, indices: Iterable[int]) -> Generator[_SourceBlock, None, None]:
-    """The blocks of `indices` in order; while one is worked on the next is read, if there is memory for it.
-
-    The thread that reads makes no arithmetic but checksums, so it takes no core from the one that computes.
-    """
-    if not run.job.plan.memory.next_block:
-        yield from (_read_source(run, index) for index in indices)
-        return
-    left = list(indices)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-        upcoming = reader.submit(_read_source, run, left[0])
-        for following in [*left[1:], None]:
-            block = upcoming.result()
-            if following is not None:
-                upcoming = reader.submit(_read_source, run, following)
-            yield block
-
-
-def _read_source(run: Run, index: int) -> _SourceBlock:
-    job = run.job
-    tensors = job.checkpoint.read_unchecked(job.names[name] for name in job.skeleton.block_parameters(index))
-    return _SourceBlock(tensors, {name: tensor_digest(tensor) for name, tensor in tensors.items()})
-
-
-def _parameters_of(run: Run, index: int, source: _SourceBlock) -> dict[str, torch.Tensor]:
-    """A block's parameters by name, checked, on the job's device, the residual stream in the job's order."""
-    job = run.job
-    job.checkpoint.check_finite(source.tensors)
-    parameters = job.skeleton.block_parameters(index)
-    device = job.arithmetic.device
-    return reordered({name: source.tensors[job.names[name]].to(device) for name in parameters}, run.residual)
-
-
-def read_source_outer(
-    run: Run, parameters: list[str], digests: dict[str, str] | None = None
-) -> dict[str, torch.Tensor]:
-    """Parameters outside the blocks, the residual stream in the job's order; notes the source's digests."""
-    tensors = read_outer(run.job.skeleton, run.job.checkpoint, run.job.names, parameters)
-    if digests is not None:
-        digests.update((run.job.names[name], tensor_digest(tensor)) for name, tensor in tensors.items())
-    return reordered(tensors, run.residual)
 
 
 def _is_whole(states: HiddenStates) -> bool:
@@ -248,13 +226,13 @@ def _is_whole(states: HiddenStates) -> bool:
 
 
 def _compress_block(
-    run: Run, index: int, sources: Iterator[_SourceBlock], arguments: BlockArguments, streams: _Streams
+    run: Run, index: int, sources: Iterator[SourceBlock], arguments: BlockArguments, streams: _Streams
 ) -> tuple[dict[str, Any], _Streams]:
     job, name = run.job, run.job.skeleton.blocks[index]
     timed = StageTimes()
     with timed("read"):
         source = next(sources)
-        digests, tensors = source.digests, _parameters_of(run, index, source)
+        digests, tensors = source.digests, parameters_of(job, index, source, run.residual)
         del source
     dense = run.hidden_states("dense", len(job.tokens))
     reference = None
@@ -262,13 +240,11 @@ def _compress_block(
         reference = run.inputs_of(index + 1, "reference", len(streams.reference))
     run.progress.stage(f"{name} dense")
     statistics = _dense_pass(run, index, tensors, arguments, streams, dense, reference, timed)
-    moments_bytes = sum(shared.moments_bytes for shared in {id(s): s for s in statistics.values()}.values())
-    split = sorted({name for name, s in statistics.items() if s.moments is not None and len(s.moments.bounds) > 1})
-    prunable = set(job.plan.blocks[index])
-    pruned = prune_block(job.skeleton, index, tensors, statistics, prunable, job.config, timed)
+    moments = _about_moments(statistics)
+    pruned = prune_block(job.skeleton, index, tensors, statistics, set(job.plan.blocks[index]), job.config, timed)
     del tensors, statistics
     with timed("write"):
-        _write_block(run, index, pruned)
+        files = _write_block(run, index, pruned)
     run.progress.stage(f"{name} sparse")
     following = run.inputs_of(index + 1, "hidden", len(job.tokens))
     synced = [] if reference is None else [run.background.submit(reference.sync)]
@@ -281,7 +257,8 @@ def _compress_block(
         )
     if outcome == "kept dense":
         with timed("write"):
-            _write_block(run, index, PrunedBlock({}, _parameters_of(run, index, _read_source(run, index)), ()))
+            tensors = parameters_of(job, index, read_source(job, index), run.residual)
+            files = _write_block(run, index, PrunedBlock({}, tensors, ()))
         for sequence in range(len(dense)):
             following.write(sequence, dense.read(sequence))
         synced.append(run.background.submit(following.sync))
@@ -291,20 +268,70 @@ def _compress_block(
     dense.close()
     for done in synced:
         done.result()
-    files = [run.journal.out / job.shard_name(index), run.journal.evidence_path(index)]
     entry = {
         "name": name,
         "outcome": outcome,
         "block_error": error,
         "layers": layers,
         "source_tensors": digests,
-        "files": {str(path.relative_to(run.journal.out)): file_digest(path) for path in files},
+        "files": files,
         "hidden_states": following.checksums,
         "reference_states": None if reference is None else reference.checksums,
-        "moments": {"bytes": moments_bytes, "layers_in_blocks": split},
+        "moments": moments,
         "timings": {"seconds": timed.seconds, "peak_memory_bytes": peak_memory_bytes()},
     }
     return entry, _Streams(following, reference)
+
+
+def _prune_unseen(run: Run, index: int, sources: Iterator[SourceBlock]) -> dict[str, Any]:
+    """A block pruned by its weights alone: no text passes it, and nothing is known of its error."""
+    job = run.job
+    timed = StageTimes()
+    with timed("read"):
+        source = next(sources)
+        digests, tensors = source.digests, parameters_of(job, index, source, run.residual)
+        del source
+    plans = job.plan.blocks[index]
+    statistics = {layer: ChannelStatistics.unseen(plan.shape[1]) for layer, plan in plans.items()}
+    pruned = prune_block(job.skeleton, index, tensors, statistics, set(plans), job.config, timed)
+    del tensors
+    with timed("write"):
+        files = _write_block(run, index, pruned)
+    return {
+        "name": job.skeleton.blocks[index],
+        "outcome": "pruned",
+        "block_error": None,
+        "layers": [_about_layer(job, index, layer, result, None) for layer, result in pruned.layers.items()],
+        "source_tensors": digests,
+        "files": files,
+        "moments": _about_moments({}),
+        "timings": {"seconds": timed.seconds, "peak_memory_bytes": peak_memory_bytes()},
+    }
+
+
+def _about_moments(statistics: Mapping[str, ChannelStatistics]) -> dict[str, Any]:
+    """Memory of all second moments of a block, and the layers whose inputs were too wide for one matrix of them."""
+    each = {id(shared): shared for shared in statistics.values()}.values()
+    split = [name for name, s in statistics.items() if s.moments is not None and len(s.moments.bounds) > 1]
+    return {"bytes": sum(shared.moments_bytes for shared in each), "layers_in_blocks": sorted(split)}
+
+
+def _about_layer(job: Job, index: int, name: str, pruned: PrunedLayer, errors: LayerErrors | None) -> dict[str, Any]:
+    """A layer's entry in the manifest."""
+    plan = job.plan.blocks[index][name]
+    return {
+        "name": name,
+        "pattern": str(job.config.pattern),
+        "shape": list(plan.shape),
+        "dense_bytes": plan.dense_bytes,
+        "packed_bytes": plan.packed_bytes,
+        "permutation_bytes": 0 if pruned.gather is None else 4 * len(pruned.gather),
+        "steps": [dataclasses.asdict(step) for step in pruned.steps],
+        "shrinkage": list(pruned.shrinkage),
+        "weighted_error": pruned.weighted_error,
+        "kernel_error": None if errors is None else errors.kernel_error,
+        "layer_error": None if errors is None else errors.layer_error,
+    }
 
 
 def _dense_pass(
@@ -323,58 +350,37 @@ def _dense_pass(
     """
     job, name = run.job, run.job.skeleton.blocks[index]
     block = dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
-    accumulators: dict[str, StatisticsAccumulator] = {}  # by the first layer of each input group
-    seen: dict[str, LayerTokens] = {}
-    observers: dict[str, Observer] = {}
-    for group, names in job.skeleton.group_layers(index):
-        if names[0] in job.plan.blocks[index]:
-            out_features, channels = job.plan.blocks[index][names[0]].shape
-            unit = moment_unit(job.skeleton, group, job.config)
-            accumulators[names[0]] = StatisticsAccumulator(
-                channels, job.config, job.arithmetic.device, unit, out_features if len(names) == 1 else None
-            )
-            observers[names[0].removeprefix(f"{name}.")] = functools.partial(_note, seen, names[0])
+    observation = BlockObservation(job, index, timed)
 
     def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        pruned = dict(seen)
-        with timed("statistics"):
-            for layer, accumulator in accumulators.items():
-                with numerics_named(layer):
-                    accumulator.add(pruned[layer].inputs)
         position, skipped = divmod(sequence, job.config.correction_stride)
         if streams.reference is None or reference is None or skipped:
             return
         with timed("reference pass"):
             states = streams.reference.read(position).to(job.arithmetic.device)
-            reference.write(position, run_block(block, states, arguments[index], name))
-        with timed("statistics"):
-            for layer, accumulator in accumulators.items():
-                accumulator.add_reference(seen[layer], pruned[layer])
+            output = observation.compare(lambda: run_block(block, states, arguments[index], name))
+            reference.write(position, output)
 
-    with timed("dense pass"), layers_observed(block, observers):
-        advance(block, name, arguments[index], streams.hidden, dense, job.arithmetic, run.tick, observe)
-    statistics: dict[str, ChannelStatistics] = {}
-    with timed("statistics"):
-        for _, names in job.skeleton.group_layers(index):
-            if names[0] in accumulators:
-                statistics.update(dict.fromkeys(names, accumulators[names[0]].result()))
-    return statistics
+    with timed("dense pass"), layers_observed(block, observation.observers, job.tokens.shape[1]):
+        run.advance(block, index, arguments, streams.hidden, dense, observe)
+    return observation.result()
 
 
-def _note(seen: dict[str, LayerTokens], name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-    seen[name] = LayerTokens(x, y)
+def _write_block(run: Run, index: int, pruned: PrunedBlock) -> dict[str, str]:
+    """Write a block's shard, and beside the journal its folded permutations and input RMS; returns their digests.
 
-
-def _write_block(run: Run, index: int, pruned: PrunedBlock) -> None:
-    """Write a block's shard, and beside the journal its folded permutations and input RMS."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in pruned.others.items()}
-    evidence = {fold.name: fold.permutation.cpu().to(torch.int32) for fold in pruned.folded}
+    Layers are packed one tensor at a time while the shard is written.
+    """
+    tensors: dict[str, torch.Tensor | Pieces] = {**pruned.others}
+    evidence: dict[str, torch.Tensor] = {fold.name: fold.permutation.cpu().to(torch.int32) for fold in pruned.folded}
     for name, layer in pruned.layers.items():
-        tensors.update(pack_layer(layer.written.cpu(), layer.keep.cpu(), _on_cpu(layer.gather)).tensors(name))
+        tensors.update(packed_tensors(name, layer.written, layer.keep, layer.gather, run.job.config.pattern))
         evidence[f"{name}.input_rms"] = source_order(layer.rms.cpu(), f"{name}.weight", run.residual)
     about = [about_permutation(fold) for fold in pruned.folded]
-    write_safetensors(run.journal.evidence_path(index), evidence, run.journal.temporary, about)
-    write_safetensors(run.journal.out / run.job.shard_name(index), tensors, run.journal.temporary)
+    beside, shard = run.journal.evidence_path(index), run.journal.out / run.job.shard_name(index)
+    digests = {beside: write_safetensors(beside, evidence, run.journal.temporary, about)}
+    digests[shard] = write_safetensors(shard, tensors, run.journal.temporary)
+    return {str(path.relative_to(run.journal.out)): digest for path, digest in digests.items()}
 
 
 def about_permutation(fold: FoldedPermutation) -> dict[str, Any]:
@@ -412,8 +418,8 @@ def _sparse_pass(
     def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
         total.add(x, dense.read(sequence).to(x.device), y)
 
-    with timed("sparse pass"), layers_observed(block, observers):
-        advance(block, name, arguments[index], states, following, job.arithmetic, run.tick, observe)
+    with timed("sparse pass"), layers_observed(block, observers, job.tokens.shape[1]):
+        run.advance(block, index, arguments, states, following, observe)
     synced.append(run.background.submit(following.sync))
     layers = []
     with timed("validate"):
@@ -422,26 +428,8 @@ def _sparse_pass(
             written = block.get_submodule(layer.removeprefix(f"{name}."))
             bias = pruned.others.get(f"{layer}.bias")
             errors = layer_errors(layer, written, result, bias, samples[layer].tokens, job.arithmetic)
-            plan = job.plan.blocks[index][layer]
-            layers.append(
-                {
-                    "name": layer,
-                    "pattern": str(job.config.pattern),
-                    "shape": list(plan.shape),
-                    "dense_bytes": plan.dense_bytes,
-                    "packed_bytes": plan.packed_bytes,
-                    "permutation_bytes": 0 if result.gather is None else 4 * len(result.gather),
-                    "steps": [dataclasses.asdict(step) for step in result.steps],
-                    "shrinkage": list(result.shrinkage),
-                    "weighted_error": result.weighted_error,
-                    **dataclasses.asdict(errors),
-                }
-            )
+            layers.append(_about_layer(job, index, layer, result, errors))
             check_packed_bits(layer, result, layer_from_tensors(layer, shard_tensors))
         for parameter, tensor in pruned.others.items():
             check_bits(parameter, tensor, shard_tensors[parameter])
     return total.value, layers
-
-
-def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor.cpu() if tensor is not None else None

@@ -12,7 +12,7 @@ from streamprune.errors import KernelFault
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.pipeline.block_pruning import PrunedLayer
 from streamprune.pruning.selection import stable_sum
-from streamprune_kernels import squared_distances, unpack_mask
+from streamprune_kernels import pack_values, squared_distances, unpack_mask
 
 SAMPLE_TOKENS = 256
 
@@ -83,7 +83,7 @@ def check_packed_bits(name: str, pruned: PrunedLayer, written: PackedLayer) -> N
     keep = pruned.keep.cpu()
     if not torch.equal(unpack_mask(written.mask, keep.shape[1]), keep):
         raise KernelFault(f"{name}: the written mask is not the chosen one; check the disk and memory, then run again")
-    check_bits(f"{name}.weight_values", pruned.written.cpu()[keep].view(written.values.shape), written.values)
+    check_bits(f"{name}.weight_values", pack_values(pruned.written.cpu(), keep), written.values)
     if (pruned.gather is None) != (written.permutation is None):
         raise KernelFault(f"{name}: its input_permutation is missing or not wanted; check the disk, then run again")
     if pruned.gather is not None and written.permutation is not None:

@@ -165,7 +165,8 @@ def _prune_rows(
     written = None
     with timed("select"):
         keep = channels.ordered(select(given.scores, config.pattern))
-        scores, weight = channels.ordered(given.scores), channels.ordered(given.weight)
+        scores = channels.ordered(given.scores)
+        weight = given.weight if channels.moments is None else channels.ordered(given.weight)
         rows = _Rows(scores, weight, None if given.linear is None else channels.ordered(given.linear))
         whole = channels.energy(weight)
         sums["selection"] = _row_sums(rows, channels, keep)

@@ -17,7 +17,7 @@ from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import CalibrationError, CheckpointError, SettingsError
 from streamprune.model.arithmetic import Arithmetic, peak_memory_bytes, resolve_arithmetic
 from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
-from streamprune.model.streaming import advance, embed, input_parameters, load_block, output_names, read_outer
+from streamprune.model.streaming import advance, embed, load_block, output_names, read_outer, text_inputs
 from streamprune.model.text import documents, load_tokenizer, tokenize
 
 LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabulary of 49,152
@@ -79,9 +79,7 @@ def evaluate(
         files = [scratch_file(i) for i in (0, 1)]
         for file in files:
             open_files.callback(file.close)
-        outer = read_outer(skeleton, checkpoint, names, input_parameters(skeleton))
-        arguments = embed(skeleton, outer, windows, arithmetic, files[0], tick)
-        del outer
+        arguments = embed(skeleton, text_inputs(skeleton, checkpoint, names), windows, arithmetic, files[0], tick)
         for index, name in enumerate(skeleton.blocks):
             block = load_block(skeleton, index, checkpoint, names, layers, arithmetic)
             advance(block, name, arguments[index], files[0], files[1], arithmetic, tick)

@@ -13,7 +13,8 @@ from streamprune.errors import CheckpointError
 class LayerRow:
     """One pruned layer; bytes are of its weight (values and mask), errors as recorded when it was compressed.
 
-    `steps` say what the layer was after selection, shuffle, refinement and reconstruction, as far as they were done.
+    Errors are None where the job did not validate. `steps` say what the layer was after selection, shuffle, refinement
+    and reconstruction, as far as they were done.
     """
 
     name: str
@@ -22,9 +23,9 @@ class LayerRow:
     packed_bytes: int
     dense_bytes: int
     permutation_bytes: int
-    kernel_error: float
-    layer_error: float
-    block_error: float
+    kernel_error: float | None
+    layer_error: float | None
+    block_error: float | None
     steps: list[dict[str, Any]]
     shrinkage: list[float]
 

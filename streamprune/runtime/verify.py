@@ -61,11 +61,13 @@ class Verification:
     """`against_source` says which of the two checks was done; every fault is one line with the layer or file.
 
     `reconstructed`: the kept weights were fitted, so that they are not compared with the source's; masks are.
+    `validated`: text passed the model when it was compressed, so that the manifest's error figures were measured.
     """
 
     ok: bool
     against_source: bool
     reconstructed: bool
+    validated: bool
     layers: list[LayerCheck]
     faults: list[str]
     manifest_sha256: str | None
@@ -88,6 +90,7 @@ class _Output:
     recorded: dict[str, dict[str, Any]]
     source_digests: dict[str, str]
     reconstructed: bool
+    validated: bool
 
 
 def verify(folder: str | Path, *, source: str | Path | None = None, progress: bool = False) -> Verification:
@@ -102,11 +105,11 @@ def verify(folder: str | Path, *, source: str | Path | None = None, progress: bo
         raise CheckpointError(f"{folder}: no such folder")
     original = open_checkpoint(Path(source)) if source is not None else None
     findings = _Findings()
-    compared = reconstructed = False
+    compared = reconstructed = validated = False
     try:
         manifest = _check_files(folder, findings)
         output = _open_output(folder, manifest)
-        reconstructed = output.reconstructed
+        reconstructed, validated = output.reconstructed, output.validated
         _check_layers(output, findings, progress)
         if original is not None:
             _check_against_source(output, original, findings, progress)
@@ -116,7 +119,8 @@ def verify(folder: str | Path, *, source: str | Path | None = None, progress: bo
     except (KeyError, TypeError, AttributeError) as error:
         findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
     digest = file_digest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else None
-    return Verification(not findings.faults, compared, reconstructed, findings.layers, findings.faults, digest)
+    about = compared, reconstructed, validated
+    return Verification(not findings.faults, *about, findings.layers, findings.faults, digest)
 
 
 def _check_files(folder: Path, findings: _Findings) -> dict[str, Any]:
@@ -159,8 +163,9 @@ def _open_output(folder: Path, manifest: dict[str, Any]) -> _Output:
     for name, pattern in layers.items():
         if recorded[name]["pattern"] != str(pattern):
             raise CheckpointError(f"{name}: config.json says {pattern}, the manifest {recorded[name]['pattern']}")
-    reconstructed = manifest["identity"]["settings"]["reconstruct"] is True
-    return _Output(folder, skeleton, checkpoint, layers, recorded, manifest["source_tensors"], reconstructed)
+    settings = manifest["identity"]["settings"]
+    about = settings["reconstruct"] is True, settings["validate"] is True
+    return _Output(folder, skeleton, checkpoint, layers, recorded, manifest["source_tensors"], *about)
 
 
 def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:

@@ -21,8 +21,10 @@ from streamprune_kernels import (
     count_values,
     cpu,
     excess_sums,
+    expand,
     kept_sums,
     local_swaps,
+    pack_values,
     reference,
     refine_rows,
     select_groups,
@@ -89,31 +91,71 @@ def test_excess_sums_of_views_that_are_not_contiguous() -> None:
     torch.testing.assert_close(excess_sums(s, t), reference.excess_sums(s, t), rtol=1e-5, atol=1e-5)
 
 
-@given(st.integers(1, 40), st.integers(1, 70), seeds)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 12),
+    st.sampled_from([(2, 4), (4, 8), (1, 3), (3, 5)]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    st.booleans(),
+    seeds,
+)
 @repeatable
-def test_sums_of_rows(rows: int, width: int, seed: int) -> None:
+def test_pack_and_expand(
+    rows: int, groups: int, sizes: tuple[int, int], dtype: torch.dtype, permuted: bool, seed: int
+) -> None:
+    """Bit for bit the plain versions, on any number of threads; signed zeros and NaN are moved as they are."""
+    kept, m = sizes
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, groups * m, generator=generator).to(dtype)
+    weight[torch.rand(weight.shape, generator=generator) < 0.2] = -0.0
+    weight[0, 0] = float("nan")
+    keep = select_groups(torch.rand(weight.shape, generator=generator), kept, m)
+    permutation = torch.randperm(groups * m, generator=generator).to(torch.int32) if permuted else None
+    values, mask = reference.pack_values(weight, keep), reference.pack_mask(keep)
+    dense = reference.expand(values, mask, groups * m, permutation)
+    for count in (1, 3):
+        packed = on_threads(count, lambda: pack_values(weight, keep))
+        expanded = on_threads(count, lambda: expand(values, mask, groups * m, permutation))
+        for found, expected in ((packed, values), (expanded, dense)):
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("module", [cpu, reference], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_masks_that_do_not_fit_are_refused(module: Any) -> None:
+    """Whatever a file says, no value beyond a row's own is read and none is written beyond its room."""
+    keep = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    with pytest.raises(ValueError, match="do not all keep the 2 values"):
+        module.pack_values(torch.ones(2, 4), keep)
+    for bits in (0b0111, 0b0001, 0b0000):
+        mask = torch.tensor([[0b0011], [bits]], dtype=torch.uint8)
+        with pytest.raises(ValueError, match="does not keep 2 values in every row"):
+            module.expand(torch.ones(2, 2), mask, 4)
+    with pytest.raises(ValueError, match="permutation"):
+        cpu.expand(torch.ones(1, 2), torch.tensor([[3]], dtype=torch.uint8), 4, torch.tensor([0, 1, 2, 9]))
+
+
+@pytest.mark.parametrize("kernel", [kept_sums, weighted_squares, squared_distances])
+@given(rows=st.integers(1, 40), width=st.integers(1, 70), seed=seeds)
+@repeatable
+def test_sums_of_rows(kernel: Callable[..., Any], rows: int, width: int, seed: int) -> None:
     """Columns that are no multiple of a vector; in float64, on any number of threads, each row by itself."""
     generator = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, rows, width, generator=generator)
     keep = torch.rand(rows, width, generator=generator) < 0.5
     scale = torch.rand(width, generator=generator)
-    cases: list[tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = [
-        (kept_sums, (x, keep)),
-        (weighted_squares, (x, keep, scale)),
-        (squared_distances, (x, y)),
-    ]
-    for kernel, arguments in cases:
-        expected = getattr(reference, kernel.__name__)(*arguments)
-        one, three = (on_threads(count, lambda: kernel(*arguments)) for count in (1, 3))
-        by_row = kernel(*(t[-1:] if t.ndim == 2 else t for t in arguments))
-        single = isinstance(one, torch.Tensor)
-        for found, again, alone, plain in (
-            [(one, three, by_row, expected)] if single else zip(one, three, by_row, expected)
-        ):
-            assert found.dtype == torch.float64
-            assert torch.equal(found, again)
-            assert torch.equal(found[-1:], alone)
-            torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
+    rest = {"kept_sums": (keep,), "weighted_squares": (keep, scale), "squared_distances": (y,)}[kernel.__name__]
+
+    def sums(function: Callable[..., Any], *arguments: torch.Tensor) -> torch.Tensor:
+        found = function(*arguments)
+        return torch.stack(found) if isinstance(found, tuple) else found[None]
+
+    one, three = (on_threads(count, lambda: sums(kernel, x, *rest)) for count in (1, 3))
+    last = sums(kernel, *(tensor[-1:] if tensor.ndim == 2 else tensor for tensor in (x, *rest)))
+    assert one.dtype == torch.float64
+    assert torch.equal(one, three)
+    assert torch.equal(one[:, -1:], last)
+    torch.testing.assert_close(one, sums(getattr(reference, kernel.__name__), x, *rest), rtol=1e-12, atol=1e-12)
 
 
 @given(

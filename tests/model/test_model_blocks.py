@@ -17,7 +17,7 @@ from streamprune.errors import CheckpointError, NumericsError, UnsupportedModelE
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import PackedLinear, dense_block, layers_observed, packed_block, run_block
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
-from streamprune.model.streaming import advance, embed, input_parameters, load_block, output_names, read_outer
+from streamprune.model.streaming import advance, embed, load_block, output_names, text_inputs
 from streamprune.pruning.selection import select
 
 CPU = torch.device("cpu")
@@ -56,8 +56,8 @@ def prune_by_magnitude(tensors: Tensors, layers: list[str], permuted: bool) -> t
 
 def arguments_of(skeleton: Skeleton, folder: Path, tokens: torch.Tensor = TOKENS[:1]) -> tuple[dict[str, object], ...]:
     checkpoint = open_checkpoint(folder)
-    outer = read_outer(skeleton, checkpoint, match_names(skeleton, checkpoint), input_parameters(skeleton))
-    return embed(skeleton, outer, tokens, FLOAT32, None, no_tick)
+    inputs = text_inputs(skeleton, checkpoint, match_names(skeleton, checkpoint))
+    return embed(skeleton, inputs, tokens, FLOAT32, None, no_tick)
 
 
 def states_like(skeleton: Skeleton) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_layers_are_observed_as_tokens_by_channels_while_open(models: Models) ->
     seen: dict[str, list[torch.Tensor]] = {"self_attn.q_proj": [], "self_attn.v_proj": [], "mlp.down_proj": []}
     results: list[torch.Tensor] = []
     observers = {name: lambda x, y, tensors=tensors: tensors.append(x) for name, tensors in seen.items()}
-    with layers_observed(block, {**observers, "mlp.gate_proj": lambda x, y: results.append(y)}):
+    with layers_observed(block, {**observers, "mlp.gate_proj": lambda x, y: results.append(y)}, TOKENS.shape[1]):
         output = run_block(block, states, arguments, "block")
     assert [len(tensors) for tensors in seen.values()] == [1, 1, 1]
     assert torch.equal(seen["self_attn.q_proj"][0], seen["self_attn.v_proj"][0])
@@ -170,7 +170,7 @@ def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
     folder = models("llama")
     skeleton = build_skeleton(folder)
     block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
-    with pytest.raises(RuntimeError, match="a fault"), layers_observed(block, {"mlp.up_proj": lambda x, y: None}):
+    with pytest.raises(RuntimeError, match="a fault"), layers_observed(block, {"mlp.up_proj": lambda x, y: None}, 4):
         raise RuntimeError("a fault")
     assert not block.get_submodule("mlp.up_proj")._forward_hooks
 
@@ -186,8 +186,8 @@ def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, mode
         HiddenStates(tmp_path / f"{file}.bin", samples, length, skeleton.hidden_size, torch.float32) for file in "ab"
     )
     ticks: list[int] = []
-    outer = read_outer(skeleton, checkpoint, names, input_parameters(skeleton))
-    arguments = embed(skeleton, outer, TOKENS, FLOAT32, first, lambda: ticks.append(1))
+    inputs = text_inputs(skeleton, checkpoint, names)
+    arguments = embed(skeleton, inputs, TOKENS, FLOAT32, first, lambda: ticks.append(1))
     expected = [first.read(index) for index in range(samples)]
     for index, block_name in enumerate(skeleton.blocks):
         shown: list[tuple[int, torch.Tensor]] = []
@@ -229,8 +229,8 @@ def test_embed_runs_one_sequence_where_nothing_is_kept(models: Models) -> None:
     skeleton = build_skeleton(folder)
     ticks: list[int] = []
     checkpoint = open_checkpoint(folder)
-    outer = read_outer(skeleton, checkpoint, match_names(skeleton, checkpoint), input_parameters(skeleton))
-    arguments = embed(skeleton, outer, TOKENS, FLOAT32, None, lambda: ticks.append(1))
+    inputs = text_inputs(skeleton, checkpoint, match_names(skeleton, checkpoint))
+    arguments = embed(skeleton, inputs, TOKENS, FLOAT32, None, lambda: ticks.append(1))
     assert len(arguments) == 3
     assert ticks == []
 
@@ -243,11 +243,11 @@ def test_blocks_whose_arguments_depend_on_the_text_are_refused(
     folder = models("llama")
     skeleton = build_skeleton(folder)
     checkpoint = open_checkpoint(folder)
-    outer = read_outer(skeleton, checkpoint, match_names(skeleton, checkpoint), input_parameters(skeleton))
+    inputs = text_inputs(skeleton, checkpoint, match_names(skeleton, checkpoint))
     monkeypatch.setattr(streaming, "arguments_equal", lambda one, other: False)
     states = HiddenStates(tmp_path / "h.bin", *TOKENS.shape, 64, torch.float32)
     with pytest.raises(UnsupportedModelError, match="depends on the text"):
-        embed(skeleton, outer, TOKENS, FLOAT32, states, no_tick)
+        embed(skeleton, inputs, TOKENS, FLOAT32, states, no_tick)
     states.close(remove=True)
 
 

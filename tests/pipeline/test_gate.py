@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 
-from streamprune.checkpoint.packed import PackedLayer
+from streamprune.checkpoint import packed
+from streamprune.checkpoint.writer import Pieces
 from streamprune.errors import BlockErrorExceeded, KernelFault
 from streamprune.pipeline import scheduler
 from streamprune.pipeline.compress import CompressResult
@@ -20,6 +21,7 @@ from streamprune.runtime.inspect import inspect
 from streamprune.runtime.verify import verify
 
 Prune = Callable[..., CompressResult]
+Tensors = dict[str, Any]  # tensors, and some that are made while they are written
 
 
 def block_errors(out: Path) -> list[float]:
@@ -190,6 +192,11 @@ FAULTS = [
 ]
 
 
+def made(tensor: Any) -> torch.Tensor:
+    """A tensor that may be one which is made while it is written."""
+    return torch.cat(list(tensor.make())) if isinstance(tensor, Pieces) else tensor
+
+
 @pytest.mark.parametrize(("layer", "part", "edit"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
     layer: str,
@@ -204,11 +211,12 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
     original = scheduler.write_safetensors
     written: list[str] = []
 
-    def corrupt(path: Path, tensors: dict[str, torch.Tensor], *rest: Any) -> None:
+    def corrupt(path: Path, tensors: Tensors, *rest: Any) -> str:
         written.append(path.name)
         if f"{layer}.{part}" in tensors:
+            tensors = {**tensors, f"{layer}.{part}": made(tensors[f"{layer}.{part}"])}
             edit(tensors[f"{layer}.{part}"])
-        original(path, tensors, *rest)
+        return original(path, tensors, *rest)
 
     monkeypatch.setattr(scheduler, "write_safetensors", corrupt)
     with pytest.raises(KernelFault, match=rf"{layer}: kernel_error \S+ is beyond") as fault:
@@ -227,11 +235,13 @@ def test_one_low_bit_of_one_weight_is_stopped(prune: Prune, monkeypatch: pytest.
     """Of the smallest weight: no product on a sample sees it; the comparison of the bits does."""
     layer, original = "model.layers.0.mlp.down_proj", scheduler.write_safetensors
 
-    def flip(path: Path, tensors: dict[str, torch.Tensor], *rest: Any) -> None:
-        values = tensors.get(f"{layer}.weight_values")
-        if values is not None:
+    def flip(path: Path, tensors: Tensors, *rest: Any) -> str:
+        name = f"{layer}.weight_values"
+        if name in tensors:
+            values = made(tensors[name])
             values.view(torch.int16).view(-1)[values.abs().view(-1).argmin()] ^= 1
-        original(path, tensors, *rest)
+            tensors = {**tensors, name: values}
+        return original(path, tensors, *rest)
 
     monkeypatch.setattr(scheduler, "write_safetensors", flip)
     with pytest.raises(KernelFault, match=rf"^{layer}\.weight_values: came back from disk changed"):
@@ -241,13 +251,8 @@ def test_one_low_bit_of_one_weight_is_stopped(prune: Prune, monkeypatch: pytest.
 
 def test_a_packer_that_is_wrong_is_stopped_too(prune: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The reference never went through pack and unpack, so an error of the packer itself is seen."""
-    original = scheduler.pack_layer
-
-    def wrong(*arguments: Any) -> PackedLayer:
-        layer = original(*arguments)
-        return PackedLayer(layer.values.flip(1).contiguous(), layer.mask, layer.permutation)
-
-    monkeypatch.setattr(scheduler, "pack_layer", wrong)
+    original = packed.pack_values
+    monkeypatch.setattr(packed, "pack_values", lambda weight, keep: original(weight, keep).flip(1))
     with pytest.raises(KernelFault, match=r"^model\.layers\.0\.self_attn\.\w_proj: kernel_error"):
         prune("llama", tmp_path / "out")
     assert list((tmp_path / "out" / ".work").glob("block-*.json")) == []

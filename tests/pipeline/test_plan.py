@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 import streamprune
 from streamprune.checkpoint.reader import Checkpoint
-from streamprune.config import parse_bytes
+from streamprune.config import PruneConfig, parse_bytes
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.pipeline import memory
 from streamprune.pipeline.compress import CompressResult
+from streamprune.pipeline.job import open_model
+from streamprune.pipeline.plan import plan_layers
 
 Sources = Callable[[str], Path]
 
@@ -76,14 +79,14 @@ def test_plan_of_a_packed_folder_is_refused(outputs: Callable[..., Path]) -> Non
 
 def test_memory_follows_what_the_settings_hold(sources: Sources) -> None:
     def stages(**settings: Any) -> Any:
-        return streamprune.plan(sources("llama"), **amount(), **settings).memory
+        return streamprune.plan(sources("llama"), **amount(), micro_batch=1, **settings).memory
 
     everything, plain = stages(), stages(refine=False, metric="wanda", shuffle="none")
     assert everything.dense_pass > stages(correction=0.0).dense_pass > stages(refine=False).dense_pass
     assert stages(refine=False).dense_pass == plain.dense_pass + (3 * 64 + 160) * 16384
     assert everything.dense_pass > stages(moments_width=64).dense_pass
     assert everything.embeddings == plain.embeddings
-    longer = streamprune.plan(sources("llama"), samples=4, sequence_length=128).memory
+    longer = streamprune.plan(sources("llama"), samples=40, sequence_length=128).memory
     assert longer == streamprune.plan(sources("llama"), samples=4000, sequence_length=128).memory
     assert longer.dense_pass > everything.dense_pass
 
@@ -96,7 +99,7 @@ def test_a_limit_cuts_second_moments_and_no_more_than_needed(
     monkeypatch.setattr(memory, "LEAST_MOMENTS_WIDTH", 64)
 
     def needed(width: int) -> int:
-        return streamprune.plan(sources("llama"), **amount(), moments_width=width).peak_memory_bytes
+        return streamprune.plan(sources("llama"), **amount(), micro_batch=1, moments_width=width).peak_memory_bytes
 
     monkeypatch.setattr(memory.Memory, "peak", property(lambda self: self.dense_pass))
     assert needed(64) < needed(128) < needed(256)
@@ -116,7 +119,7 @@ def test_a_limit_cuts_second_moments_and_no_more_than_needed(
 def test_a_limit_without_second_moments_is_kept_or_refused(sources: Sources) -> None:
     settings = {"metric": "wanda", "shuffle": "none", "refine": False}
     free = streamprune.plan(sources("opt"), **settings)
-    needed = free.peak_memory_bytes - free.memory.next_block
+    needed = free.peak_memory_bytes - free.memory.read_ahead
     assert streamprune.plan(sources("opt"), max_memory=str(needed), **settings).peak_memory_bytes == needed
     with pytest.raises(SettingsError, match="raise --max-memory; streamprune plan shows"):
         streamprune.plan(sources("opt"), max_memory=str(needed - 1), **settings)
@@ -126,13 +129,44 @@ def test_without_room_for_the_next_block_it_is_not_read_ahead_and_the_bytes_are_
     sources: Sources, outputs: Callable[..., Path], prune: Callable[..., CompressResult], tmp_path: Path
 ) -> None:
     foretold = streamprune.plan(sources("llama"), **amount())
-    assert foretold.memory.next_block > 0
-    limit = str(foretold.peak_memory_bytes - 1)
-    tight = streamprune.plan(sources("llama"), **amount(), max_memory=limit).memory
-    assert tight.next_block == 0
-    assert tight.peak == foretold.peak_memory_bytes - foretold.memory.next_block
+    assert foretold.micro_batch == tiny.CALIBRATION["samples"]  # short sequences go together
+    slower = streamprune.plan(sources("llama"), **amount(), max_memory=str(foretold.peak_memory_bytes - 1))
+    assert (slower.micro_batch, slower.memory.blocks_ahead) == (1, 1)
+    assert slower.memory.read_ahead > 0
+    limit = str(slower.peak_memory_bytes - 1)
+    tight = streamprune.plan(sources("llama"), **amount(), max_memory=limit)
+    assert (tight.micro_batch, tight.memory.blocks_ahead, tight.memory.read_ahead) == (1, 0, 0)
+    assert tight.peak_memory_bytes == slower.peak_memory_bytes - slower.memory.read_ahead
     prune("llama", tmp_path / "out", max_memory=limit)
     assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
+
+
+def test_on_a_gpu_the_stages_of_a_block_lie_there(sources: Sources) -> None:
+    """What each limit is held against; the arithmetic of it needs no GPU."""
+    skeleton, checkpoint, names = open_model(sources("llama"))
+    config = PruneConfig()
+    layers, _ = plan_layers(skeleton, checkpoint, names, config.pattern)
+    shapes = [{name: layer.shape for name, layer in block.items()} for block in layers]
+    pace = memory.Pace(4, 1)
+    host, gpu = (
+        memory.Sizes(skeleton, checkpoint, names, shapes, 48, torch.float32, on_gpu=on_gpu) for on_gpu in (False, True)
+    )
+    here, there = (memory.estimate_memory(sizes, config, pace) for sizes in (host, gpu))
+    assert (here.device_peak, there.device_peak) == (0, here.of_block)
+    assert there.peak == there.libraries + max(there.embeddings, there.read_ahead)
+    assert here.peak == here.libraries + max(here.embeddings, here.of_block + here.read_ahead)
+    enough = memory.Limits(there.peak, there.device_peak)
+    assert memory.fit_memory(gpu, config, pace, enough) == (config, pace)
+    slower = memory.fit_memory(gpu, config, pace, memory.Limits(device=there.device_peak - 1))
+    assert slower == (config, memory.Pace(1, 1))
+    with pytest.raises(SettingsError, match=r"GiB of GPU memory, .* raise --max-device-memory, shorten"):
+        memory.fit_memory(gpu, config, pace, memory.Limits(device=1000))
+
+
+@pytest.mark.parametrize("setting", [{"micro_batch": 0}, {"micro_batch": -1}, {"prefetch": -1}], ids=str)
+def test_pace_that_makes_no_sense(setting: dict[str, int], sources: Sources) -> None:
+    with pytest.raises(SettingsError, match=r"(micro batch|prefetch) (0|-1) is not a whole number"):
+        streamprune.plan(sources("llama"), **setting)
 
 
 def test_reading_ahead_ends_with_the_job(

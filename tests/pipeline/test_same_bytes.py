@@ -48,6 +48,30 @@ def test_one_thread_or_two(
         torch.set_num_threads(former)
 
 
+@pytest.mark.parametrize("pace", [(1, 0), (1, 2), (2, 1), (3, 1), (4, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("source", "settings"),
+    [
+        ("llama", {}),
+        ("opt", {}),
+        ("llama", {"shuffle": "residual+global+local+assignment", "reconstruct": True, "moments_width": 64}),
+    ],
+    ids=str,
+)
+def test_any_micro_batch_and_prefetch_depth(
+    source: str,
+    settings: dict[str, Any],
+    pace: tuple[int, int],
+    prune: Callable[..., CompressResult],
+    outputs: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Of four sequences one, two, three or all at once; none, one, two or all blocks ahead."""
+    micro_batch, prefetch = pace
+    prune(source, tmp_path / "out", micro_batch=micro_batch, prefetch=prefetch, **settings)
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs(source, **settings))
+
+
 def test_another_process_folder_and_hash_seed(
     sources: Callable[[str], Path], calibration: Path, outputs: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -1,0 +1,114 @@
+"""Wanda at 2:4 by streamprune and by llm-compressor, on the same model and the same tokens, in turns.
+
+    python examples/benchmarks/bench_llmcompressor.py [DIR] [--rounds 3] [--samples 16] [--sequence-length 512]
+
+DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes. llm-compressor gets a virtual
+environment of its own under DIR/bench, made on the first run (it wants an older transformers). Both compute in float32,
+each job in a process of its own; seconds are from the first byte read to the last written, without imports, and peak
+memory is the process's. Then the masks are compared. Prints a table and one line of JSON.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import streamprune
+from streamprune.checkpoint.reader import open_checkpoint
+from streamprune.pipeline.calibration import calibration_tokens
+from streamprune.pipeline.job import versions
+
+REQUIREMENTS = ("llmcompressor", f"torch=={torch.__version__.partition('+')[0]}")
+JOB = Path(__file__).with_name("llmcompressor_job.py")
+
+
+def interpreter(folder: Path) -> Path:
+    """Of an environment with llm-compressor, made if it is not there."""
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def last_line(command: list[str]) -> dict[str, Any]:
+    """Run a job and read the JSON that its standard output ends with."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr.strip()[-2000:])
+    text = done.stdout
+    result: dict[str, Any] = json.loads(text if text.lstrip().startswith("{") else text.strip().splitlines()[-1])
+    return result
+
+
+def masks_compared(dense: Path, one: Path, other: Path) -> dict[str, float]:
+    """Share of equal mask bits of all pruned layers, and of those of block 0; a kept zero cannot be told from a gap."""
+    ours, theirs, source = open_checkpoint(one), open_checkpoint(other), open_checkpoint(dense)
+    equal = total = first_equal = first_total = 0
+    for name in sorted(source.tensors):
+        if not name.endswith("_proj.weight"):
+            continue
+        a, b = (file.read([name])[name] != 0 for file in (ours, theirs))
+        same = int((a == b).sum())
+        equal, total = equal + same, total + a.numel()
+        if ".layers.0." in name:
+            first_equal, first_total = first_equal + same, first_total + a.numel()
+    return {"all": equal / total, "block 0": first_equal / first_total}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    given = parser.parse_args()
+    model, text = given.directory / "smollm2-135m", given.directory / "text" / "calibration.txt"
+    work = given.directory / "bench"
+    work.mkdir(exist_ok=True)
+    python = interpreter(work / "llmcompressor")
+    tokens = calibration_tokens(model, str(text), given.samples, given.sequence_length, 0)
+    (work / "tokens.json").write_text(json.dumps(tokens.tolist()))
+    ours, theirs, dense = work / "wanda", work / "wanda-llmcompressor", work / "wanda-dense"
+    amount = ["--samples", str(given.samples), "--sequence-length", str(given.sequence_length)]
+    method = ["--metric", "wanda", "--shuffle", "none", "--no-refine", "--dtype", "float32"]
+    jobs = {
+        "streamprune": [sys.executable, "-m", "streamprune", "compress", str(model), "--out", str(ours), "--json",
+                        "--quiet", "--calibration", str(text), *amount, *method],
+        "llm-compressor": [str(python), str(JOB), str(model), str(work / "tokens.json"), str(theirs)],
+    }  # fmt: skip
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    for _ in range(given.rounds):
+        for name, command in jobs.items():
+            for folder in (ours if name == "streamprune" else theirs,):
+                shutil.rmtree(folder, ignore_errors=True)
+            found[name].append(last_line(command))
+    medians = {
+        name: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "peak_memory_bytes")}
+        for name, runs in found.items()
+    }
+    shutil.rmtree(dense, ignore_errors=True)
+    streamprune.export(ours, to="dense", out=dense)
+    masks = masks_compared(model, dense, theirs)
+    print(f"| {given.samples} x {given.sequence_length} tokens, float32, {given.rounds} rounds | seconds | peak MB |")
+    print("| --- | --- | --- |")
+    for name, one in medians.items():
+        print(f"| {name} | {one['seconds']:.1f} | {one['peak_memory_bytes'] / 1e6:.0f} |")
+    first, second = medians["streamprune"], medians["llm-compressor"]
+    ratios = {key: first[key] / second[key] for key in first}
+    print(f"| ratio | {ratios['seconds']:.2f} | {ratios['peak_memory_bytes']:.2f} |")
+    print(f"equal mask bits: {masks['all']:.3%} of all, {masks['block 0']:.4%} of block 0\n")
+    about = {"ours": versions(), "theirs": found["llm-compressor"][0]["versions"]}
+    print(json.dumps({"versions": about, "medians": medians, "ratios": ratios, "masks": masks}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""One Wanda job of llm-compressor; run by bench_llmcompressor.py with the interpreter of that library's environment.
+
+    python llmcompressor_job.py MODEL TOKENS OUT
+
+TOKENS is a JSON list of sequences of token ids. Prints one JSON line: versions, seconds from the first byte read to the
+last written without imports, and peak memory of the process.
+"""
+
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import torch
+from llmcompressor import oneshot
+from llmcompressor.modifiers.pruning import WandaPruningModifier
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    model, tokens, out = sys.argv[1:]
+    ids = json.loads(Path(tokens).read_text())
+    data = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+    recipe = WandaPruningModifier(targets=["Linear"], ignore=["lm_head"], sparsity=0.5, mask_structure="2:4")
+    start = time.perf_counter()
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    length = len(ids[0])
+    oneshot(model=dense, dataset=data, recipe=recipe, num_calibration_samples=len(ids), max_seq_length=length)
+    dense.to(torch.bfloat16).save_pretrained(out)
+    seconds = time.perf_counter() - start
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    names = ("llmcompressor", "transformers", "torch", "compressed-tensors")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    print(json.dumps({"seconds": seconds, "peak_memory_bytes": peak, "versions": versions}))
+
+
+if __name__ == "__main__":
+    main()
