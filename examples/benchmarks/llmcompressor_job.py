@@ -28,7 +28,7 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     length = len(ids[0])
     oneshot(model=dense, dataset=data, recipe=recipe, num_calibration_samples=len(ids), max_seq_length=length)
-    dense.to(torch.bfloat16).save_pretrained(out)
+    dense.to(dtype=torch.bfloat16).save_pretrained(out)
     seconds = time.perf_counter() - start
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024

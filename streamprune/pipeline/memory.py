@@ -17,9 +17,10 @@ from streamprune.errors import SettingsError
 from streamprune.model.skeleton import Skeleton
 from streamprune.pipeline.block_pruning import moment_unit
 from streamprune.pruning.group import ROWS_AT_ONCE
-from streamprune.pruning.statistics import FINE_BINS, moment_blocks
+from streamprune.pruning.statistics import FINE_BINS, ROW_GAP, moment_blocks
 
-LIBRARIES_BYTES = 600_000_000  # resident with torch, transformers and a model's skeleton, before anything is read
+LIBRARIES_BYTES = 500_000_000  # resident with torch, transformers and a model's skeleton, before anything is read
+HEAP_SLACK = 1.03  # what an allocator holds over what is asked of it, about
 LEAST_MOMENTS_WIDTH = 1024  # to which blocks of second moments are cut for a limit
 ROW_COPIES = 12  # float32 matrices of a piece of rows that selection and refinement hold at once
 Shape = tuple[int, int]
@@ -107,7 +108,7 @@ def estimate_memory(sizes: Sizes, config: PruneConfig, pace: Pace) -> Memory:
     """What the job holds at once, stage by stage."""
     by_size = {sizes.stored(sizes.skeleton.block_parameters(i)): i for i in range(len(sizes.skeleton.blocks))}
     blocks = [_block_memory(sizes, index, config, pace) for index in by_size.values()]  # equal blocks need the same
-    dense_pass, pruning, sparse_pass = (max(values) for values in zip(*blocks, strict=True))
+    dense_pass, pruning, sparse_pass = (int(HEAP_SLACK * max(values)) for values in zip(*blocks, strict=True))
     read_ahead = pace.blocks_ahead * max(by_size)
     embeddings = _embedding_memory(sizes)
     return Memory(
@@ -158,10 +159,10 @@ def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> 
     largest = max(elements.values(), default=0)
     widest = max((max(shape) for shape in layers.values()), default=0)
     # what attention and the MLP hold at once, and the tokens of layers that are kept for correction
-    activations = 4 * pace.micro_batch * sizes.tokens * (16 * sizes.skeleton.hidden_size + 6 * widest)
+    activations = 4 * pace.micro_batch * sizes.tokens * (16 * sizes.skeleton.hidden_size + 10 * widest)
     groups = [(group, names) for group, names in sizes.skeleton.group_layers(index) if names[0] in layers]
     inputs = [layers[names[0]][1] for _, names in groups]
-    histograms = 4 * FINE_BINS * sum(inputs) if config.metric == "esparse" else 0
+    histograms = 4 * (FINE_BINS + ROW_GAP) * sum(inputs) if config.metric == "esparse" else 0
     moments = [
         _moment_bytes([layers[name] for name in names], moment_unit(sizes.skeleton, group, config), config)
         for group, names in groups
@@ -173,13 +174,14 @@ def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> 
     itemsize = sizes.checkpoint.tensors[sizes.names[parameters[0]]].dtype.itemsize
     written = kept * itemsize if config.reconstruct else 0
     results = source + kept + written
-    packed = kept * itemsize * config.pattern.kept // config.pattern.group_size + kept // 8
+    share = config.pattern.kept / config.pattern.group_size
+    packed, packed_largest = (int(count * (itemsize * share + 1 / 8)) for count in (kept, largest))
     if not config.validate:  # no pass at all
         return 0, source + max(pruning + written, results), 0
     return (
         source + block + sum(moments) + histograms + activations,
         source + max(pruning + written, results),
-        results + packed + max(block, 2 * packed) + 12 * largest + activations,
+        results + block + max(packed, (sizes.dtype.itemsize + 1) * largest + 2 * packed_largest) + activations,
     )
 
 

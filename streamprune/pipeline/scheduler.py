@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamprune.checkpoint.packed import layer_from_tensors, packed_tensors
+from streamprune.checkpoint.packed import layer_from_tensors, packed_tensors, tensor_names
 from streamprune.checkpoint.reader import open_file
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.checkpoint.writer import Pieces, write_safetensors
@@ -423,13 +423,12 @@ def _sparse_pass(
     synced.append(run.background.submit(following.sync))
     layers = []
     with timed("validate"):
-        shard_tensors = shard.read(shard.tensors)
         for layer, result in pruned.layers.items():
             written = block.get_submodule(layer.removeprefix(f"{name}."))
             bias = pruned.others.get(f"{layer}.bias")
             errors = layer_errors(layer, written, result, bias, samples[layer].tokens, job.arithmetic)
             layers.append(_about_layer(job, index, layer, result, errors))
-            check_packed_bits(layer, result, layer_from_tensors(layer, shard_tensors))
+            check_packed_bits(layer, result, layer_from_tensors(layer, shard.read(tensor_names(shard, layer))))
         for parameter, tensor in pruned.others.items():
-            check_bits(parameter, tensor, shard_tensors[parameter])
+            check_bits(parameter, tensor, shard.read([parameter])[parameter])
     return total.value, layers

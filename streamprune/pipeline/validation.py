@@ -59,13 +59,15 @@ def layer_errors(
     x [tokens, in] is the layer's own input in pass 2. The reference tensors never went through pack and unpack. Raises
     KernelFault, naming the layer, where kernel_error is beyond the arithmetic's tolerance.
     """
-    weight, kept = pruned.weight.to(arithmetic.dtype), pruned.written.to(arithmetic.dtype)
     offset = bias.to(arithmetic.dtype) if bias is not None else None
     permuted = x if pruned.gather is None else x[:, pruned.gather]
     with torch.inference_mode():
         sparse = written(x)
-        masked = functional.linear(permuted, torch.where(pruned.keep, kept, 0), offset)
+        weight = pruned.weight.to(arithmetic.dtype, copy=True)  # the one copy of that size at a time
         dense = functional.linear(permuted, weight, offset)
+        if pruned.written is not pruned.weight:
+            weight.copy_(pruned.written)
+        masked = functional.linear(permuted, weight.mul_(pruned.keep), offset)
     kernel_error = relative_error(sparse, masked)
     if not kernel_error <= arithmetic.kernel_tolerance:
         raise KernelFault(
