@@ -3,7 +3,7 @@
     python llmcompressor_job.py MODEL TOKENS OUT
 
 TOKENS is a JSON list of sequences of token ids. Prints one JSON line: versions, seconds from the first byte read to the
-last written without imports, and peak memory of the process.
+last written without imports, and peak memory of the process, with and without the saving of the model.
 """
 
 import importlib.metadata
@@ -19,6 +19,11 @@ from llmcompressor.modifiers.pruning import WandaPruningModifier
 from transformers import AutoModelForCausalLM
 
 
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def main() -> None:
     model, tokens, out = sys.argv[1:]
     ids = json.loads(Path(tokens).read_text())
@@ -28,13 +33,13 @@ def main() -> None:
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     length = len(ids[0])
     oneshot(model=dense, dataset=data, recipe=recipe, num_calibration_samples=len(ids), max_seq_length=length)
-    dense.to(dtype=torch.bfloat16).save_pretrained(out)
+    before_saving = peak_memory_bytes()
+    dense.bfloat16().save_pretrained(out)
     seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    peaks = {"peak_memory_bytes": peak_memory_bytes(), "peak_before_saving_bytes": before_saving}
     names = ("llmcompressor", "transformers", "torch", "compressed-tensors")
     versions = {name: importlib.metadata.version(name) for name in names}
-    print(json.dumps({"seconds": seconds, "peak_memory_bytes": peak, "versions": versions}))
+    print(json.dumps({"seconds": seconds, **peaks, "versions": versions}))
 
 
 if __name__ == "__main__":

@@ -147,7 +147,8 @@ def _embedding_memory(sizes: Sizes) -> int:
     small = [name for name in sizes.skeleton.outer_parameters() if name.startswith(prefix) and name != embedding]
     source = sizes.checkpoint.tensors[sizes.names[embedding]]
     rows = sizes.tokens * source.shape[1] * 2 * (source.dtype.itemsize + sizes.dtype.itemsize)
-    return max(sizes.stored(small) + sizes.computed(small) + rows, 2 * PIECE_BYTES)
+    largest = max(sizes.stored([name]) for name in sizes.skeleton.outer_parameters())
+    return max(sizes.stored(small) + sizes.computed(small) + rows, 2 * min(PIECE_BYTES, largest))
 
 
 def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """Pass 2's figures: is a written layer right (kernel_error), and what does pruning cost (layer_error, block_error)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,23 +19,31 @@ SAMPLE_TOKENS = 256
 
 @dataclass
 class InputSample:
-    """At most SAMPLE_TOKENS tokens of a layer's inputs: equally many, evenly spaced, of each of the first sequences."""
+    """At most SAMPLE_TOKENS tokens of a layer's inputs: equally many, evenly spaced, of each of the first sequences.
+
+    One tensor from the start: small ones kept beside a pass's large ones would leave the heap full of holes.
+    """
 
     sequences: int
-    parts: list[torch.Tensor] = field(default_factory=list)
+    room: torch.Tensor | None = None
     taken: int = 0
 
     def observe(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Take this sequence's share of its inputs [tokens, in]."""
         share = min(max(2, -(-SAMPLE_TOKENS // self.sequences)), SAMPLE_TOKENS - self.taken, x.shape[0])
+        if self.room is None:
+            self.room = x.new_empty(SAMPLE_TOKENS, x.shape[1])
         if share > 0:
             step = x.shape[0] // share
-            self.parts.append(x[: share * step : step].clone())
+            self.room[self.taken : self.taken + share] = x[: share * step : step]
             self.taken += share
 
     @property
     def tokens(self) -> torch.Tensor:
-        return torch.cat(self.parts)
+        """float [taken, in]."""
+        if self.room is None:
+            raise ValueError("no sequence has been seen")
+        return self.room[: self.taken]
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,10 @@ class _Channels:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Some rows of one layer: scores and weights float32 [rows, in], and the linear term of correction or None."""
+    """Some rows of one layer: scores float32 [rows, in], the linear term of correction or None, and the weights.
+
+    These are float32 and in the order of the scores where there are second moments; nothing else looks at them.
+    """
 
     scores: torch.Tensor
     weight: torch.Tensor
@@ -121,7 +124,8 @@ def prune_group(
     """
     counts = [len(weight) for weight in weights.values()]
     with timed("select"):
-        scores = torch.cat([score(weight, statistics, config) for weight in weights.values()])
+        each = [score(weight, statistics, config) for weight in weights.values()]
+        scores = torch.cat(each) if len(each) > 1 else each[0]
     bounds = ((0, scores.shape[1]),) if statistics.moments is None else statistics.moments.bounds
     shrinkage: tuple[float, ...] = ()
     if config.refine:
@@ -138,9 +142,10 @@ def prune_group(
             rows = slice(first, first + ROWS_AT_ONCE)
             with timed("select"):
                 linear = _linear(weights[name], rows, statistics, config)
-                piece = _Rows(own_scores[rows], weights[name][rows].to(torch.float32), linear)
+                weight = weights[name][rows]
+                piece = _Rows(own_scores[rows], weight if channels.moments is None else weight.float(), linear)
             pieces.append(_prune_rows(piece, channels, weights[name].dtype, config, timed))
-        keep[name] = torch.cat([piece.keep for piece in pieces])
+        keep[name] = torch.cat([piece.keep for piece in pieces]) if len(pieces) > 1 else pieces[0].keep
         if config.reconstruct:
             written[name] = torch.cat([piece.written for piece in pieces if piece.written is not None])
         steps[name] = _steps(pieces)
@@ -221,6 +226,8 @@ def _search(
     scores: torch.Tensor, bounds: tuple[tuple[int, int], ...], heads: Heads | None, config: PruneConfig
 ) -> torch.Tensor | None:
     """The permutation found, None for the identity; it stays inside heads, and inside blocks of second moments."""
+    if not config.search_stages:
+        return None
     if heads is not None:
         found = search_in_heads(scores, heads, config)
     else:

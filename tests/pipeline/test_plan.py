@@ -83,7 +83,8 @@ def test_memory_follows_what_the_settings_hold(sources: Sources) -> None:
 
     everything, plain = stages(), stages(refine=False, metric="wanda", shuffle="none")
     assert everything.dense_pass > stages(correction=0.0).dense_pass > stages(refine=False).dense_pass
-    assert stages(refine=False).dense_pass == plain.dense_pass + (3 * 64 + 160) * 16384
+    counts = (3 * 64 + 160) * 4 * (4096 + 80)
+    assert stages(refine=False).dense_pass - plain.dense_pass == pytest.approx(memory.HEAP_SLACK * counts, abs=2)
     assert everything.dense_pass > stages(moments_width=64).dense_pass
     assert everything.embeddings == plain.embeddings
     longer = streamprune.plan(sources("llama"), samples=40, sequence_length=128).memory
