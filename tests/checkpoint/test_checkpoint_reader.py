@@ -5,13 +5,16 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from streamprune.checkpoint import reader
 from streamprune.checkpoint.reader import (
     SAFETENSORS_INDEX,
     Checkpoint,
@@ -368,3 +371,37 @@ def test_open_file_is_a_checkpoint_of_its_folder(tmp_path: Path) -> None:
     assert isinstance(opened, Checkpoint)
     assert opened.folder == tmp_path
     assert opened.tensors["a"].path == tmp_path / "one.safetensors"
+
+
+@pytest.mark.parametrize("source", ["opt", "opt-bin", "llama-sharded"])
+def test_rows_and_pieces_are_those_of_the_whole_tensor(
+    source: str, sources: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any rows in any order, also twice; pieces of whole rows that make up the tensor."""
+    checkpoint = open_checkpoint(sources(source))
+    name = next(name for name in checkpoint.tensors if name.endswith("embed_tokens.weight"))
+    whole = checkpoint.read([name])[name]
+    rows = torch.tensor([7, 0, len(whole) - 1, 7, 3])
+    assert torch.equal(checkpoint.row_reader(name)(rows), whole[rows])
+    assert [len(piece) for piece in checkpoint.pieces(name)] == [len(whole)]
+    monkeypatch.setattr(reader, "PIECE_BYTES", 5 * whole.shape[1] * whole.itemsize + 1)
+    pieces = list(checkpoint.pieces(name))
+    assert {len(piece) for piece in pieces[:-1]} == {5}
+    assert torch.equal(torch.cat(pieces), whole)
+    monkeypatch.setattr(reader, "PIECE_BYTES", 1)
+    assert torch.equal(torch.cat(list(checkpoint.pieces(name))), whole)
+
+
+def test_rows_and_pieces_with_nan_are_refused(
+    sources: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sources("opt"), tmp_path / "source"))
+    name = next(name for name in open_checkpoint(folder).tensors if name.endswith("embed_tokens.weight"))
+    tiny.edit_tensor(folder / "model.safetensors", name, lambda tensor: tensor[9].fill_(float("nan")))
+    checkpoint = open_checkpoint(folder)
+    checkpoint.row_reader(name)(torch.tensor([8, 10]))
+    with pytest.raises(NumericsError, match=name):
+        checkpoint.row_reader(name)(torch.tensor([8, 9]))
+    monkeypatch.setattr(reader, "PIECE_BYTES", 1024)
+    with pytest.raises(NumericsError, match=name):
+        list(checkpoint.pieces(name))

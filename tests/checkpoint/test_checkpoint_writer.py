@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from streamprune.checkpoint.reader import read_about
 from streamprune.checkpoint.writer import (
+    Pieces,
     canonical_json,
     file_digest,
     write_atomically,
@@ -194,3 +195,33 @@ def test_file_digest_is_sha256(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(content)
     assert file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_tensor_made_in_pieces_is_the_tensor(tmp_path: Path) -> None:
+    """Same bytes as written at once, whose sha256 is returned; and only one piece is asked for at a time."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    whole = {"a": torch.randn(7, 3), "b": torch.arange(11, dtype=torch.uint8), "c": torch.randn(2, 2).bfloat16()}
+    digest = write_safetensors(tmp_path / "whole.safetensors", whole, temporary)
+    made: list[int] = []
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for number, rows in enumerate(whole["a"].split(2)):
+            made.append(number)
+            yield rows
+
+    lazy = {**whole, "a": Pieces(torch.float32, (7, 3), pieces)}
+    assert write_safetensors(tmp_path / "pieces.safetensors", lazy, temporary) == digest
+    assert made == [0, 1, 2, 3]
+    assert (tmp_path / "pieces.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert hashlib.sha256((tmp_path / "whole.safetensors").read_bytes()).hexdigest() == digest
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in load_file(tmp_path / "whole.safetensors").items())
+
+
+def test_pieces_of_another_size_are_refused(tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    short = {"a": Pieces(torch.float32, (3, 2), lambda: [torch.zeros(2, 2)])}
+    with pytest.raises(ValueError, match="not of the sizes announced"):
+        write_safetensors(tmp_path / "a.safetensors", short, temporary)
+    assert not (tmp_path / "a.safetensors").exists()
