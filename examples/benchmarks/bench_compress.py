@@ -253,8 +253,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes[1].plot(
             counts, [one["peak_memory_bytes"] / 1e6 for one in found[part].values()], marker="o", label=f"by {label}"
         )
-    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1.15 * axes[1].get_ylim()[1])
     axes[1].set_xscale("log", base=2)
+    axes[1].xaxis.set_major_formatter("{x:.0f}")
     axes[1].set_xlabel("blocks, or sequences")
     axes[1].set_ylabel("peak memory of the process, MB")
     axes[1].legend(fontsize=8)
