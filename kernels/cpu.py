@@ -165,6 +165,8 @@ def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     Raises ValueError where rows keep different numbers of them.
     """
     rows, width = weight.shape
+    if keep.shape != weight.shape or keep.dtype != torch.bool:
+        raise ValueError(f"a mask {list(keep.shape)} does not fit a weight {list(weight.shape)}")
     kept = int(keep[0].sum()) if rows else 0
     compiled = _library_for(weight)
     if compiled is None or not kept:
@@ -187,6 +189,8 @@ def expand(
     if compiled is None or not values.numel():
         return reference.expand(values, mask, in_features, permutation)
     rows, kept = values.shape
+    if mask.shape != (rows, -(-in_features // 8)) or mask.dtype != torch.uint8:
+        raise ValueError(f"a mask {list(mask.shape)} does not fit {rows} rows of {in_features} channels")
     values, mask, dense = values.contiguous(), mask.contiguous(), torch.empty(rows, in_features, dtype=values.dtype)
     place = None if permutation is None else permutation.to(torch.int32).contiguous()
     if place is not None and not torch.equal(place.sort().values, torch.arange(in_features, dtype=torch.int32)):

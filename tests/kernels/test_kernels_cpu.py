@@ -131,6 +131,10 @@ def test_masks_that_do_not_fit_are_refused(module: Any) -> None:
         mask = torch.tensor([[0b0011], [bits]], dtype=torch.uint8)
         with pytest.raises(ValueError, match="does not keep 2 values in every row"):
             module.expand(torch.ones(2, 2), mask, 4)
+    with pytest.raises(ValueError, match="does not fit 2 rows of 12 channels"):
+        cpu.expand(torch.ones(2, 2), torch.tensor([[3], [3]], dtype=torch.uint8), 12)
+    with pytest.raises(ValueError, match="does not fit a weight"):
+        cpu.pack_values(torch.ones(2, 8), keep)
     with pytest.raises(ValueError, match="permutation"):
         cpu.expand(torch.ones(1, 2), torch.tensor([[3]], dtype=torch.uint8), 4, torch.tensor([0, 1, 2, 9]))
 
