@@ -68,8 +68,6 @@ class HiddenStates:
         """Make what was written last through a power loss."""
         os.fsync(self._file.fileno())
 
-    def close(self, *, remove: bool = False) -> None:
-        """Close the file, once or more often; `remove` it unless a resumed job needs it."""
+    def close(self) -> None:
+        """Close the file, once or more often; it stays, for a resumed job or a later block."""
         self._file.close()
-        if remove:
-            self.path.unlink(missing_ok=True)

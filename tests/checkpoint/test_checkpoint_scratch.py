@@ -38,7 +38,7 @@ def test_chunks_are_read_back_bit_for_bit_in_any_order(dtype: torch.dtype, tmp_p
         assert read.shape == (1, TOKENS, HIDDEN)
         assert torch.equal(read, chunks(dtype)[index])
     assert (tmp_path / "h.bin").stat().st_size == SEQUENCES * TOKENS * HIDDEN * dtype.itemsize
-    states.close(remove=False)
+    states.close()
 
 
 def test_chunk_lies_at_its_place_in_row_major_bytes(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_chunk_lies_at_its_place_in_row_major_bytes(tmp_path: Path) -> None:
     content = (tmp_path / "h.bin").read_bytes()
     for index, chunk in enumerate(chunks()):
         assert content[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES] == chunk.numpy().tobytes()
-    states.close(remove=False)
+    states.close()
 
 
 def test_states_are_stored_in_the_files_dtype_and_layout(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_states_are_stored_in_the_files_dtype_and_layout(tmp_path: Path) -> None
     strided = torch.randn(1, HIDDEN, TOKENS).transpose(1, 2)
     states.write(0, strided)
     assert torch.equal(states.read(0), strided.to(torch.bfloat16))
-    states.close(remove=True)
+    states.close()
 
 
 def test_overwritten_chunk_is_the_new_one(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_overwritten_chunk_is_the_new_one(tmp_path: Path) -> None:
     assert torch.equal(states.read(1), chunks()[1] + 1)
     assert torch.equal(states.read(0), chunks()[0])
     assert torch.equal(states.read(2), chunks()[2])
-    states.close(remove=True)
+    states.close()
 
 
 @pytest.mark.parametrize("byte", [0, CHUNK_BYTES - 1])
@@ -78,7 +78,7 @@ def test_damaged_chunk_is_noticed_and_the_others_are_not_blamed(byte: int, tmp_p
     assert torch.equal(states.read(2), chunks()[2])
     with pytest.raises(CheckpointError, match=r"h\.bin: hidden states of sequence 1 are damaged"):
         states.read(1)
-    states.close(remove=True)
+    states.close()
 
 
 def test_truncated_file_is_noticed(tmp_path: Path) -> None:
@@ -87,30 +87,30 @@ def test_truncated_file_is_noticed(tmp_path: Path) -> None:
     assert torch.equal(states.read(1), chunks()[1])
     with pytest.raises(CheckpointError, match=r"h\.bin: ends before byte 480; the file is truncated"):
         states.read(2)
-    states.close(remove=True)
+    states.close()
 
 
 def test_chunk_that_was_never_written_is_an_error(tmp_path: Path) -> None:
     states = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
     with pytest.raises(CheckpointError, match="sequence 0 are damaged"):
         states.read(0)
-    states.close(remove=True)
+    states.close()
 
 
 def test_reopened_with_its_checksums_it_goes_on(tmp_path: Path) -> None:
     first = filled(tmp_path / "h.bin")
     first.sync()
-    first.close(remove=False)
+    first.close()
     again = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
     again.checksums = list(first.checksums)
     for index, chunk in enumerate(chunks()):
         assert torch.equal(again.read(index), chunk)
-    again.close(remove=False)
+    again.close()
 
 
 def test_file_that_was_cut_while_closed_is_noticed_chunk_by_chunk(tmp_path: Path) -> None:
     first = filled(tmp_path / "h.bin")
-    first.close(remove=False)
+    first.close()
     os.truncate(tmp_path / "h.bin", CHUNK_BYTES + 4)
     again = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
     again.checksums = list(first.checksums)
@@ -118,14 +118,13 @@ def test_file_that_was_cut_while_closed_is_noticed_chunk_by_chunk(tmp_path: Path
     for index in (1, 2):
         with pytest.raises(CheckpointError, match="damaged"):
             again.read(index)
-    again.close(remove=False)
+    again.close()
 
 
-def test_only_its_owner_reads_the_file_and_close_removes_it(tmp_path: Path) -> None:
+def test_only_its_owner_reads_the_file(tmp_path: Path) -> None:
     states = filled(tmp_path / "h.bin")
     assert (tmp_path / "h.bin").stat().st_mode & 0o777 == 0o600
-    states.close(remove=True)
-    assert not (tmp_path / "h.bin").exists()
+    states.close()
 
 
 def test_wrong_shape_is_refused(tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_wrong_shape_is_refused(tmp_path: Path) -> None:
     for shape in ((TOKENS, HIDDEN), (1, HIDDEN, TOKENS), (2, TOKENS, HIDDEN)):
         with pytest.raises(ValueError, match="hidden states of shape"):
             states.write(0, torch.zeros(shape))
-    states.close(remove=True)
+    states.close()
 
 
 def test_full_disk_is_told_at_once_with_the_bytes_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,8 +205,8 @@ def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, mode
             assert torch.equal(second.read(sequence), expected[sequence])
         first, second = second, first
     assert len(ticks) == samples * (1 + len(skeleton.blocks))
-    first.close(remove=True)
-    second.close(remove=True)
+    first.close()
+    second.close()
 
 
 def test_packed_block_is_loaded_from_its_shard(models: Models, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_blocks_whose_arguments_depend_on_the_text_are_refused(
     states = HiddenStates(tmp_path / "h.bin", *TOKENS.shape, 64, torch.float32)
     with pytest.raises(UnsupportedModelError, match="depends on the text"):
         embed(skeleton, inputs, TOKENS, FLOAT32, states, no_tick)
-    states.close(remove=True)
+    states.close()
 
 
 def test_names_of_an_output_are_its_dense_parameters(models: Models, tmp_path: Path) -> None:
