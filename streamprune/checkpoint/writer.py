@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,39 @@ class Pieces:
     make: Callable[[], Iterable[torch.Tensor]]
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A file that is whole, but still beside its place: it can be read while it is synced, and is published then."""
+
+    path: Path
+    temporary: Path  # the file itself, until it is published
+    digest: str  # sha256 of its bytes
+
+    def sync(self) -> None:
+        """Wait until the disk has it. Raises OutputError."""
+        with output_errors(self.path):
+            _sync_file(self.temporary)
+
+    def publish(self) -> None:
+        """Rename it to its place, once it is synced. Raises OutputError."""
+        with output_errors(self.path):
+            _rename(self.temporary, self.path)
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, torch.Tensor | Pieces], temporary: Path, about: Any = None
 ) -> str:
-    """Write tensors as one safetensors file; returns the sha256 of its bytes.
+    """Write tensors as one safetensors file, as stage_safetensors does, and publish it; returns its sha256."""
+    staged = stage_safetensors(path, tensors, temporary, about)
+    staged.sync()
+    staged.publish()
+    return staged.digest
+
+
+def stage_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor | Pieces], temporary: Path, about: Any = None
+) -> Staged:
+    """Write tensors as one safetensors file that is to be `path`, into the folder `temporary`.
 
     `about` is plain data kept as JSON under the key "streamprune"; without it the one key is "format", which loaders of
     plain checkpoints look for. As in the reference implementation wide dtypes come first, so that all are aligned.
@@ -56,25 +86,23 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
 
-    def write(target: Path) -> None:
-        with target.open("wb", buffering=0) as file:
+    target = temporary / path.name
+    with output_errors(path), target.open("wb", buffering=0) as file:
 
-            def put(data: Any) -> None:
-                digest.update(data)
-                done = 0
-                while done < len(data):
-                    done += file.write(data[done:])
+        def put(data: Any) -> None:
+            digest.update(data)
+            done = 0
+            while done < len(data):
+                done += file.write(data[done:])
 
-            put(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                tensor = tensors[name]
-                for piece in tensor.make() if isinstance(tensor, Pieces) else (tensor,):
-                    put(byte_view(piece.cpu().contiguous()))
-            if file.tell() != 8 + len(text) + offset:
-                raise ValueError(f"{path}: the tensors' pieces are not of the sizes announced")
-
-    write_atomically(path, temporary, write)
-    return digest.hexdigest()
+        put(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            tensor = tensors[name]
+            for piece in tensor.make() if isinstance(tensor, Pieces) else (tensor,):
+                put(byte_view(piece.cpu().contiguous()))
+        if file.tell() != 8 + len(text) + offset:
+            raise ValueError(f"{path}: the tensors' pieces are not of the sizes announced")
+    return Staged(path, target, digest.hexdigest())
 
 
 def write_json(path: Path, value: Any, temporary: Path) -> None:
@@ -93,15 +121,30 @@ def write_atomically(path: Path, temporary: Path, write: Callable[[Path], object
     `temporary` must lie on the same file system. Raises OutputError where the disk is full or the folder not writable.
     """
     target = temporary / path.name
-    try:
+    with output_errors(path):
         write(target)
-        target.chmod(0o644)  # safetensors makes files that only their owner reads
-        with target.open("rb+") as file:
-            os.fsync(file.fileno())
-        target.replace(path)
-        sync_folder(path.parent)
+        _sync_file(target)
+        _rename(target, path)
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Raise the system's errors as OutputError that names the file."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}); mend that and run again") from error
+
+
+def _sync_file(path: Path) -> None:
+    path.chmod(0o644)  # whatever the source's permissions, where it was copied
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _rename(target: Path, path: Path) -> None:
+    target.replace(path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

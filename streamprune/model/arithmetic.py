@@ -11,6 +11,7 @@ import torch
 from streamprune.errors import SettingsError
 from streamprune_kernels import library
 
+BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,8 +51,9 @@ class Arithmetic:
 def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmetic:
     """`device` auto, cpu or cuda; `dtype` auto, float32, bfloat16 or float16.
 
-    auto on a CPU is float32: fp16 products are about 100 times slower there and bfloat16 needs instructions that most
-    lack. On a GPU it is the source's dtype. Raises SettingsError for what is not there.
+    auto is the source's dtype on a GPU. On a CPU it is bfloat16 where the source is and the processor has instructions
+    for it, else float32: bfloat16 products without them are slower than float32's, fp16 products about 100 times, and
+    bfloat16 would take three bits of mantissa from an fp16 source. Raises SettingsError for what is not there.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise SettingsError(f"device {device!r} is none of auto, cpu, cuda")
@@ -62,11 +64,20 @@ def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmet
         raise SettingsError("device cuda: torch sees no GPU on this machine; use --device cpu")
     resolved = torch.device("cuda" if device != "cpu" and has_gpu else "cpu")
     if dtype == "auto":
-        on_gpu = source if source in DTYPES.values() else torch.float32
-        return Arithmetic(resolved, on_gpu if resolved.type == "cuda" else torch.float32)
+        kept = source in DTYPES.values() if resolved.type == "cuda" else source == torch.bfloat16 and has_bfloat16()
+        return Arithmetic(resolved, source if kept else torch.float32)
     if dtype == "float16" and resolved.type == "cpu":
         raise SettingsError("dtype float16 is about 100 times slower than float32 on a CPU; use float32 or bfloat16")
     return Arithmetic(resolved, DTYPES[dtype])
+
+
+def has_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Does the processor multiply bfloat16 (AMX, AVX-512 BF16, or Arm's bf16), as Linux lists its features?"""
+    if not cpu_info.exists():
+        return False
+    lines = (line.partition(":") for line in cpu_info.read_text().splitlines())
+    features = next((words.split() for name, _, words in lines if name.strip().lower() in ("flags", "features")), [])
+    return not BFLOAT16_FEATURES.isdisjoint(features)
 
 
 def peak_memory_bytes() -> int:

@@ -50,7 +50,8 @@ from streamprune.pipeline.memory import Limits
 from streamprune.pipeline.plan import check_disk
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.residual import reordered, residual_permutation
-from streamprune.pipeline.scheduler import Run, about_permutation, check_outcomes, compress_blocks
+from streamprune.pipeline.run import Run
+from streamprune.pipeline.scheduler import about_permutation, check_outcomes, compress_blocks
 
 COPIED_FILES = (
     "generation_config.json",

@@ -9,32 +9,31 @@ blocks alone (the reference), and compares each layer's inputs there with those 
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import nn
 
 from streamprune.checkpoint.packed import layer_from_tensors, packed_tensors, tensor_names
-from streamprune.checkpoint.reader import open_file
+from streamprune.checkpoint.reader import Checkpoint, open_file
 from streamprune.checkpoint.scratch import HiddenStates
-from streamprune.checkpoint.writer import Pieces, write_safetensors
+from streamprune.checkpoint.writer import Pieces, Staged, stage_safetensors
 from streamprune.config import PruneConfig
-from streamprune.errors import BlockErrorExceeded, CheckpointError, Interrupted, JobMismatchError
+from streamprune.errors import BlockErrorExceeded, JobMismatchError
 from streamprune.model.arithmetic import peak_memory_bytes, return_free_memory
 from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
-from streamprune.model.streaming import BlockArguments, TextInputs, advance, embed, load_block, text_inputs
+from streamprune.model.streaming import BlockArguments, load_block
 from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, PrunedLayer, prune_block
 from streamprune.pipeline.job import Job
-from streamprune.pipeline.journal import Journal
 from streamprune.pipeline.observation import BlockObservation
-from streamprune.pipeline.progress import Progress, StageTimes
-from streamprune.pipeline.residual import reordered, source_order
+from streamprune.pipeline.progress import StageTimes
+from streamprune.pipeline.residual import source_order
+from streamprune.pipeline.run import Run
 from streamprune.pipeline.source import SourceBlock, parameters_of, read_source, source_blocks
+from streamprune.pipeline.streams import Streams, inputs_of_next_block
 from streamprune.pipeline.validation import (
     BlockErrorSum,
     InputSample,
@@ -46,53 +45,6 @@ from streamprune.pipeline.validation import (
 from streamprune.pruning.statistics import ChannelStatistics
 
 logger = logging.getLogger("streamprune")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a job: where it writes and who watches."""
-
-    job: Job
-    journal: Journal
-    scratch: Path
-    progress: Progress
-    should_stop: Callable[[], bool]
-    open_files: ExitStack  # closes the hidden states, however the job ends
-    background: Executor  # waits for disks while the processor works
-    residual: FoldedPermutation | None = None  # of the residual stream, for the whole model
-
-    def tick(self) -> None:
-        """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
-        self.progress.sample_done()
-        if self.should_stop():
-            raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
-
-    def advance(
-        self,
-        block: nn.Module,
-        index: int,
-        arguments: BlockArguments,
-        states: HiddenStates,
-        target: HiddenStates,
-        observe: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda index, x, y: None,
-    ) -> None:
-        """Run block `index` on every sequence."""
-        job = self.job
-        name, batch = job.skeleton.blocks[index], job.plan.micro_batch
-        advance(block, name, arguments[index], states, target, job.arithmetic, self.tick, observe, batch)
-
-    def inputs_of(self, index: int, kind: str, samples: int) -> HiddenStates:
-        """The inputs of a block. Two files of a kind take turns: a block's outputs go where its predecessor's inputs
-        were, into pages that are there already.
-        """
-        return self.hidden_states(f"{kind}-{index % 2}", samples)
-
-    def hidden_states(self, name: str, samples: int) -> HiddenStates:
-        length = self.job.tokens.shape[1]
-        hidden, dtype = self.job.skeleton.hidden_size, self.job.arithmetic.dtype
-        states = HiddenStates(self.scratch / f"{name}.bin", samples, length, hidden, dtype)
-        self.open_files.callback(states.close)
-        return states
 
 
 def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,7 +60,7 @@ def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, A
     if run.job.config.validate:
         following = _pruned_blocks(run, tuple(entries), sources)
     else:
-        following = (_prune_unseen(run, index, sources) for index in left)
+        following = _pruned_unseen(run, left, sources)
     for index, entry in zip(left, following, strict=True):
         run.journal.record(index, entry)
         entries.append(entry)
@@ -121,7 +73,7 @@ def _pruned_blocks(
     run: Run, finished: Sequence[dict[str, Any]], sources: Iterator[SourceBlock]
 ) -> Iterator[dict[str, Any]]:
     """The entries of the blocks that follow; each is to be in the journal before the next is asked for."""
-    arguments, streams = _inputs_of_next_block(run, finished)
+    arguments, streams = inputs_of_next_block(run, finished)
     for index in range(len(finished), len(run.job.skeleton.blocks)):
         entry, following = _compress_block(run, index, sources, arguments, streams)
         yield entry
@@ -148,86 +100,9 @@ def check_outcomes(config: PruneConfig, entries: list[dict[str, Any]]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Streams:
-    """Inputs of a block: behind the pruned blocks, and for every k-th sequence behind the dense ones."""
-
-    hidden: HiddenStates
-    reference: HiddenStates | None
-
-    def close(self) -> None:
-        for states in (self.hidden, self.reference):
-            if states is not None:
-                states.close()
-
-
-def _inputs_of_next_block(run: Run, entries: Sequence[dict[str, Any]]) -> tuple[BlockArguments, _Streams]:
-    """Hidden states for the first unfinished block: those on disk if they are whole, or made again by replaying."""
-    job = run.job
-    inputs = text_inputs(job.skeleton, job.checkpoint, job.names, lambda tensors: reordered(tensors, run.residual))
-    arguments, hidden = _resumed(run, inputs, entries, "hidden", job.tokens, _written_block)
-    if not job.config.correction:
-        return arguments, _Streams(hidden, None)
-    tokens = job.tokens[:: job.config.correction_stride]
-    return arguments, _Streams(hidden, _resumed(run, inputs, entries, "reference", tokens, _source_block)[1])
-
-
-def _resumed(
-    run: Run,
-    inputs: TextInputs,
-    entries: Sequence[dict[str, Any]],
-    kind: str,
-    tokens: torch.Tensor,
-    block_of: Callable[[Run, int, dict[str, Any]], nn.Module],
-) -> tuple[BlockArguments, HiddenStates]:
-    job, finished = run.job, len(entries)
-    if finished:
-        states = run.inputs_of(finished, kind, len(tokens))
-        states.checksums = list(entries[-1][f"{kind}_states"])
-        if _is_whole(states):
-            return embed(job.skeleton, inputs, job.tokens, job.arithmetic, None, run.tick), states
-        states.close()
-    states = run.inputs_of(0, kind, len(tokens))
-    run.progress.stage("embeddings")
-    arguments = embed(job.skeleton, inputs, tokens, job.arithmetic, states, run.tick)
-    for index, entry in enumerate(entries):
-        run.progress.stage("replaying")
-        block = block_of(run, index, entry)
-        following = run.inputs_of(index + 1, kind, len(tokens))
-        run.advance(block, index, arguments, states, following)
-        states.close()
-        states = following
-    return arguments, states
-
-
-def _written_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
-    job = run.job
-    shard = open_file(run.journal.out / job.shard_name(index))
-    packed = dict.fromkeys((layer["name"] for layer in entry["layers"]), job.config.pattern)
-    names = {name: name for name in job.skeleton.block_parameters(index)}
-    return load_block(job.skeleton, index, shard, names, packed, job.arithmetic)
-
-
-def _source_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
-    job = run.job
-    tensors = parameters_of(job, index, read_source(job, index), run.residual)
-    return dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
-
-
-def _is_whole(states: HiddenStates) -> bool:
-    if any(checksum is None for checksum in states.checksums):
-        return False
-    try:
-        for index in range(len(states)):
-            states.read(index)
-    except CheckpointError:
-        return False
-    return True
-
-
 def _compress_block(
-    run: Run, index: int, sources: Iterator[SourceBlock], arguments: BlockArguments, streams: _Streams
-) -> tuple[dict[str, Any], _Streams]:
+    run: Run, index: int, sources: Iterator[SourceBlock], arguments: BlockArguments, streams: Streams
+) -> tuple[dict[str, Any], Streams]:
     job, name = run.job, run.job.skeleton.blocks[index]
     timed = StageTimes()
     with timed("read"):
@@ -244,11 +119,18 @@ def _compress_block(
     pruned = prune_block(job.skeleton, index, tensors, statistics, set(job.plan.blocks[index]), job.config, timed)
     del tensors, statistics
     with timed("write"):
-        files = _write_block(run, index, pruned)
+        staged = _stage_block(run, index, pruned)
     run.progress.stage(f"{name} sparse")
     following = run.inputs_of(index + 1, "hidden", len(job.tokens))
-    synced = [] if reference is None else [run.background.submit(reference.sync)]
-    error, layers = _sparse_pass(run, index, pruned, arguments, streams.hidden, dense, following, synced, timed)
+    synced = [run.background.submit(file.sync) for file in staged]
+    if reference is not None:
+        synced.append(run.background.submit(reference.sync))
+    shard = open_file(staged[-1].temporary)
+    block, samples, error = _sparse_pass(run, index, pruned, shard, arguments, streams.hidden, dense, following, timed)
+    synced.append(run.background.submit(following.sync))
+    with timed("validate"):
+        layers = _validated(run, index, pruned, shard, block, samples)
+    del block, samples
     outcome = outcome_of(error, job.config.max_block_error, job.config.on_excess)
     if outcome == "stopped":
         raise BlockErrorExceeded(
@@ -258,32 +140,56 @@ def _compress_block(
     if outcome == "kept dense":
         with timed("write"):
             tensors = parameters_of(job, index, read_source(job, index), run.residual)
-            files = _write_block(run, index, PrunedBlock({}, tensors, ()))
+            staged = _stage_block(run, index, PrunedBlock({}, tensors, ()))
         for sequence in range(len(dense)):
             following.write(sequence, dense.read(sequence))
-        synced.append(run.background.submit(following.sync))
+        synced += [run.background.submit(file.sync) for file in (*staged, following)]
         layers = []
     if outcome != "pruned":
         logger.warning("%s: %s, block error %.4g above %g", name, outcome, error, job.config.max_block_error)
     dense.close()
-    for done in synced:
-        done.result()
+    with timed("write"):
+        for done in synced:
+            done.result()
+        for file in staged:
+            file.publish()
     entry = {
         "name": name,
         "outcome": outcome,
         "block_error": error,
         "layers": layers,
         "source_tensors": digests,
-        "files": files,
+        "files": _digests(run, staged),
         "hidden_states": following.checksums,
         "reference_states": None if reference is None else reference.checksums,
         "moments": moments,
         "timings": {"seconds": timed.seconds, "peak_memory_bytes": peak_memory_bytes()},
     }
-    return entry, _Streams(following, reference)
+    return entry, Streams(following, reference)
 
 
-def _prune_unseen(run: Run, index: int, sources: Iterator[SourceBlock]) -> dict[str, Any]:
+def _pruned_unseen(run: Run, left: Iterable[int], sources: Iterator[SourceBlock]) -> Iterator[dict[str, Any]]:
+    """The entries of blocks pruned by their weights alone; one is synced while the next is worked on."""
+
+    def publish(staged: Sequence[Staged]) -> None:
+        for file in staged:
+            file.sync()
+            file.publish()
+
+    waiting: deque[tuple[dict[str, Any], Future[None]]] = deque()
+    for index in left:
+        entry, staged = _prune_unseen(run, index, sources)
+        waiting.append((entry, run.background.submit(publish, staged)))
+        if len(waiting) > 1:
+            entry, published = waiting.popleft()
+            published.result()
+            yield entry
+    for entry, published in waiting:
+        published.result()
+        yield entry
+
+
+def _prune_unseen(run: Run, index: int, sources: Iterator[SourceBlock]) -> tuple[dict[str, Any], Sequence[Staged]]:
     """A block pruned by its weights alone: no text passes it, and nothing is known of its error."""
     job = run.job
     timed = StageTimes()
@@ -296,17 +202,18 @@ def _prune_unseen(run: Run, index: int, sources: Iterator[SourceBlock]) -> dict[
     pruned = prune_block(job.skeleton, index, tensors, statistics, set(plans), job.config, timed)
     del tensors
     with timed("write"):
-        files = _write_block(run, index, pruned)
-    return {
+        staged = _stage_block(run, index, pruned)
+    entry = {
         "name": job.skeleton.blocks[index],
         "outcome": "pruned",
         "block_error": None,
         "layers": [_about_layer(job, index, layer, result, None) for layer, result in pruned.layers.items()],
         "source_tensors": digests,
-        "files": files,
+        "files": _digests(run, staged),
         "moments": _about_moments({}),
         "timings": {"seconds": timed.seconds, "peak_memory_bytes": peak_memory_bytes()},
     }
+    return entry, staged
 
 
 def _about_moments(statistics: Mapping[str, ChannelStatistics]) -> dict[str, Any]:
@@ -339,7 +246,7 @@ def _dense_pass(
     index: int,
     tensors: dict[str, torch.Tensor],
     arguments: BlockArguments,
-    streams: _Streams,
+    streams: Streams,
     dense: HiddenStates,
     reference: HiddenStates | None,
     timed: StageTimes,
@@ -366,8 +273,8 @@ def _dense_pass(
     return observation.result()
 
 
-def _write_block(run: Run, index: int, pruned: PrunedBlock) -> dict[str, str]:
-    """Write a block's shard, and beside the journal its folded permutations and input RMS; returns their digests.
+def _stage_block(run: Run, index: int, pruned: PrunedBlock) -> tuple[Staged, Staged]:
+    """Write a block's folded permutations and input RMS, which lie beside the journal until the end, and its shard.
 
     Layers are packed one tensor at a time while the shard is written.
     """
@@ -378,9 +285,12 @@ def _write_block(run: Run, index: int, pruned: PrunedBlock) -> dict[str, str]:
         evidence[f"{name}.input_rms"] = source_order(layer.rms.cpu(), f"{name}.weight", run.residual)
     about = [about_permutation(fold) for fold in pruned.folded]
     beside, shard = run.journal.evidence_path(index), run.journal.out / run.job.shard_name(index)
-    digests = {beside: write_safetensors(beside, evidence, run.journal.temporary, about)}
-    digests[shard] = write_safetensors(shard, tensors, run.journal.temporary)
-    return {str(path.relative_to(run.journal.out)): digest for path, digest in digests.items()}
+    temporary = run.journal.temporary
+    return stage_safetensors(beside, evidence, temporary, about), stage_safetensors(shard, tensors, temporary)
+
+
+def _digests(run: Run, staged: Iterable[Staged]) -> dict[str, str]:
+    return {str(file.path.relative_to(run.journal.out)): file.digest for file in staged}
 
 
 def about_permutation(fold: FoldedPermutation) -> dict[str, Any]:
@@ -392,16 +302,15 @@ def _sparse_pass(
     run: Run,
     index: int,
     pruned: PrunedBlock,
+    shard: Checkpoint,
     arguments: BlockArguments,
     states: HiddenStates,
     dense: HiddenStates,
     following: HiddenStates,
-    synced: list[Future[None]],
     timed: StageTimes,
-) -> tuple[float, list[dict[str, Any]]]:
-    """Pass 2, from the shard as read back from disk: the next block's inputs, the block's error and its layers'."""
+) -> tuple[nn.Module, dict[str, InputSample], float]:
+    """Pass 2, from the shard as read back: the block, samples of its layers' inputs, and its error."""
     job, name = run.job, run.job.skeleton.blocks[index]
-    shard = open_file(run.journal.out / job.shard_name(index))
     packed = dict.fromkeys(pruned.layers, job.config.pattern)
     with timed("read"):
         names = {parameter: parameter for parameter in job.skeleton.block_parameters(index)}
@@ -420,15 +329,21 @@ def _sparse_pass(
 
     with timed("sparse pass"), layers_observed(block, observers, job.tokens.shape[1]):
         run.advance(block, index, arguments, states, following, observe)
-    synced.append(run.background.submit(following.sync))
+    return block, samples, total.value
+
+
+def _validated(
+    run: Run, index: int, pruned: PrunedBlock, shard: Checkpoint, block: nn.Module, samples: Mapping[str, InputSample]
+) -> list[dict[str, Any]]:
+    """The entries of a written block's layers. Raises KernelFault where a bit or a product is not what it must be."""
+    job, name = run.job, run.job.skeleton.blocks[index]
     layers = []
-    with timed("validate"):
-        for layer, result in pruned.layers.items():
-            written = block.get_submodule(layer.removeprefix(f"{name}."))
-            bias = pruned.others.get(f"{layer}.bias")
-            errors = layer_errors(layer, written, result, bias, samples[layer].tokens, job.arithmetic)
-            layers.append(_about_layer(job, index, layer, result, errors))
-            check_packed_bits(layer, result, layer_from_tensors(layer, shard.read(tensor_names(shard, layer))))
-        for parameter, tensor in pruned.others.items():
-            check_bits(parameter, tensor, shard.read([parameter])[parameter])
-    return total.value, layers
+    for layer, result in pruned.layers.items():
+        written = block.get_submodule(layer.removeprefix(f"{name}."))
+        bias = pruned.others.get(f"{layer}.bias")
+        errors = layer_errors(layer, written, result, bias, samples[layer].tokens, job.arithmetic)
+        layers.append(_about_layer(job, index, layer, result, errors))
+        check_packed_bits(layer, result, layer_from_tensors(layer, shard.read(tensor_names(shard, layer))))
+    for parameter, tensor in pruned.others.items():
+        check_bits(parameter, tensor, shard.read([parameter])[parameter])
+    return layers

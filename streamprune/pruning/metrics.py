@@ -19,7 +19,7 @@ def magnitude_score(weight: torch.Tensor) -> torch.Tensor:
 
 def wanda_score(weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """|W_ij| * ||X_j||_2 (Wanda, eq. 1); norm [in]."""
-    return weight.abs() * norm
+    return weight.abs().mul_(norm)
 
 
 def ria_score(weight: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def esparse_score(
     if relative:
         tiny = torch.finfo(entropy.dtype).tiny
         entropy, amplitude = (term / term.mean().clamp(min=tiny) for term in (entropy, amplitude))
-    return weight.abs() * (entropy + alpha * amplitude)
+    return weight.abs().mul_(entropy + alpha * amplitude)
 
 
 def amplitude(statistics: ChannelStatistics, normalisation: str) -> torch.Tensor:

@@ -1,11 +1,14 @@
 """Device and dtype as resolved, and the table of architectures."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from streamprune.errors import SettingsError, UnsupportedModelError
+from streamprune.model import arithmetic
 from streamprune.model.architectures import ARCHITECTURES, architecture_of
-from streamprune.model.arithmetic import Arithmetic, name_of, resolve_arithmetic
+from streamprune.model.arithmetic import Arithmetic, has_bfloat16, name_of, resolve_arithmetic
 
 
 @pytest.fixture
@@ -14,10 +17,31 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_auto_on_a_cpu_is_float32_whatever_the_source(source: torch.dtype) -> None:
+def test_auto_on_a_cpu_is_float32_but_for_bfloat16_that_it_multiplies(
+    source: torch.dtype, instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: instructions)
+    expected = torch.bfloat16 if instructions and source == torch.bfloat16 else torch.float32
     for device in ("auto", "cpu"):
-        assert resolve_arithmetic(device, "auto", source) == Arithmetic(torch.device("cpu"), torch.float32)
+        assert resolve_arithmetic(device, "auto", source) == Arithmetic(torch.device("cpu"), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f amx_bf16 amx_tile\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd i8mm bf16\n", True),
+        ("model name\t: amx_bf16\nflags\t\t: fpu avx512f avx512_vbmi2\nbugs\t\t: bf16\n", False),
+        ("", False),
+    ],
+)
+def test_bfloat16_instructions_are_read_from_the_list_of_features(text: str, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert has_bfloat16(tmp_path / "cpuinfo") is expected
+    assert not has_bfloat16(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +58,7 @@ def test_auto_on_a_gpu_is_the_sources_dtype(
     source: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: False)
     assert resolve_arithmetic("auto", "auto", source) == Arithmetic(torch.device("cuda"), expected)
     assert resolve_arithmetic("cpu", "auto", source) == Arithmetic(torch.device("cpu"), torch.float32)
     assert resolve_arithmetic("cuda", "float32", source).dtype == torch.float32

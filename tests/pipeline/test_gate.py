@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from streamprune.checkpoint import packed
-from streamprune.checkpoint.writer import Pieces
+from streamprune.checkpoint.writer import Pieces, Staged
 from streamprune.errors import BlockErrorExceeded, KernelFault
 from streamprune.pipeline import scheduler
 from streamprune.pipeline.compress import CompressResult
@@ -208,17 +208,17 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
     tmp_path: Path,
 ) -> None:
     expected = tiny.digests(outputs("llama"))
-    original = scheduler.write_safetensors
+    original = scheduler.stage_safetensors
     written: list[str] = []
 
-    def corrupt(path: Path, tensors: Tensors, *rest: Any) -> str:
+    def corrupt(path: Path, tensors: Tensors, *rest: Any) -> Staged:
         written.append(path.name)
         if f"{layer}.{part}" in tensors:
             tensors = {**tensors, f"{layer}.{part}": made(tensors[f"{layer}.{part}"])}
             edit(tensors[f"{layer}.{part}"])
         return original(path, tensors, *rest)
 
-    monkeypatch.setattr(scheduler, "write_safetensors", corrupt)
+    monkeypatch.setattr(scheduler, "stage_safetensors", corrupt)
     with pytest.raises(KernelFault, match=rf"{layer}: kernel_error \S+ is beyond") as fault:
         prune("llama", tmp_path / "out")
     assert fault.value.exit_code == 7
@@ -233,9 +233,9 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
 
 def test_one_low_bit_of_one_weight_is_stopped(prune: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of the smallest weight: no product on a sample sees it; the comparison of the bits does."""
-    layer, original = "model.layers.0.mlp.down_proj", scheduler.write_safetensors
+    layer, original = "model.layers.0.mlp.down_proj", scheduler.stage_safetensors
 
-    def flip(path: Path, tensors: Tensors, *rest: Any) -> str:
+    def flip(path: Path, tensors: Tensors, *rest: Any) -> Staged:
         name = f"{layer}.weight_values"
         if name in tensors:
             values = made(tensors[name])
@@ -243,7 +243,7 @@ def test_one_low_bit_of_one_weight_is_stopped(prune: Prune, monkeypatch: pytest.
             tensors = {**tensors, name: values}
         return original(path, tensors, *rest)
 
-    monkeypatch.setattr(scheduler, "write_safetensors", flip)
+    monkeypatch.setattr(scheduler, "stage_safetensors", flip)
     with pytest.raises(KernelFault, match=rf"^{layer}\.weight_values: came back from disk changed"):
         prune("llama", tmp_path / "out")
     assert list((tmp_path / "out" / ".work").glob("block-*.json")) == []

@@ -1,0 +1,65 @@
+"""One run of a job: where it writes, who watches, and blocks run over all sequences."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from streamprune.checkpoint.scratch import HiddenStates
+from streamprune.errors import Interrupted
+from streamprune.model.streaming import BlockArguments, advance
+from streamprune.pipeline.block_pruning import FoldedPermutation
+from streamprune.pipeline.job import Job
+from streamprune.pipeline.journal import Journal
+from streamprune.pipeline.progress import Progress
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a job: where it writes and who watches."""
+
+    job: Job
+    journal: Journal
+    scratch: Path
+    progress: Progress
+    should_stop: Callable[[], bool]
+    open_files: ExitStack  # closes the hidden states, however the job ends
+    background: Executor  # waits for disks while the processor works
+    residual: FoldedPermutation | None = None  # of the residual stream, for the whole model
+
+    def tick(self) -> None:
+        """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
+        self.progress.sample_done()
+        if self.should_stop():
+            raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
+
+    def advance(
+        self,
+        block: nn.Module,
+        index: int,
+        arguments: BlockArguments,
+        states: HiddenStates,
+        target: HiddenStates,
+        observe: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda index, x, y: None,
+    ) -> None:
+        """Run block `index` on every sequence."""
+        job = self.job
+        name, batch = job.skeleton.blocks[index], job.plan.micro_batch
+        advance(block, name, arguments[index], states, target, job.arithmetic, self.tick, observe, batch)
+
+    def inputs_of(self, index: int, kind: str, samples: int) -> HiddenStates:
+        """The inputs of a block. Two files of a kind take turns: a block's outputs go where its predecessor's inputs
+        were, into pages that are there already.
+        """
+        return self.hidden_states(f"{kind}-{index % 2}", samples)
+
+    def hidden_states(self, name: str, samples: int) -> HiddenStates:
+        length = self.job.tokens.shape[1]
+        hidden, dtype = self.job.skeleton.hidden_size, self.job.arithmetic.dtype
+        states = HiddenStates(self.scratch / f"{name}.bin", samples, length, hidden, dtype)
+        self.open_files.callback(states.close)
+        return states
