@@ -43,7 +43,7 @@ from streamprune.pipeline.journal import (
     Journal,
     check_identity,
     is_finished,
-    output_locked,
+    output_leased,
     remove_output,
 )
 from streamprune.pipeline.memory import Limits
@@ -135,9 +135,9 @@ def compress(
     job = resolve_job(model, config, calibration, *amount, device, dtype, **resources)
     if is_finished(out) and not restart:
         return _already_finished(job, out)
-    with output_locked(out) as journal:
+    with output_leased(out, should_stop) as journal:
         if restart:
-            remove_output(out)
+            remove_output(journal)
         entries = journal.start({**without_budget(job.identity), "versions": versions()})
         earlier_seconds = sum(sum(entry["timings"]["seconds"].values()) for entry in entries)
         folder = _scratch_folder(journal, scratch)
@@ -166,14 +166,21 @@ def _already_finished(job: Job, out: Path) -> CompressResult:
     check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
     check_outcomes(job.config, manifest["blocks"])
     if (out / WORK_FOLDER).exists():
-        with output_locked(out) as journal:
+        with output_leased(out) as journal:
             journal.clear()
     return _result("already finished", out, manifest, read_json(out / TIMINGS_FILE))
 
 
 def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
-    if scratch is None:
-        return journal.work
+    """Where hidden states lie; those of a writer that may still be alive are not shared with it."""
+    folder = journal.work if scratch is None else _own_folder(journal, scratch)
+    if not journal.lease.sole:
+        for path in folder.glob("*.bin"):
+            path.unlink(missing_ok=True)
+    return folder
+
+
+def _own_folder(journal: Journal, scratch: str | Path) -> Path:
     name = hashlib.sha256(str(journal.out.resolve()).encode()).hexdigest()[:16]
     folder = Path(scratch) / f"streamprune-{name}"
     try:

@@ -1,17 +1,12 @@
 """The job's journal: what is finished, under which identity, and who is at work.
 
-OUT/.work/lock                 held by flock while a process works; a second one is refused
+OUT/.work/epoch-N-TOKEN/       the lease of the process that works (lease.py), and its files not yet renamed
 OUT/.work/identity.json        what the job is; another identity is refused by name
 OUT/.work/block-00003.json     one entry for each finished block, written after its shard is on disk
 OUT/.work/block-00003.safetensors   its folded permutations and input RMS, merged at the end
-OUT/.work/temporary/           files not yet renamed; emptied when a job starts
 """
 
-import fcntl
-import os
-import shutil
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +16,7 @@ from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, T
 from streamprune.checkpoint.reader import SAFETENSORS_INDEX, read_json
 from streamprune.checkpoint.writer import file_digest, write_json
 from streamprune.errors import JobMismatchError, OutputError
+from streamprune.pipeline.lease import Lease, leased
 
 WORK_FOLDER = ".work"
 OUTPUT_PATTERNS = ("streamprune_*", "model-*-of-*.safetensors", SAFETENSORS_INDEX, "config.json", TIMINGS_FILE)
@@ -31,6 +27,7 @@ class Journal:
     """The journal of the job in an output folder."""
 
     out: Path
+    lease: Lease
 
     @property
     def work(self) -> Path:
@@ -38,7 +35,7 @@ class Journal:
 
     @property
     def temporary(self) -> Path:
-        return self.work / "temporary"
+        return self.lease.folder
 
     def evidence_path(self, index: int) -> Path:
         """Where a block's folded permutations and input RMS lie until the end."""
@@ -53,8 +50,6 @@ class Journal:
         An entry whose files are not as it recorded them is dropped with all after it: those blocks are done again.
         Raises JobMismatchError for a job with another identity.
         """
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
         path = self.work / "identity.json"
         if not path.exists():
             write_json(path, identity, self.temporary)
@@ -68,7 +63,7 @@ class Journal:
             entries.append(entry)
         index = len(entries)
         while self.entry_path(index).exists():
-            self.entry_path(index).unlink()
+            self.lease.discard(self.entry_path(index))
             index += 1
         return entries
 
@@ -78,7 +73,7 @@ class Journal:
 
     def clear(self) -> None:
         """Remove the work folder; the job is finished."""
-        shutil.rmtree(self.work)
+        self.lease.close()
 
 
 def check_identity(out: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -98,41 +93,27 @@ def is_finished(out: Path) -> bool:
 
 
 @contextmanager
-def output_locked(out: Path) -> Iterator[Journal]:
+def output_leased(out: Path, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Journal]:
     """Hold an output folder, made if it is missing. Raises OutputError where it is in use or holds other files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        foreign = not (out / WORK_FOLDER).exists() and not is_finished(out) and any(out.iterdir())
-        if foreign:
+        foreign = not is_finished(out) and any(not path.name.startswith(WORK_FOLDER) for path in out.iterdir())
+        if foreign and not (out / WORK_FOLDER).exists():
             raise OutputError(f"{out}: is not empty and not an output of streamprune; choose another --out")
-        (out / WORK_FOLDER).mkdir(exist_ok=True)
-        lock = (out / WORK_FOLDER / "lock").open("a+")
     except OSError as error:
         raise OutputError(f"{out}: cannot be used as output ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            raise OutputError(
-                f"{out}: is in use by {lock.read().strip() or 'another process'}; wait or stop it"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        yield Journal(out)
+    with leased(out / WORK_FOLDER, should_stop) as lease:
+        yield Journal(out, lease)
 
 
-def remove_output(out: Path) -> None:
-    """Remove what a job of ours left in a folder, its lock and foreign files excepted; for --restart."""
+def remove_output(journal: Journal) -> None:
+    """Remove what a job of ours left in a folder, foreign files excepted; for --restart."""
     for pattern in OUTPUT_PATTERNS:
-        for path in out.glob(pattern):
-            path.unlink()
-    for path in (out / WORK_FOLDER).iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
+        for path in journal.out.glob(pattern):
+            journal.lease.discard(path)
+    for path in journal.work.iterdir():
+        if path != journal.lease.folder:
+            journal.lease.discard(path)
 
 
 def _is_as_recorded(path: Path, digest: str) -> bool:

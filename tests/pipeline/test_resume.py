@@ -17,7 +17,7 @@ import tiny
 from streamprune.errors import Interrupted, JobMismatchError, OutputError
 from streamprune.pipeline import scheduler
 from streamprune.pipeline.compress import CompressResult
-from streamprune.pipeline.journal import output_locked
+from streamprune.pipeline.journal import output_leased
 
 Prune = Callable[..., CompressResult]
 
@@ -356,7 +356,7 @@ def test_a_folder_in_use_is_refused(prune: Prune, sources: Callable[[str], Path]
     def try_a_second() -> bool:
         if not attempts:
             with pytest.raises(
-                OutputError, match=rf"is in use by process {os.getpid()} on .*; wait or stop it"
+                OutputError, match=rf"is in use by process {os.getpid()} on .*; wait for it or stop it"
             ) as caught:
                 prune("llama", tmp_path / "out", restart=True)
             attempts.append(str(caught.value))
@@ -367,9 +367,9 @@ def test_a_folder_in_use_is_refused(prune: Prune, sources: Callable[[str], Path]
     assert prune("llama", tmp_path / "out").status == "already finished"
 
 
-def test_a_process_that_is_gone_holds_nothing(prune: Prune, tmp_path: Path) -> None:
-    """The lock is the kernel's, not the file's existence."""
-    with output_locked(tmp_path / "out") as journal:
-        assert (journal.work / "lock").read_text().startswith(f"process {os.getpid()} ")
-    assert (tmp_path / "out" / ".work" / "lock").exists()
+def test_a_lease_that_was_given_back_holds_nothing(prune: Prune, tmp_path: Path) -> None:
+    with output_leased(tmp_path / "out") as journal:
+        assert tiny.read_json(journal.temporary / "holder.json")["process"] == os.getpid()
+    assert (tmp_path / "out" / ".work").exists()
     assert prune("llama", tmp_path / "out").status == "finished"
+    assert not (tmp_path / "out" / ".work").exists()
