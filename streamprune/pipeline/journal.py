@@ -2,10 +2,12 @@
 
 OUT/.work/epoch-N-TOKEN/       the lease of the process that works (lease.py), and its files not yet renamed
 OUT/.work/identity.json        what the job is; another identity is refused by name
+OUT/.work/residual.json        the residual stream's permutation, where the job has one
 OUT/.work/block-00003.json     one entry for each finished block, written after its shard is on disk
 OUT/.work/block-00003.safetensors   its folded permutations and input RMS, merged at the end
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ from typing import Any
 
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.reader import SAFETENSORS_INDEX, read_json
-from streamprune.checkpoint.writer import file_digest, write_json
-from streamprune.errors import JobMismatchError, OutputError
+from streamprune.checkpoint.writer import canonical_json, file_digest, write_json
+from streamprune.errors import CheckpointError, JobMismatchError, OutputError
 from streamprune.pipeline.lease import Lease, leased
 
 WORK_FOLDER = ".work"
@@ -47,29 +49,41 @@ class Journal:
     def start(self, identity: dict[str, Any]) -> list[dict[str, Any]]:
         """Entries of the finished blocks, in order; empty for a new job, whose identity is then written.
 
-        An entry whose files are not as it recorded them is dropped with all after it: those blocks are done again.
-        Raises JobMismatchError for a job with another identity.
+        An entry that is damaged, or whose files are not as it recorded them, is dropped with all after it: those blocks
+        are done again. Raises JobMismatchError for a job with another identity.
         """
         path = self.work / "identity.json"
-        if not path.exists():
-            write_json(path, identity, self.temporary)
-            return []
-        check_identity(self.out, read_json(path), identity)
+        recorded = self.read(path)
+        if recorded is not None:
+            check_identity(self.out, recorded, identity)
         entries: list[dict[str, Any]] = []
-        while self.entry_path(len(entries)).exists():
-            entry = read_json(self.entry_path(len(entries)))
+        while recorded is not None and (entry := self.read(self.entry_path(len(entries)))) is not None:
             if not all(_is_as_recorded(self.out / name, digest) for name, digest in entry["files"].items()):
                 break
             entries.append(entry)
-        index = len(entries)
-        while self.entry_path(index).exists():
-            self.lease.discard(self.entry_path(index))
-            index += 1
+        kept = {self.entry_path(index) for index in range(len(entries))}
+        for stale in sorted({*self.work.glob("block-*.json")} - kept):
+            self.lease.discard(stale)
+        if recorded is None:
+            self.write(path, identity)
         return entries
 
     def record(self, index: int, entry: dict[str, Any]) -> None:
         """Write the entry of a finished block; its files must be on disk."""
-        write_json(self.entry_path(index), entry, self.temporary)
+        self.write(self.entry_path(index), entry)
+
+    def write(self, path: Path, value: dict[str, Any]) -> None:
+        """Write a file of the journal, with the sha256 of what it says."""
+        write_json(path, {"sha256": _sealed(value), "value": value}, self.temporary)
+
+    def read(self, path: Path) -> dict[str, Any] | None:
+        """What a file of the journal says; None where it is missing or not as it was written."""
+        try:
+            content = read_json(path)
+        except CheckpointError:
+            return None
+        value = content.get("value")
+        return value if isinstance(value, dict) and content.get("sha256") == _sealed(value) else None
 
     def clear(self) -> None:
         """Remove the work folder; the job is finished."""
@@ -114,6 +128,10 @@ def remove_output(journal: Journal) -> None:
     for path in journal.work.iterdir():
         if path != journal.lease.folder:
             journal.lease.discard(path)
+
+
+def _sealed(value: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def _is_as_recorded(path: Path, digest: str) -> bool:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from streamprune.checkpoint.reader import open_file
-from streamprune.checkpoint.writer import write_safetensors
 from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
 from streamprune.model.streaming import block_inputs, embed, text_inputs
 from streamprune.pipeline.block_pruning import FoldedPermutation
@@ -28,12 +26,12 @@ def residual_permutation(job: Job, journal: Journal, tick: Callable[[], None]) -
 
     `tick` is called at safe points of the pre-pass.
     """
-    path = journal.work / "residual.safetensors"
-    if not path.exists():
-        found = search_permutation(_reading_rows(job, tick), job.config)
-        write_safetensors(path, {NAME: found.to(torch.int32)}, journal.temporary)
-    permutation = open_file(path).read([NAME])[NAME].long()
-    return FoldedPermutation(NAME, permutation, residual_sides(job))
+    path = journal.work / "residual.json"
+    kept = journal.read(path)
+    if kept is None:
+        kept = {NAME: search_permutation(_reading_rows(job, tick), job.config).tolist()}
+        journal.write(path, kept)
+    return FoldedPermutation(NAME, torch.tensor(kept[NAME]), residual_sides(job))
 
 
 def residual_sides(job: Job) -> tuple[tuple[str, int], ...]:

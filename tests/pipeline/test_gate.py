@@ -273,6 +273,6 @@ def test_journal_entries_hold_only_plain_data(prune: Prune, tmp_path: Path) -> N
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    loaded = json.loads(texts[0], parse_constant=refuse)
+    loaded = json.loads(texts[0], parse_constant=refuse)["value"]
     assert loaded["name"] == "model.layers.1"
     assert len(loaded["layers"]) == 7
