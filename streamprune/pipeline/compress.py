@@ -133,11 +133,15 @@ def compress(
     amount = samples, sequence_length, seed
     resources: dict[str, Any] = {"limits": limits, "micro_batch": micro_batch, "prefetch": prefetch}
     job = resolve_job(model, config, calibration, *amount, device, dtype, **resources)
-    if is_finished(out) and not restart:
+    if is_finished(out) and not restart and not (out / WORK_FOLDER).exists():
         return _already_finished(job, out)
     with output_leased(out, should_stop) as journal:
         if restart:
             remove_output(journal)
+        elif is_finished(out):  # but for a kill at its very end, or by another process a moment ago
+            result = _already_finished(job, out)
+            journal.clear()
+            return result
         entries = journal.start({**without_budget(job.identity), "versions": versions()})
         earlier_seconds = sum(sum(entry["timings"]["seconds"].values()) for entry in entries)
         folder = _scratch_folder(journal, scratch)
@@ -161,13 +165,10 @@ def compress(
 
 
 def _already_finished(job: Job, out: Path) -> CompressResult:
-    """The result of this job as finished before; nothing changes but leftovers of a kill at its very end."""
+    """The result of this job as finished before. Raises JobMismatchError where it was another."""
     manifest = read_json(out / MANIFEST_FILE)
     check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
     check_outcomes(job.config, manifest["blocks"])
-    if (out / WORK_FOLDER).exists():
-        with output_leased(out) as journal:
-            journal.clear()
     return _result("already finished", out, manifest, read_json(out / TIMINGS_FILE))
 
 
