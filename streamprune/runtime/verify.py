@@ -60,12 +60,14 @@ class LayerCheck:
 class Verification:
     """`against_source` says which of the two checks was done; every fault is one line with the layer or file.
 
+    `quick`: sizes and headers alone were looked at, and `layers` is empty.
     `reconstructed`: the kept weights were fitted, so that they are not compared with the source's; masks are.
     `validated`: text passed the model when it was compressed, so that the manifest's error figures were measured.
     """
 
     ok: bool
     against_source: bool
+    quick: bool
     reconstructed: bool
     validated: bool
     layers: list[LayerCheck]
@@ -93,13 +95,18 @@ class _Output:
     validated: bool
 
 
-def verify(folder: str | Path, *, source: str | Path | None = None, progress: bool = False) -> Verification:
+def verify(
+    folder: str | Path, *, source: str | Path | None = None, quick: bool = False, progress: bool = False
+) -> Verification:
     """Check every byte of an output folder.
 
     Always: checksums of all files, structure, exactly N of M, and each layer's sparse product against unpack + plain
     linear. With `source`: also that every kept value and every dense tensor equals the source's bits, position by
     position through the stored permutations, and that the weighted error recomputed from the bytes is the recorded one.
+    `quick` looks at the manifest's digest, sizes and headers alone: it sees what is missing, not what is damaged.
     """
+    if quick and source is not None:
+        raise SettingsError("--quick reads no weights that --source could be compared with; give one of the two")
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
@@ -107,10 +114,11 @@ def verify(folder: str | Path, *, source: str | Path | None = None, progress: bo
     findings = _Findings()
     compared = reconstructed = validated = False
     try:
-        manifest = _check_files(folder, findings)
+        manifest = _check_files(folder, findings, quick)
         output = _open_output(folder, manifest)
         reconstructed, validated = output.reconstructed, output.validated
-        _check_layers(output, findings, progress)
+        if not quick:
+            _check_layers(output, findings, progress)
         if original is not None:
             _check_against_source(output, original, findings, progress)
             compared = True
@@ -119,12 +127,12 @@ def verify(folder: str | Path, *, source: str | Path | None = None, progress: bo
     except (KeyError, TypeError, AttributeError) as error:
         findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
     digest = file_digest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else None
-    about = compared, reconstructed, validated
+    about = compared, quick, reconstructed, validated
     return Verification(not findings.faults, *about, findings.layers, findings.faults, digest)
 
 
-def _check_files(folder: Path, findings: _Findings) -> dict[str, Any]:
-    """Compare the manifest with its digest file, and every file with the manifest; returns the manifest."""
+def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, Any]:
+    """Compare the manifest with its digest file, and every file (`quick`: its size) with it; returns the manifest."""
     if not (folder / MANIFEST_DIGEST_FILE).is_file():
         raise CheckpointError(f"{folder}: is not a finished output of streamprune ({MANIFEST_DIGEST_FILE} is missing)")
     digest_line = (folder / MANIFEST_DIGEST_FILE).read_bytes()
@@ -140,7 +148,9 @@ def _check_files(folder: Path, findings: _Findings) -> dict[str, Any]:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             findings.faults.append(f"{name}: is missing")
-        elif file_digest(path) != recorded["sha256"]:
+        elif path.stat().st_size != recorded["bytes"]:
+            findings.faults.append(f"{name}: has {path.stat().st_size} bytes, not the recorded {recorded['bytes']}")
+        elif not quick and file_digest(path) != recorded["sha256"]:
             findings.faults.append(f"{name}: its sha256 is not the recorded one; {_contents(manifest, name)}")
     return manifest
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, SettingsError
 from streamprune.runtime.verify import Verification, verify
 
 DOWN, OUT = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"
@@ -72,6 +72,23 @@ def test_intact(outputs: Callable[..., Path], llama: Path) -> None:
         assert len(verification.layers) == 21
         assert all(check.ok and check.relative_error <= 1e-6 for check in verification.layers)
         assert verification.manifest_sha256 == tiny.sha256(out / tiny.MANIFEST)
+
+
+def test_quick_sees_what_is_missing_and_not_what_is_damaged(out: Path, llama: Path) -> None:
+    quick = verify(out, quick=True)
+    assert (quick.ok, quick.quick, quick.layers) == (True, True, [])
+    assert quick.manifest_sha256 == verify(out).manifest_sha256
+    shard = out / "model-00003-of-00004.safetensors"
+    tiny.flip_byte(shard, shard.stat().st_size - 1)
+    assert verify(out, quick=True).ok
+    assert not verify(out).ok
+    with shard.open("ab") as file:
+        file.write(b"x")
+    assert verify(out, quick=True).faults[0].startswith(f"{shard.name}: has ")
+    shard.unlink()
+    assert f"{shard.name}: is missing" in verify(out, quick=True).faults
+    with pytest.raises(SettingsError, match="give one of the two"):
+        verify(out, quick=True, source=llama)
 
 
 def test_timings_may_change(out: Path) -> None:
