@@ -32,7 +32,7 @@ from streamprune.checkpoint.reader import (
 )
 from streamprune.checkpoint.writer import file_digest
 from streamprune.config import NMPattern
-from streamprune.errors import CheckpointError, NumericsError
+from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
 from streamprune.model.streaming import output_names
 from streamprune.pruning.selection import stable_sum, weighted_error
