@@ -26,7 +26,8 @@ from transformers import (
 
 VOCABULARY = 128
 POSITIONS = 320  # more than evaluate computes logits for at once
-CALIBRATION = {"samples": 4, "sequence_length": 48}  # of every tiny job, unless a test says otherwise
+# Of every tiny job, unless a test says otherwise; auto would be bfloat16 on some processors.
+CALIBRATION = {"samples": 4, "sequence_length": 48, "dtype": "float32"}
 MANIFEST, MANIFEST_DIGEST = "streamprune_manifest.json", "streamprune_manifest.sha256"
 PERMUTATIONS, STATISTICS = "streamprune_permutations.safetensors", "streamprune_statistics.safetensors"
 

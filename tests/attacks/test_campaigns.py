@@ -105,7 +105,17 @@ def test_the_checks_can_fail(attacked: Attacked) -> None:
 def test_a_file_size_limit_ends_the_command_in_one_line(
     sources: Callable[[str], Path], calibration: Path, outputs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    amount = ["--samples", "4", "--sequence-length", "48", "--calibration", str(calibration), "--quiet"]
+    amount = [
+        "--samples",
+        "4",
+        "--sequence-length",
+        "48",
+        "--dtype",
+        "float32",
+        "--calibration",
+        str(calibration),
+        "--quiet",
+    ]
     command = [sys.executable, "-m", "streamprune", "compress", str(sources("llama")), "--out", str(tmp_path / "out")]
 
     def limit() -> None:

@@ -181,7 +181,8 @@ def record_and_die(journal, index, entry):
 
 Journal.record = record_and_die
 settings = json.loads(sys.argv[4])
-compress(sys.argv[1], sys.argv[2], calibration=sys.argv[3], samples=4, sequence_length=48, **settings)
+compress(sys.argv[1], sys.argv[2], calibration=sys.argv[3], samples=4, sequence_length=48, dtype="float32",
+         **settings)
 """
 EVERYTHING = {"shuffle": "residual+assignment", "reconstruct": True, "moments_width": 64, "correction_stride": 3}
 

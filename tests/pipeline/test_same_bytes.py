@@ -78,7 +78,7 @@ def test_another_process_folder_and_hash_seed(
     moved = shutil.copytree(sources("llama"), tmp_path / "elsewhere")
     text = shutil.copyfile(calibration, tmp_path / "other-name.txt")
     command = [sys.executable, "-m", "streamprune", "compress", str(moved), "--out", str(tmp_path / "out")]
-    numbers = ["--samples", "4", "--sequence-length", "48", "--calibration", str(text), "--quiet"]
+    numbers = ["--samples", "4", "--sequence-length", "48", "--dtype", "float32", "--calibration", str(text), "--quiet"]
     environment = {**os.environ, "PYTHONHASHSEED": "4711", "OMP_NUM_THREADS": "2"}
     subprocess.run(command + numbers, check=True, env=environment, capture_output=True, cwd=tmp_path)
     assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama"))
