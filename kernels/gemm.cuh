@@ -169,10 +169,9 @@ DEVICE void write_outputs(const Product& product, TilePlace place, u32 tile) {
     }
 }
 
-// From accumulators to memory; the tiles of the main loop are no longer needed.
+// From accumulators to memory, over the main loop's tiles: no copy to them is under way any more.
 template <class Type, int OUT>
 DEVICE void finish(const Product& product, TilePlace place, u32 shared, const Accumulators& sums) {
-    cp_async_wait<0>();
     __syncthreads();  // every warp is done with the last step's tiles
     OutputTile<OUT>::fill(shared, sums);
     __syncthreads();
