@@ -85,8 +85,8 @@ def metadata_of_mask(mask: torch.Tensor) -> torch.Tensor:
     """`make_metadata` in plain torch, on any device: the definition that the kernel is held against."""
     out_features, in_features = _checked_shape(mask)
     table = torch.zeros(16, dtype=torch.int32, device=mask.device)
-    for kept, places in PLACES.items():
-        table[kept] = places
+    for kept, nibble in PLACES.items():
+        table[kept] = nibble
     groups = torch.stack([mask & 15, mask >> 4], dim=2).long().view(out_features, -1, 4)
     places = table[groups]
     if not bool(places.all()):
