@@ -106,7 +106,7 @@ def on_device(launch: Launch) -> None:
     with ExitStack() as stack:
         stack.enter_context(torch.cuda.device(device))
         stack.enter_context(cupy.cuda.Device(device.index))
-        stack.enter_context(cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream))
+        stack.enter_context(cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)))
         function = _function(launch.source, launch.kernel, device.index)
         if launch.shared_bytes > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = launch.shared_bytes
