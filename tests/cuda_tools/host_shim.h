@@ -150,7 +150,7 @@ struct Block {
     size_t first_ready;
     u32 live, at_barrier, interval;
     u64 random;
-    u32 static_end = STATIC_BEGIN;
+    u32 launches = 0, static_end;
     std::vector<u8> shared = std::vector<u8>(SHARED_END);
     std::vector<Word> words = std::vector<Word>(SHARED_END / 4);
     char* stacks = nullptr;
@@ -336,16 +336,20 @@ struct Element {
     T operator|=(T value) const { return *this = *this | value; }
 };
 
-// An array takes its place in shared memory at its first use, for all launches.
+// An array takes its place in shared memory at its first use in a launch: kernels do not share theirs.
 template <class T, u32 COUNT>
 struct SharedArray {
-    u32 begin;
-    SharedArray() {
+    mutable u32 begin, launch = 0;
+    void take_place() const {
+        launch = block->launches;
         begin = (block->static_end + 15) / 16 * 16;
         block->static_end = begin + COUNT * sizeof(T);
         if (block->static_end > SHARED_END) fail("__shared__ arrays take more than 48 KiB");
+        std::fill(block->shared.begin() + begin, block->shared.begin() + block->static_end, POISON);
+        std::fill(block->words.begin() + begin / 4, block->words.begin() + (block->static_end + 3) / 4, Word{});
     }
     Element<T> operator[](u64 index) const {
+        if (launch != block->launches) take_place();
         if (index >= COUNT) fail("index %llu of a __shared__ array of %u", index, COUNT);
         return {begin + (u32)(index * sizeof(T))};
     }
@@ -570,6 +574,8 @@ inline std::string launch(const Settings& settings, Counts& counts) {
     own.settings = &settings;
     own.counts = {};
     own.failure.clear();
+    own.launches++;
+    own.static_end = STATIC_BEGIN;
     for (u32 z = 0; z < settings.grid.z; z++)
         for (u32 y = 0; y < settings.grid.y; y++)
             for (u32 x = 0; x < settings.grid.x && own.failure.empty(); x++) run_block(own, {x, y, z});
@@ -591,6 +597,7 @@ inline std::string launch(const Settings& settings, Counts& counts) {
 #define gridDim (shim::block->settings->grid)
 
 inline void __syncthreads() { shim::barrier(); }
+inline void atomicAdd(int* global, int amount) { *global += amount; }
 inline int __popc(u32 value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }
