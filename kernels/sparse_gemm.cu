@@ -97,7 +97,7 @@ DEVICE void sparse_gemm(const Product& product, const u16* values, const Chunk* 
         __syncthreads();  // this step's copies are there, and nobody reads the stage that is filled next
         if (fetched++ < steps) fetch.begin(filling);
         cp_async_commit();
-        filling = filling + Stage::BYTES == end ? shared : filling + Stage::BYTES;
+        filling = reading;  // next time, when the barrier has freed it
         const Chunk places = load_shared_chunk(reading + fragments.metadata);
         fragments.template multiply<Type, 0>(reading, places, sums);
         fragments.template multiply<Type, 1>(reading, places, sums);

@@ -54,4 +54,6 @@ def assert_error_sums(y: torch.Tensor, reference: torch.Tensor, error: torch.Ten
     """Sums [out] float64 of (y - reference)^2 and reference^2 are those of what was returned; tiles sum in float32."""
     for sums, squares in ((error, y.double() - reference.double()), (norm, reference.double())):
         expected = squares.square().flatten(0, -2).sum(dim=0)
-        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            sums, expected, rtol=1e-5, atol=0, msg=lambda text: f"sums of squares differ: {text}"
+        )

@@ -107,7 +107,7 @@ FAULTS = {
     "leaves_an_array": "index 63 of a __shared__ array of 63",
     "misaligned": "is not a multiple of 4",
     "copy_not_waited_for": "before its cp.async copy was waited for|that nobody has written",
-    "copy_waited_for_by_one": "reads .* another thread has written|before its cp.async copy was waited for|nobody has written",
+    "copy_waited_for_by_one": "another thread has written|before its cp.async copy was waited for|nobody has written",
     "copy_of_the_latest_group": "before its cp.async copy was waited for",
     "copy_from_outside": "thread 16: cp.async from outside of the tensors",
     "copy_never_waited_for": "returns with a cp.async copy under way",
