@@ -1,8 +1,8 @@
 // Packed N:M weights times a few vectors, as decoding needs: y[v, out] = sum over k of W[out, k] x[v, k] + bias[out].
 //
 // Bound by memory: every byte of values and mask is read once, 16 at a time. A warp computes two rows of W. Its lanes
-// share a row's values out in turns of 8 (one chunk each); the columns that these belong to are the next set bits of the
-// row's mask. The vectors' entries for the columns at hand lie in shared memory, all vectors of a column together.
+// share a row's values out in turns of 8 (one chunk each); the columns that these belong to are the next set bits of
+// the row's mask. The vectors' entries for the columns at hand lie in shared memory, all vectors of a column together.
 //
 // in_features is a multiple of 128 and of M, a row keeps a multiple of 8 values; every group keeps exactly `kept`.
 #include "device.cuh"
@@ -41,7 +41,7 @@ struct KeptColumns {
     u32 word, bits;   // where it is, and what is left there
 
     DEVICE KeptColumns(const Masks& masks, u32 begin, u32 column)
-        : masks(masks), begin(begin), word(begin + column / 32), bits(masks[begin + column / 32] & ~0u << column % 32) {}
+        : masks(masks), begin(begin), word(begin + column / 32), bits(masks[word] & ~0u << column % 32) {}
 
     DEVICE u32 next() {
         while (bits == 0) bits = masks[++word];
@@ -87,13 +87,15 @@ DEVICE void fill_masks(Masks& masks, const Packed& packed, u32 warp, u32 first_r
 
 // sums += a chunk's values times the vectors' entries in their columns.
 template <class Type, int VECTORS, class Entries, class Masks>
-DEVICE void add_products(float (&sums)[VECTORS], const Chunk& values, KeptColumns<Masks> columns, const Entries& entries) {
+DEVICE void add_products(float (&sums)[VECTORS], const Chunk& values, KeptColumns<Masks> columns,
+                         const Entries& entries) {
 #pragma unroll
     for (u32 i = 0; i < CHUNK_VALUES; i++) {
         const float value = Type::to_float((u16)half_of_word(values.word[i / 2], i % 2));
         const Entry<VECTORS> entry = entries[swizzled(columns.next())];
 #pragma unroll
-        for (u32 v = 0; v < VECTORS; v++) sums[v] += value * Type::to_float((u16)half_of_word(entry.word[v / 2], v % 2));
+        for (u32 v = 0; v < VECTORS; v++)
+            sums[v] += value * Type::to_float((u16)half_of_word(entry.word[v / 2], v % 2));
     }
 }
 

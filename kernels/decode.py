@@ -1,6 +1,6 @@
 """Packed N:M weights times one to eight vectors, for decoding: bound by memory, so that packed weights save time there.
 
-`nm_decode` reads values and mask once, as they lie packed, and sums in float32. Its definition is `reference.nm_linear`.
+`nm_decode` reads values and mask once, as they lie packed, and sums in float32. `reference.nm_linear` defines it.
 """
 
 import math

@@ -23,7 +23,7 @@ from cuda_tools.nvrtc import compile_source
 from cuda_tools.ptx_memory import global_memory
 from cuda_tools.ptx_opcodes import Step, step_of
 from cuda_tools.ptx_state import Block, Gang, Lanes
-from cuda_tools.ptx_text import Kernel, PtxError, Symbol, parse
+from cuda_tools.ptx_text import Instruction, Kernel, PtxError, Symbol, parse
 from streamprune_kernels.launch import Launch, cuda_source
 
 ARCHITECTURE = 80
@@ -31,16 +31,19 @@ SCHEDULES = (0, 1, 2)
 LONGEST_TURN = 60  # instructions a warp runs before another may, in schedule 2
 
 ENDS = ("ret", "exit")
+COLLECTIVE = ("shfl.sync", "vote.sync", "bar.warp.sync", "ldmatrix", "mma")
 BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned")
 
 
 @dataclass(frozen=True)
 class Program:
-    """A kernel ready to run: for each instruction a step, or a target to branch to, or neither to wait or end."""
+    """A kernel ready to run: for each instruction a step, or a target to branch to, or neither to wait or end; and
+    whether the lanes of a warp execute it together."""
 
     kernel: Kernel
     steps: tuple[Step | None, ...]
     targets: tuple[int | None, ...]
+    collective: tuple[bool, ...]
 
 
 def run(launch: Launch, schedule: int = 0, source: str | None = None) -> None:
@@ -112,7 +115,8 @@ def _decode(kernel: Kernel) -> Program:
             step = step_of(kernel, instruction)
         steps.append(step)
         targets.append(target)
-    return Program(kernel, tuple(steps), tuple(targets))
+    collective = tuple(instruction.opcode.startswith(COLLECTIVE) for instruction in kernel.instructions)
+    return Program(kernel, tuple(steps), tuple(targets), collective)
 
 
 def _argument_bits(kernel: Kernel, launch: Launch) -> dict[str, int]:
@@ -149,7 +153,7 @@ def _run_block(program: Program, block: Block, schedule: int, order: random.Rand
             if any(gang.ended.any() for gang in gangs):
                 raise PtxError("a barrier is not reached by all threads: some have ended")
             for gang in gangs:
-                gang.paths, gang.waiting = gang.waiting, {}
+                gang.pass_barrier()
             continue
         _advance(program, order.choice(ready) if schedule == 2 else ready[0], budget())
 
@@ -160,24 +164,37 @@ def _advance(program: Program, gang: Gang, budget: int) -> None:
     while budget:
         budget -= 1
         instruction, step = program.kernel.instructions[at], program.steps[at]
+        if program.collective[at] and not gang.together(active):
+            gang.park(at, active)
+            if gang.paths:
+                at, active = gang.take_lowest()
+                continue
+            at, active = gang.unpark()
+            instruction, step = program.kernel.instructions[at], program.steps[at]
         lanes = active if instruction.guard is None else gang.guarded(active, instruction.guard)
         if step is None:
             _leave(program, gang, at, lanes)
-            gang.put(at + 1, active.without(lanes))
+            at += 1
+            active = active.without(lanes)
+        else:
+            _execute(gang, step, instruction, lanes)
+            at += 1
+        if not active.any or (gang.paths and min(gang.paths) <= at):
+            gang.put(at, active)
+            if not gang.paths and gang.parked:
+                gang.put(*gang.unpark())
             if not gang.paths:
                 return
             at, active = gang.take_lowest()
-            continue
-        if lanes.any:
-            try:
-                step(gang, lanes)
-            except PtxError as error:
-                raise PtxError(f"{error}, at `{instruction.text}`") from None
-        at += 1
-        if gang.paths and min(gang.paths) <= at:
-            gang.put(at, active)
-            at, active = gang.take_lowest()
     gang.put(at, active)
+
+
+def _execute(gang: Gang, step: Step, instruction: Instruction, lanes: Lanes) -> None:
+    if lanes.any:
+        try:
+            step(gang, lanes)
+        except PtxError as error:
+            raise PtxError(f"{error}, at `{instruction.text}`") from None
 
 
 def _leave(program: Program, gang: Gang, at: int, lanes: Lanes) -> None:

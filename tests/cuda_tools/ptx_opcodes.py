@@ -3,6 +3,7 @@
 A step is one instruction made ready: it reads and writes the registers of a gang for some of its lanes.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -171,9 +172,12 @@ def _reduce(kernel: Kernel, words: list[str], operands: Operands) -> Step:
 
 
 def _atomic(kernel: Kernel, words: list[str], operands: Operands) -> Step:
-    """atom whose old value nobody wants."""
-    if isinstance(operands[0], Register):
-        raise PtxError("atom with a result is not understood: it depends on the order")
+    """atom whose old value, which depends on the order, nobody reads."""
+    result = operands[0]
+    if isinstance(result, Register):
+        mentions = sum(bool(re.search(rf"{re.escape(result.name)}\b", one.text)) for one in kernel.instructions)
+        if mentions > 1:
+            raise PtxError("atom whose result is read is not understood: it depends on the order")
     return _reduce(kernel, words, operands[1:])
 
 

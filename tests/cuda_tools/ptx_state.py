@@ -50,13 +50,15 @@ class Block:
 
 
 class Gang:
-    """Lanes that run together: `paths`, those that may go on, by their next instruction, and `waiting` at a barrier."""
+    """Lanes that run together, by their next instruction: in `paths` they may go on, in `parked` they are at an
+    instruction of whole warps and others of their warp are not there yet, in `waiting` they are behind a barrier."""
 
     def __init__(self, block: Block, threads: np.ndarray) -> None:
         self.block = block
         self.registers: dict[str, np.ndarray] = {}
         self.special = _special_registers(block, threads)
         self.paths: dict[int, Lanes] = {0: Lanes(np.ones(len(threads), bool))}
+        self.parked: dict[int, Lanes] = {}
         self.waiting: dict[int, Lanes] = {}
         self.ended = np.zeros(len(threads), bool)
         self.copies: list[Copy] = []
@@ -71,21 +73,42 @@ class Gang:
         return at, self.paths.pop(at)
 
     def put(self, at: int, lanes: Lanes) -> None:
-        if lanes.any:
-            other = self.paths.get(at)
-            self.paths[at] = lanes if other is None else Lanes(lanes.mask | other.mask)
+        _merge(self.paths, at, lanes)
+
+    def park(self, at: int, lanes: Lanes) -> None:
+        _merge(self.parked, at, lanes)
 
     def wait(self, at: int, lanes: Lanes) -> None:
-        if not lanes.whole_warps:
+        _merge(self.waiting, at, lanes)
+
+    def together(self, lanes: Lanes) -> bool:
+        """Whether of each warp that takes part all lanes do that have not ended."""
+        if lanes.all:
+            return True
+        here, left = lanes.mask.reshape(-1, WARP), ~self.ended.reshape(-1, WARP)
+        return bool((here == left)[here.any(axis=1)].all())
+
+    def unpark(self) -> tuple[int, Lanes]:
+        """Parked lanes that are together by now; if none are, the lowest, whose instruction has to judge."""
+        at = min(self.parked, key=lambda at: (not self.together(self.parked[at]), at))
+        return at, self.parked.pop(at)
+
+    def pass_barrier(self) -> None:
+        """Go on behind the barrier. Raises PtxError where a part of a warp is at another one."""
+        if not all(lanes.whole_warps for lanes in self.waiting.values()):
             raise PtxError("a barrier is reached by a part of a warp")
-        if lanes.any:
-            other = self.waiting.get(at)
-            self.waiting[at] = lanes if other is None else Lanes(lanes.mask | other.mask)
+        self.paths, self.waiting = self.waiting, {}
 
     def guarded(self, lanes: Lanes, guard: tuple[Register, bool]) -> Lanes:
         register, negated = guard
         truth = self.registers[register.name]
         return Lanes(lanes.mask & (~truth if negated else truth))
+
+
+def _merge(paths: dict[int, Lanes], at: int, lanes: Lanes) -> None:
+    if lanes.any:
+        other = paths.get(at)
+        paths[at] = lanes if other is None else Lanes(lanes.mask | other.mask)
 
 
 @dataclass(frozen=True)
