@@ -17,7 +17,7 @@ struct alignas(16) Chunk {
     u32 word[4];
 };
 
-extern __shared__ Chunk dynamic_shared_memory[];
+extern __shared__ __align__(128) Chunk dynamic_shared_memory[];
 
 // Byte address of the block's dynamic shared memory, a multiple of 128.
 DEVICE u32 dynamic_shared() { return (u32)__cvta_generic_to_shared(dynamic_shared_memory); }

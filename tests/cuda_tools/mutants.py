@@ -38,12 +38,12 @@ class Mutant:
     new: str
 
     def text(self, name: str, read: Callable[[str], str]) -> str:
-        """A file's text, broken if it is the one. Raises ValueError where `old` is not there once."""
+        """A file's text, broken if it is the one. Raises LookupError where `old` is not there once."""
         text = read(name)
         if name != self.file:
             return text
         if text.count(self.old) != 1:
-            raise ValueError(f"{self.name}: {self.file} has its text {text.count(self.old)} times, not once")
+            raise LookupError(f"{self.name}: {self.file} has its text {text.count(self.old)} times, not once")
         return text.replace(self.old, self.new)
 
     def source(self, stem: str, read: Callable[[str], str]) -> str:
@@ -133,7 +133,7 @@ def _first_complaint(check: Callable[[int], None], fault: type[Exception]) -> st
             if "does not compile" in str(error):
                 raise
             return re.sub(NOISE, "", str(error).splitlines()[0])
-        except AssertionError as error:
+        except (AssertionError, ValueError) as error:  # wrong results, or a launcher that refuses what it should not
             return str(error).splitlines()[0]
     return None
 
