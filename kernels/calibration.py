@@ -18,6 +18,7 @@ ROW_BYTES = 64  # of a block's channels
 MOST_BINS = 4096
 STATIC_BYTES = 6 * 1024  # of shared memory, at most, beside the rows that stay in it
 PORTABLE_SHARED_BYTES = 48 * 1024  # what every device has for a block
+RESERVED_BYTES = 1024  # of a multiprocessor's, for each block, from sm_80 on
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ def add_tokens_cuda(
 
 
 def _shared_bytes(device: torch.device) -> int:
-    """Shared memory of a block."""
+    """Shared memory that a block may have."""
     if device.type != "cuda":
         return PORTABLE_SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - RESERVED_BYTES
 
 
 def _check(

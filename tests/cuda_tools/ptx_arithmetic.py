@@ -68,8 +68,8 @@ def quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Integers towards zero; floating-point to the nearest."""
     if a.dtype.kind == "f":
         return a / b
-    whole = np.floor_divide(np.abs(a), np.abs(b)) if a.dtype.kind == "i" else np.floor_divide(a, b)
-    return np.where((a < 0) != (b < 0), -whole, whole).astype(a.dtype) if a.dtype.kind == "i" else whole
+    whole = np.floor_divide(a, b)
+    return whole + ((whole < 0) & (whole * b != a)).astype(a.dtype)
 
 
 def minimum(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -17,6 +17,11 @@ from streamprune_kernels.launch import Launch
 WARP = 32
 GENERIC_SHARED = 1 << 56  # added to a shared address, it is an address of the generic space
 DYNAMIC_ALIGNMENT = 16  # of dynamic shared memory behind static
+LANE_REGISTERS = ("%laneid", "%warpid", *(f"%lanemask_{name}" for name in ("eq", "lt", "le", "gt", "ge")))
+SPECIAL_REGISTERS = {
+    *LANE_REGISTERS,
+    *(f"%{name}.{axis}" for name in ("tid", "ctaid", "ntid", "nctaid") for axis in "xyz"),
+}
 
 Source = Callable[["Gang"], np.ndarray]
 Write = Callable[["Gang", "Lanes", np.ndarray], None]
@@ -147,6 +152,8 @@ def source(operand: Operand | None, kind: str) -> Source:
     """Reads an operand as a type: of a wider register the low part, a narrower one is refused."""
     dtype = np.dtype(NUMPY[kind])
     if isinstance(operand, Special):
+        if operand.name not in SPECIAL_REGISTERS:
+            raise PtxError(f"the register {operand.name} is not understood")
         name = operand.name
         return lambda gang: gang.special[name].view(dtype)
     if isinstance(operand, Register):
