@@ -228,7 +228,7 @@ DEVICE void add_tokens(const Channels& all) {
     if (threadIdx.x < CHANNELS && tile.first_channel + threadIdx.x < all.channels) {
         Range range = {infinity, -infinity, 0.0};
         for (u32 warp = 0; warp < WARPS; warp++) range.add(warp_ranges[warp * CHANNELS + threadIdx.x]);
-        Window old;
+        Window old = {};
         windows[threadIdx.x] = update_channel(all, tile.first_channel + threadIdx.x, range, old);
         old_windows[threadIdx.x] = old;
     }

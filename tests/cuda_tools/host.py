@@ -112,16 +112,18 @@ def run_text(source: str, launch: Launch, schedule: int = 0) -> Counts:
 
 
 class Margins:
-    """A copy of a contiguous CPU tensor between margins."""
+    """A copy of a CPU tensor between margins, gaps between its rows included."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise HostFault(f"a tensor is not contiguous or not on the CPU: {list(tensor.shape)} on {tensor.device}")
+        if tensor.device.type != "cpu":
+            raise HostFault(f"a tensor is not on the CPU: {list(tensor.shape)} on {tensor.device}")
         self.tensor = tensor
-        self.size = tensor.numel() * tensor.itemsize
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        elements = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,))
+        self.size = elements.numel() * tensor.itemsize
         self.buffer = torch.full((self.size + 2 * MARGIN_BYTES + ALIGNMENT,), POISON, dtype=torch.uint8)
         self.begin = MARGIN_BYTES + -self.buffer.data_ptr() % ALIGNMENT
-        self.before = tensor.reshape(-1).view(torch.uint8)
+        self.before = elements.view(torch.uint8)
         self.inside.copy_(self.before)
 
     @property
