@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cuda_tools import host
+from cuda_tools import host, ptx
 from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs, random_layer
 
 from streamprune_kernels.gemm import (
@@ -73,6 +73,33 @@ def test_product_of_any_pattern_at_the_edges(out_features, tokens):
     x = random_inputs(tokens, 72, torch.bfloat16)
     weight = nm_weight(layer.values, layer.mask, 4, 8)
     assert_accurate(nm_linear_cuda(x, weight, layer.bias, run=host.run), x, layer)
+
+
+def test_tiles_beyond_the_first_group():
+    """Nine tiles of output features: blocks go through groups of eight."""
+    layer, weight = pack(1100, 64, torch.float16)
+    x = random_inputs(130, 64, torch.float16)
+    assert_accurate(sparse_linear(x, weight, tile=128, run=host.run), x, layer, bias=False)
+    dense = nm_weight(layer.values, layer.mask, 2, 4)
+    assert_accurate(nm_linear_cuda(x, dense, run=host.run), x, layer, bias=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [128, 256, None])
+def test_shim_and_interpreter_give_the_same_bits(dtype, tile):
+    """Two independent readings of the layouts, one of the C++ text and one of the PTX."""
+    layer, weight = pack(40, 192, dtype)
+    x, reference = random_inputs(30, 192, dtype), random_inputs(30, 40, dtype)
+    dense = nm_weight(layer.values, layer.mask, 2, 4)
+    results = [
+        nm_linear_with_error(x, dense, reference, layer.bias, run=run)
+        if tile is None
+        else sparse_linear_with_error(x, weight, reference, layer.bias, tile=tile, run=run)
+        for run in (host.run, ptx.run)
+    ]
+    assert torch.equal(results[0][0], results[1][0])
+    for one, other in zip(*results, strict=True):  # sums of squares may be fused on one of them
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
