@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cuda_tools import host
+from cuda_tools import host, runners
 from cuda_tools.layers import random_layer
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
@@ -22,12 +22,11 @@ MANUAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("run", runners.ALL.values(), ids=runners.ALL)
 @pytest.mark.parametrize(("out_features", "in_features"), [(1, 64), (64, 64), (65, 192), (127, 640), (300, 128)])
-def test_kernel_is_the_plain_version(out_features, in_features, schedule):
+def test_kernel_is_the_plain_version(out_features, in_features, run):
     mask = random_layer(out_features, in_features, 2, 4, torch.float16).mask
-    made = make_metadata(mask, run=partial(host.run, schedule=schedule))
-    assert torch.equal(made, metadata_of_mask(mask))
+    assert torch.equal(make_metadata(mask, run=run), metadata_of_mask(mask))
 
 
 def test_places_are_those_of_the_manual():
