@@ -1,6 +1,6 @@
 // What the products of packed weights share: Y[token, out] = sum over k of W[out, k] X[token, k], plus bias[out].
 //
-// A block computes a tile of OUT output features by TILE_TOKENS tokens in warp tiles of 64 by 64, WARP_ROWS of them over
+// A block computes a tile of OUT output features by TILE_TOKENS tokens in warp tiles of 64 by 64, OUT / 64 of them over
 // the output features and 2 over the tokens. It walks over the input channels in steps of K_STEP; the tiles of the next
 // steps are under way as cp.async while the tensor cores work on this one.
 #include "device.cuh"

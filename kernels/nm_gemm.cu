@@ -1,5 +1,5 @@
-// Product with weights of any N:M on dense tensor cores. W is read packed; each step's values are expanded by the mask in
-// registers and put into shared memory as a dense tile; they are read while the step before is multiplied.
+// Product with weights of any N:M on dense tensor cores. W is read packed; each step's values are expanded by the mask
+// in registers and put into shared memory as a dense tile; they are read while the step before is multiplied.
 // in_features is a multiple of 8 and of M, M at most 32.
 #include "gemm.cuh"
 
@@ -17,8 +17,8 @@ struct Packed {
     u32 kept, group_size;
 };
 
-// What the kept values of a chunk may be: ANY, or so many in every chunk. The latter holds where M divides 8, and makes a
-// chunk's values one aligned word.
+// What the kept values of a chunk may be: ANY, or so many in every chunk. The latter holds where M divides 8, and makes
+// a chunk's values one aligned word.
 constexpr int ANY = 0;
 
 // The next columns' values, two at a time: `values` begins with those that are left.

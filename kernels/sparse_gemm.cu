@@ -8,7 +8,7 @@ template <int OUT>
 struct SparseStage {
     static constexpr int VALUE_CHUNKS = K_STEP / 2 * sizeof(u16) / CHUNK_BYTES;  // of a row: half of K_STEP is kept
     static constexpr int X_CHUNKS = K_STEP * sizeof(u16) / CHUNK_BYTES;
-    static constexpr int METADATA_CHUNKS = OUT / WARP_TILE * 32;  // one for a lane and 64 rows: 4 x 16 rows, 32 bits each
+    static constexpr int METADATA_CHUNKS = OUT / WARP_TILE * 32;  // one for a lane and 64 rows: 32 bits for 16 rows
     static constexpr int X = OUT * VALUE_CHUNKS * CHUNK_BYTES;
     static constexpr int METADATA = X + X_TILE_BYTES;
     static constexpr int BYTES = METADATA + METADATA_CHUNKS * CHUNK_BYTES;
@@ -34,7 +34,8 @@ struct SparseFetch {
     DEVICE void begin(u32 stage) {
         values.begin(stage);
         x.begin(stage + Stage::X);
-        if (threadIdx.x < Stage::METADATA_CHUNKS) cp_async_chunk(stage + Stage::METADATA + threadIdx.x * CHUNK_BYTES, metadata);
+        if (threadIdx.x < Stage::METADATA_CHUNKS)
+            cp_async_chunk(stage + Stage::METADATA + threadIdx.x * CHUNK_BYTES, metadata);
         metadata += 32;
     }
 };

@@ -1,5 +1,5 @@
-// Stands in for kernels/device.cuh so that g++ compiles the kernels' own text and a CPU runs it, with checks that no GPU
-// makes. Every thread of a block is a fiber on one thread of the CPU; it runs until it waits for others (barrier, warp
+// Stands in for kernels/device.cuh so that g++ compiles the kernels' own text and a CPU runs it, with checks that no
+// GPU makes. Every thread of a block is a fiber on one thread of the CPU; it runs until it waits for others (barrier, warp
 // collective). Which fiber runs next is the schedule: 0 the one that became ready last, 1 first, any other number a
 // pseudo-random one with that seed.
 //
@@ -108,7 +108,7 @@ shim_switch:
 
 inline void prepare(Fiber& fiber, char* stack, void (*entry)()) {
     void** top = (void**)(stack + STACK_BYTES);
-    top[-2] = (void*)entry;                       // where shim_switch returns to; leaves the stack 8 off 16, as a call does
+    top[-2] = (void*)entry;  // where shim_switch returns to; leaves the stack 8 off 16, as a call does
     for (int i = 3; i <= 8; i++) top[-i] = nullptr;  // its six registers
     fiber.stack_pointer = top - 8;
 }
