@@ -17,6 +17,16 @@ from streamprune_kernels.cpu import (
     squared_distances,
     weighted_squares,
 )
+from streamprune_kernels.gemm import (
+    NMWeight,
+    nm_linear_cuda,
+    nm_linear_with_error,
+    nm_weight,
+    sparse_linear,
+    sparse_linear_with_error,
+)
+from streamprune_kernels.launch import KernelUnavailable, unsupported_reason
+from streamprune_kernels.metadata import SparseWeight, sparse_unsuitable, sparse_weight
 from streamprune_kernels.reference import (
     LEAST_EXPONENT,
     nm_linear,
@@ -27,6 +37,9 @@ from streamprune_kernels.reference import (
 
 __all__ = [
     "LEAST_EXPONENT",
+    "KernelUnavailable",
+    "NMWeight",
+    "SparseWeight",
     "add_range",
     "count_values",
     "excess_sums",
@@ -35,12 +48,20 @@ __all__ = [
     "library",
     "local_swaps",
     "nm_linear",
+    "nm_linear_cuda",
+    "nm_linear_with_error",
+    "nm_weight",
     "nth_best",
     "pack_mask",
     "pack_values",
     "refine_rows",
     "select_groups",
+    "sparse_linear",
+    "sparse_linear_with_error",
+    "sparse_unsuitable",
+    "sparse_weight",
     "squared_distances",
     "unpack_mask",
+    "unsupported_reason",
     "weighted_squares",
 ]
