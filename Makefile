@@ -17,7 +17,7 @@ help:  ## list the targets
 setup: $(INSTALLED)  ## make .venv with everything that development needs
 
 # Built anew where the interpreter is gone; installed anew where a requirement or a compiled kernel changed.
-$(INSTALLED): pyproject.toml constraints-dev.txt kernels/cpu.cpp
+$(INSTALLED): pyproject.toml constraints-dev.txt $(wildcard kernels/*.cpp kernels/*.h)
 	@test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) (about a minute)"
 	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt -e ".[dev]"
