@@ -33,8 +33,7 @@ SIGNATURES = {
     "expand_rows": [*[POINTER] * 3, *[INT64] * 4, POINTER, INT64],
     "refine_rows": [*[POINTER] * 4, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
     "best_product_path": [],
-    "product_rows": [*[POINTER] * 2, *[INT64] * 4, POINTER, INT64, POINTER, INT64, INT64],
-    "float_rows": [*[POINTER] * 2, *[INT64] * 6, POINTER, INT64, INT64],
+    "product_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, POINTER, INT64, POINTER, *[INT64] * 3],
     "xor_of_words": [POINTER, INT64, INT64],
 }
 

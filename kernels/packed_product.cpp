@@ -3,8 +3,10 @@
 // vpexpandw is the very expansion of a mask, AVX2 with a table of shuffles, or none.
 //
 // A product of few vectors is bound by memory: each packed byte is read once, whatever N:M is, and weights become
-// floats in registers. For many vectors a tile of rows becomes floats in the cache, for a dense product to read.
+// floats in registers (packed_rows.h). One of many tokens is bound by arithmetic, which kept weights alone take
+// (packed_panels.h). Sums are float32.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -24,9 +26,14 @@
 
 namespace {
 
-const int MOST_VECTORS = 8;
+const int MOST_VECTORS = 8;        // of packed_rows.h at once
 const int64_t BYTES_AHEAD = 1024;  // fetched early, beyond the page that the processor's own prefetching stops at
 const int64_t BEHIND = 64;         // values and mask bytes that a step may read beyond its own
+
+const int BLOCK = 32, LEAST_PANEL = 16;               // columns whose panel of 256 tokens fits the first-level cache
+const int64_t ROWS_IN_CACHE = 512, ROWS_AHEAD = 8;    // rows whose sums for 256 tokens fit the second-level cache
+const int64_t LINE = 16;                              // floats of a cache line
+struct alignas(64) Line { float values[LINE]; };
 
 struct Bfloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -75,17 +82,22 @@ INLINE uint32_t bits_of(const uint8_t* mask, int64_t left) {
     return left >= COLUMNS ? bits : bits & ((1u << left) - 1);
 }
 
-// x [VECTORS, columns] as [steps][VECTORS][COLUMNS], zero beyond the last column.
+// `count` vectors: float [count, columns], of which the matrix's column c is multiplied by column place[c] (null: c).
+struct Inputs {
+    const float* x;
+    const int32_t* place;
+    int64_t count, columns;
+    float at(int64_t vector, int64_t column) const { return x[vector * columns + (place ? place[column] : column)]; }
+};
+
+// Inputs as [steps][VECTORS][COLUMNS], zero beyond the last column.
 template <int VECTORS, int COLUMNS>
-std::vector<float> in_steps(const float* x, int64_t columns) {
+std::vector<float> in_steps(const Inputs& x, int64_t columns) {
     int64_t count = (columns + COLUMNS - 1) / COLUMNS;
     std::vector<float> steps(count * VECTORS * COLUMNS);
-    for (int64_t step = 0; step < count; step++)
-        for (int vector = 0; vector < VECTORS; vector++) {
-            int64_t left = columns - step * COLUMNS;
-            std::memcpy(&steps[(step * VECTORS + vector) * COLUMNS], x + vector * columns + step * COLUMNS,
-                        sizeof(float) * (left < COLUMNS ? left : COLUMNS));
-        }
+    for (int64_t vector = 0; vector < VECTORS; vector++)
+        for (int64_t column = 0; column < columns; column++)
+            steps[(column / COLUMNS * VECTORS + vector) * COLUMNS + column % COLUMNS] = x.at(vector, column);
     return steps;
 }
 
@@ -114,12 +126,14 @@ namespace portable {
 #define TARGET
 const int COLUMNS = 8, PIECES = 1, LANES = 8;
 typedef float Vector __attribute__((vector_size(32)));
+const int PANEL_TOKENS = 4 * LANES;
 constexpr int rows_at_once(int) { return 1; }
 INLINE Vector load(const float* from) {
     Vector x;
     std::memcpy(&x, from, sizeof x);
     return x;
 }
+INLINE Vector all_of(float x) { return x - Vector{}; }
 INLINE void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
 INLINE void add_product(Vector& sum, Vector x, Vector y) { sum += x * y; }
 INLINE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
@@ -134,6 +148,7 @@ INLINE void expand(const T* values, uint32_t bits, Vector (&weight)[PIECES]) {
     }
 }
 #include "packed_rows.h"
+#include "packed_panels.h"
 #undef TARGET
 }  // namespace portable
 
@@ -160,8 +175,10 @@ struct Places {
 };
 constexpr Places PLACES;
 
+const int PANEL_TOKENS = 8 * LANES;
 constexpr int rows_at_once(int vectors) { return vectors <= 2 ? 4 : vectors <= 4 ? 2 : 1; }
 TARGET INLINE Vector load(const float* from) { return _mm256_loadu_ps(from); }
+TARGET INLINE Vector all_of(float x) { return _mm256_set1_ps(x); }
 TARGET INLINE void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
 TARGET INLINE void add_product(Vector& sum, Vector x, Vector y) { sum = _mm256_fmadd_ps(x, y, sum); }
 TARGET INLINE int count_bits(uint32_t bits) { return _mm_popcnt_u32(bits); }
@@ -187,6 +204,7 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     weight[0] = _mm256_blendv_ps(taken, _mm256_setzero_ps(), _mm256_castsi256_ps(places));  // by the top bit
 }
 #include "packed_rows.h"
+#include "packed_panels.h"
 #undef TARGET
 }  // namespace avx2
 
@@ -194,8 +212,10 @@ namespace avx512 {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,f16c,popcnt")))
 const int COLUMNS = 32, PIECES = 2, LANES = 16;
 typedef __m512 Vector;
+const int PANEL_TOKENS = 16 * LANES;
 constexpr int rows_at_once(int vectors) { return vectors <= 4 ? 4 : 2; }
 TARGET INLINE Vector load(const float* from) { return _mm512_loadu_ps(from); }
+TARGET INLINE Vector all_of(float x) { return _mm512_set1_ps(x); }
 TARGET INLINE void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
 TARGET INLINE void add_product(Vector& sum, Vector x, Vector y) { sum = _mm512_fmadd_ps(x, y, sum); }
 TARGET INLINE int count_bits(uint32_t bits) { return _mm_popcnt_u32(bits); }
@@ -220,6 +240,7 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     weight[1] = _mm512_maskz_expand_ps((__mmask16)(bits >> 16), load(values + count_bits(bits & 0xffff)));
 }
 #include "packed_rows.h"
+#include "packed_panels.h"
 #undef TARGET
 }  // namespace avx512
 #endif
@@ -269,32 +290,31 @@ int64_t of_type(int64_t type, Work work) {
 }  // namespace
 
 #if HAS_X86
-#define ON_PATH(path, call) ((path) == AVX512 ? avx512::call : (path) == AVX2 ? avx2::call : portable::call)
+#define ON_PATH(path, what) ((path) == AVX512 ? avx512::what : (path) == AVX2 ? avx2::what : portable::what)
 #else
-#define ON_PATH(path, call) (portable::call)
+#define ON_PATH(path, what) (portable::what)
 #endif
 
 extern "C" {
 
 int64_t best_product_path() { return best_path(); }
 
-// y float [vectors, rows] of x float [vectors, columns], 1 to 8 vectors. Returns how many masks are wrong.
+// y [count, rows] of x [count, columns]; place int32 [columns] or null: the column of x that each column of the matrix
+// belongs to. `panels`: by packed_panels.h, else by packed_rows.h. Returns how many masks are wrong.
 int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int64_t rows, int64_t columns,
-                     int64_t kept, const float* x, int64_t vectors, float* y, int64_t path, int64_t threads) {
+                     int64_t kept, const float* x, const int32_t* place, int64_t count, float* y, int64_t panels,
+                     int64_t path, int64_t threads) {
     return of_type(type, [=](auto kind) {
         using T = decltype(kind);
         Matrix<T> matrix = {(const T*)values, mask, rows, columns, kept};
-        return ON_PATH(path, product(matrix, x, vectors, y, threads));
-    });
-}
-
-// Rows first..first + count as float [count, columns]. Returns how many masks are wrong.
-int64_t float_rows(const void* values, const uint8_t* mask, int64_t type, int64_t rows, int64_t columns, int64_t kept,
-                   int64_t first, int64_t count, float* out, int64_t path, int64_t threads) {
-    return of_type(type, [=](auto kind) {
-        using T = decltype(kind);
-        Matrix<T> matrix = {(const T*)values, mask, rows, columns, kept};
-        return ON_PATH(path, floats(matrix, first, count, out, threads));
+        int64_t wrong = 0, step = panels ? ON_PATH(path, PANEL_TOKENS) : MOST_VECTORS;
+        for (int64_t first = 0; first < count; first += step) {
+            Inputs some = {x + first * columns, place, std::min(step, count - first), columns};
+            float* out = y + first * rows;
+            wrong += panels ? ON_PATH(path, panel(matrix, some, out, threads))
+                            : ON_PATH(path, few(matrix, some, out, threads));
+        }
+        return wrong;
     });
 }
 
