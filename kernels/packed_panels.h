@@ -27,14 +27,14 @@ TARGET static void add_block(Row<T>* rows, int64_t count, int64_t first, int64_t
 template <typename T, int TOKENS>
 TARGET static int64_t panel_part(const Matrix<T>& matrix, const float* x, int64_t tokens, float* y, int64_t begin,
                                  int64_t end) {
-    int64_t wrong = 0;
-    std::vector<Line> sums(ROWS_IN_CACHE * TOKENS / LINE);
-    std::vector<Room<T>> room(ROWS_IN_CACHE);
-    std::vector<Row<T>> rows(ROWS_IN_CACHE + ROWS_AHEAD, Row<T>{matrix.values, matrix.mask});
-    for (int64_t first = begin; first < end; first += ROWS_IN_CACHE) {
-        int64_t count = std::min(ROWS_IN_CACHE, end - first);
-        std::fill(sums.begin(), sums.end(), Line{});
+    int64_t wrong = 0, most = std::min(ROWS_IN_CACHE, end - begin);
+    std::unique_ptr<Line[]> sums(new Line[most * TOKENS / LINE]);
+    std::vector<Room<T>> room(most);
+    std::vector<Row<T>> rows(most + ROWS_AHEAD, Row<T>{matrix.values, matrix.mask});
+    for (int64_t first = begin; first < end; first += most) {
+        int64_t count = std::min(most, end - first);
         float* sum = sums[0].values;
+        std::fill(sum, sum + count * TOKENS, 0.0f);
         for (int64_t row = 0; row < count; row++) rows[row] = readable_row(matrix, first + row, room[row]);
         std::vector<Row<T>> starts(rows.begin(), rows.begin() + count);
         for (int64_t column = 0; column < matrix.columns; column += BLOCK)
@@ -51,13 +51,13 @@ template <typename T, int TOKENS = PANEL_TOKENS>
 static int64_t panel(const Matrix<T>& matrix, const Inputs& x, float* y, int64_t threads) {
     if constexpr (TOKENS > LEAST_PANEL)
         if (2 * x.count <= TOKENS) return panel<T, TOKENS / 2>(matrix, x, y, threads);
-    std::vector<Line> turned(matrix.columns * TOKENS / LINE);  // x as [columns][TOKENS]
-    float* columns = turned[0].values;
+    std::unique_ptr<Line[]> turned(new Line[matrix.columns * TOKENS / LINE]);
+    float* columns = turned[0].values;  // x as [columns][TOKENS]
     in_parts(matrix.columns, LINE, threads, [&](int64_t begin, int64_t end) {
         for (int64_t first = begin; first < end; first += LINE)
-            for (int64_t token = 0; token < x.count; token++)
+            for (int64_t token = 0; token < TOKENS; token++)
                 for (int64_t column = first; column < std::min(first + LINE, end); column++)
-                    columns[column * TOKENS + token] = x.at(token, column);
+                    columns[column * TOKENS + token] = token < x.count ? x.at(token, column) : 0.0f;
     });
     std::atomic<int64_t> wrong{0};
     in_parts(matrix.rows, 1, threads, [&](int64_t begin, int64_t end) {
