@@ -17,6 +17,8 @@ from streamprune_kernels.cpu import (
     squared_distances,
     weighted_squares,
 )
+from streamprune_kernels.operator import packed_linear
+from streamprune_kernels.packed_product import FEW_ROWS
 from streamprune_kernels.reference import (
     LEAST_EXPONENT,
     nm_linear,
@@ -26,6 +28,7 @@ from streamprune_kernels.reference import (
 )
 
 __all__ = [
+    "FEW_ROWS",
     "LEAST_EXPONENT",
     "add_range",
     "count_values",
@@ -38,6 +41,7 @@ __all__ = [
     "nth_best",
     "pack_mask",
     "pack_values",
+    "packed_linear",
     "refine_rows",
     "select_groups",
     "squared_distances",
