@@ -34,6 +34,7 @@ const int64_t BEHIND = 64;         // values and mask bytes that a step may read
 const int BLOCK = 32, LEAST_PANEL = 16;               // columns whose panel of 256 tokens fits the first-level cache
 const int64_t ROWS_IN_CACHE = 512, ROWS_AHEAD = 8;    // rows whose sums for 256 tokens fit the second-level cache
 const int64_t LINE = 16;                              // floats of a cache line
+const int64_t LEAST_WORK = 1 << 18;                   // products that are worth a thread: about 25 microseconds
 struct alignas(64) Line { float values[LINE]; };
 
 struct Bfloat16 { uint16_t bits; };
@@ -308,12 +309,13 @@ int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int6
     return of_type(type, [=](auto kind) {
         using T = decltype(kind);
         Matrix<T> matrix = {(const T*)values, mask, rows, columns, kept};
+        int64_t useful = std::min(threads, 1 + rows * kept * count / LEAST_WORK);
         int64_t wrong = 0, step = panels ? ON_PATH(path, PANEL_TOKENS) : MOST_VECTORS;
         for (int64_t first = 0; first < count; first += step) {
             Inputs some = {x + first * columns, place, std::min(step, count - first), columns};
             float* out = y + first * rows;
-            wrong += panels ? ON_PATH(path, panel(matrix, some, out, threads))
-                            : ON_PATH(path, few(matrix, some, out, threads));
+            wrong += panels ? ON_PATH(path, panel(matrix, some, out, useful))
+                            : ON_PATH(path, few(matrix, some, out, useful));
         }
         return wrong;
     });
