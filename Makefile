@@ -46,8 +46,9 @@ check: setup  ## formatting, lint, types; prints the line count
 	  '$$2 != "total" { split($$2, part, "/"); lines[part[1]] += $$1; lines["all"] += $$1 } \
 	  END { for (room in lines) printf "%7d %s\n", lines[room], room }' | sort -n
 
-bench: setup inputs  ## time, memory and reading of compress against their floors
+bench: setup inputs  ## time, memory and reading of compress against their floors; packed products against dense
 	$(RUN) examples/benchmarks/bench_compress.py demo --plot demo/bench/benchmarks.png
+	$(RUN) examples/benchmarks/bench_kernels.py
 
 bench-llmcompressor: setup inputs  ## Wanda by streamprune and by llm-compressor, which gets an environment of its own
 	$(RUN) examples/benchmarks/bench_llmcompressor.py
