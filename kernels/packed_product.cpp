@@ -124,6 +124,7 @@ INLINE float float_of(Float16 value) {
     return result;
 }
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors of 8 floats are passed between inlined functions alone
 namespace portable {
 #define TARGET
 const int COLUMNS = 8, PIECES = 1, LANES = 8;
