@@ -137,10 +137,10 @@ INLINE Vector load(const float* from) {
     return x;
 }
 INLINE Vector all_of(float x) { return x - Vector{}; }
-INLINE void store(float* to, Vector x) { std::memcpy(to, &x, sizeof x); }
-INLINE void add_product(Vector& sum, Vector x, Vector y) { sum += x * y; }
+INLINE void store(float* to, const Vector& x) { std::memcpy(to, &x, sizeof x); }
+INLINE void add_product(Vector& sum, const Vector& x, const Vector& y) { sum += x * y; }
 INLINE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
-INLINE float total(Vector sum) {
+INLINE float total(const Vector& sum) {
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 template <typename T>

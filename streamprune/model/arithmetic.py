@@ -1,6 +1,7 @@
 """Which device and dtype a job computes in, resolved and written down: they are part of what decides the bytes."""
 
 import ctypes
+import logging
 import resource
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 
 from streamprune.errors import SettingsError
 from streamprune_kernels import library
+
+logger = logging.getLogger("streamprune")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,6 +70,15 @@ def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmet
     if dtype == "float16" and resolved.type == "cpu":
         raise SettingsError("dtype float16 is about 100 times slower than float32 on a CPU; use float32 or bfloat16")
     return Arithmetic(resolved, DTYPES[dtype])
+
+
+def warn_without_kernels() -> None:
+    """Say in one line that the package was built without its compiled kernels, where it was."""
+    if library() is None:
+        logger.warning(
+            "streamprune was built without its compiled kernels: search, refinement and products of packed weights take "
+            "several times longer; install a C++ compiler and then streamprune again"
+        )
 
 
 def peak_memory_bytes() -> int:
