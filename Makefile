@@ -17,7 +17,7 @@ help:  ## list the targets
 setup: $(INSTALLED)  ## make .venv with everything that development needs
 
 # Built anew where the interpreter is gone; installed anew where a requirement or a compiled kernel changed.
-$(INSTALLED): pyproject.toml constraints-dev.txt kernels/cpu.cpp
+$(INSTALLED): pyproject.toml constraints-dev.txt $(wildcard kernels/*.cpp kernels/*.h)
 	@test -x $(RUN) || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) (about a minute)"
 	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints-dev.txt -e ".[dev]"
@@ -49,8 +49,9 @@ check: setup  ## formatting, lint, types; prints the line count
 torture: setup  ## kill, starve and corrupt a small job in every way; about twenty minutes
 	$(RUN) tests/attacks/torture.py
 
-bench: setup inputs  ## time, memory and reading of compress against their floors
+bench: setup inputs  ## time, memory and reading of compress against their floors; packed products against dense
 	$(RUN) examples/benchmarks/bench_compress.py demo --plot demo/bench/benchmarks.png
+	$(RUN) examples/benchmarks/bench_kernels.py
 
 bench-llmcompressor: setup inputs  ## Wanda by streamprune and by llm-compressor, which gets an environment of its own
 	$(RUN) examples/benchmarks/bench_llmcompressor.py

@@ -27,6 +27,8 @@ from streamprune_kernels.gemm import (
 )
 from streamprune_kernels.launch import KernelUnavailable, unsupported_reason
 from streamprune_kernels.metadata import SparseWeight, sparse_unsuitable, sparse_weight
+from streamprune_kernels.operator import packed_linear
+from streamprune_kernels.packed_product import FEW_ROWS
 from streamprune_kernels.reference import (
     LEAST_EXPONENT,
     nm_linear,
@@ -36,6 +38,7 @@ from streamprune_kernels.reference import (
 )
 
 __all__ = [
+    "FEW_ROWS",
     "LEAST_EXPONENT",
     "KernelUnavailable",
     "NMWeight",
@@ -54,6 +57,7 @@ __all__ = [
     "nth_best",
     "pack_mask",
     "pack_values",
+    "packed_linear",
     "refine_rows",
     "select_groups",
     "sparse_linear",

@@ -1,7 +1,6 @@
 // Kernels for a processor without a GPU, behind a plain C ABI. cpu.py loads and launches them; reference.py says what
 // each computes. A kernel works on the part [begin, end) of its problem; threads share no sum, so results do not depend
-// on their number. The threads are OpenMP's, and so torch's own: a pool beside them would wait for them to stop
-// spinning. Vectors are 16 floats: one AVX-512 register, two of AVX2.
+// on their number. Vectors are 16 floats: one AVX-512 register, two of AVX2.
 
 #include <algorithm>
 #include <atomic>
@@ -9,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "parts.h"
 
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -38,19 +39,6 @@ static const int RANGE_STRIP = 4;         // vectors of channels; 16 accumulator
 static const int64_t ROWS_AHEAD = 16;     // fetched early: each row of a strip lies in a page of its own
 static const int LEAST_EXPONENT = -126;   // of a bin's width: float scales by its inverse without overflow
 static const int MOST_PLACES = 64, MOST_PATTERNS = 256;  // of a group; that are tried one by one
-
-
-// Calls work(begin, end) for `threads` parts of 0..count, cut at multiples of step.
-template <typename Work>
-static void in_parts(int64_t count, int64_t step, int64_t threads, Work work) {
-    int64_t size = (count + threads * step - 1) / (threads * step) * step;
-    int64_t parts = size ? (count + size - 1) / size : 0;
-#pragma omp parallel for schedule(static) num_threads(parts > 0 ? (int)parts : 1)
-    for (int64_t part = 0; part < parts; part++) {
-        int64_t end = (part + 1) * size;
-        work(part * size, end < count ? end : count);
-    }
-}
 
 // out[i, b] = sum over rows of max(s[b, row], t[i, row]), for i in [begin, end); s [n_s, rows], t [n_t, rows],
 // out [n_t, n_s]. Rows must be a multiple of 16 (padded with equal values on both sides by the caller).
@@ -555,7 +543,7 @@ CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float
 extern "C" {
 
 // What cpu.py calls must be what was compiled: raised with every change of a signature or of its meaning.
-int64_t interface_number() { return 7; }
+int64_t interface_number() { return 8; }
 
 void sum_of_maxima(const float* s, int64_t n_s, const float* t, int64_t n_t, int64_t rows, float* out,
                    int64_t threads) {

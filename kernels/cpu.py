@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 7  # of cpu.cpp's functions; both numbers are raised together
+INTERFACE = 8  # of the compiled functions; this and cpu.cpp's number are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -32,6 +32,9 @@ SIGNATURES = {
     "pack_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, INT64],
     "expand_rows": [*[POINTER] * 3, *[INT64] * 4, POINTER, INT64],
     "refine_rows": [*[POINTER] * 4, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
+    "best_product_path": [],
+    "product_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, POINTER, INT64, POINTER, *[INT64] * 3],
+    "xor_of_words": [POINTER, INT64, INT64],
 }
 
 
@@ -50,7 +53,7 @@ def library() -> ctypes.CDLL | None:
                 raise ImportError(f"{path} has interface {number}, {INTERFACE} is needed; install streamprune again")
             for name, arguments in SIGNATURES.items():
                 function = getattr(loaded, name)
-                function.argtypes, function.restype = arguments, INT64 if name.endswith("_rows") else None
+                function.argtypes, function.restype = arguments, INT64  # nothing reads that of a void one
             return loaded
     return None
 

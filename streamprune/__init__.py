@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streamprune.errors import StreampruneError
 
 if TYPE_CHECKING:
+    from streamprune.model.packed_linear import PackedLinear
     from streamprune.pipeline.compress import compress
     from streamprune.pipeline.preview import plan
     from streamprune.runtime.evaluate import evaluate
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from streamprune.runtime.inspect import inspect
     from streamprune.runtime.verify import verify
 
-__all__ = ["StreampruneError", "compress", "evaluate", "export", "inspect", "plan", "verify"]
+__all__ = ["PackedLinear", "StreampruneError", "compress", "evaluate", "export", "inspect", "plan", "verify"]
 
 _HOMES = {
+    "PackedLinear": "streamprune.model.packed_linear",
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
@@ -30,7 +32,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a command on first use: `streamprune --help` should not wait for torch and transformers."""
+    """Import a name on first use: `streamprune --help` should not wait for torch and transformers."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

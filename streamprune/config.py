@@ -25,6 +25,7 @@ CHOICES = {
     "fold": Fold,
     "on_excess": OnExcess,
 }
+MOST_GROUP_SIZE = 64  # M of an N:M pattern
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
 
@@ -37,8 +38,10 @@ class NMPattern:
     group_size: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.kept < self.group_size <= 64:
-            raise SettingsError(f"pattern {self}: N:M needs 0 < N < M <= 64, where N of every M weights are kept")
+        if not 0 < self.kept < self.group_size <= MOST_GROUP_SIZE:
+            raise SettingsError(
+                f"pattern {self}: N:M needs 0 < N < M <= {MOST_GROUP_SIZE}, where N of every M weights are kept"
+            )
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.group_size}"

@@ -13,7 +13,7 @@ FOLDERS = {"streamprune": ROOT / "streamprune", "streamprune_kernels": ROOT / "k
 
 EVERYWHERE = {"errors", "config"}
 MAY_IMPORT = {
-    "streamprune": {"pipeline", "runtime"},  # the public names, imported on first use
+    "streamprune": {"pipeline", "runtime", "model"},  # the public names, imported on first use
     "__main__": {"cli"},
     "cli": {"streamprune", "pipeline", "runtime"},
     "pipeline": {"model", "pruning", "checkpoint", "streamprune_kernels"},

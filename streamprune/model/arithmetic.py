@@ -1,6 +1,7 @@
 """Which device and dtype a job computes in, resolved and written down: they are part of what decides the bytes."""
 
 import ctypes
+import logging
 import resource
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from streamprune.errors import SettingsError
 from streamprune_kernels import library
 
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
+logger = logging.getLogger("streamprune")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,6 +81,15 @@ def has_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
     lines = (line.partition(":") for line in cpu_info.read_text().splitlines())
     features = next((words.split() for name, _, words in lines if name.strip().lower() in ("flags", "features")), [])
     return not BFLOAT16_FEATURES.isdisjoint(features)
+
+
+def warn_without_kernels() -> None:
+    """Say in one line that the package was built without its compiled kernels, where it was."""
+    if library() is None:
+        logger.warning(
+            "streamprune was built without its compiled kernels: search, refinement and products of packed weights take "
+            "several times longer; install a C++ compiler and then streamprune again"
+        )
 
 
 def peak_memory_bytes() -> int:

@@ -19,6 +19,7 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import packed_block, run_block
 from streamprune.model.skeleton import BlockInputs, Skeleton, arguments_equal, match_names, record_block_inputs
+from streamprune_kernels import FEW_ROWS
 
 BlockArguments = tuple[dict[str, Any], ...]
 
@@ -114,8 +115,11 @@ def advance(
 ) -> None:
     """Run a block on every sequence of `states`, keep its outputs in `target`, and show each (index, input, output).
 
-    `micro_batch` sequences go through the block at once. What a sequence becomes does not depend on it.
+    `micro_batch` sequences go through the block at once. What a sequence becomes does not depend on it: those so short
+    that several make many rows of a product go one by one, as products of few rows round differently.
     """
+    if states.shape[1] <= FEW_ROWS:
+        micro_batch = 1
     for first in range(0, len(states), micro_batch):
         indices = range(first, min(first + micro_batch, len(states)))
         x = torch.cat([states.read(index) for index in indices]).to(arithmetic.device)
@@ -137,7 +141,7 @@ def load_block(
 ) -> nn.Module:
     """A block ready to run from a checkpoint: its layers in `packed` are sparse, everything else is dense."""
     prefix = f"{skeleton.blocks[index]}."
-    layers = [name for name in packed if name.startswith(prefix)]
+    layers = {name: pattern for name, pattern in packed.items() if name.startswith(prefix)}
     pruned = {f"{name}.weight" for name in layers}
     dense = {name: names[name] for name in skeleton.block_parameters(index) if name not in pruned}
     stored = [name for layer in layers for name in tensor_names(checkpoint, layer)]

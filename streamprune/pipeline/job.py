@@ -12,11 +12,10 @@ from streamprune.checkpoint.packed import is_packed
 from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, SettingsError
-from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory
+from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 from streamprune.pipeline.plan import Plan, make_plan
-from streamprune_kernels import library
 
 logger = logging.getLogger("streamprune")
 
@@ -65,11 +64,7 @@ def resolve_job(
 
     `resources` are `make_plan`'s: limits on memory, which the settings are fitted to, micro-batch and prefetch.
     """
-    if library() is None:
-        logger.warning(
-            "streamprune was built without its compiled kernels: search and refinement take several times longer; "
-            "install a C++ compiler and then streamprune again"
-        )
+    warn_without_kernels()
     skeleton, checkpoint, names = open_model(model)
     longest = getattr(skeleton.model.config, "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:

@@ -177,12 +177,13 @@ def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> 
     results = source + kept + written
     share = config.pattern.kept / config.pattern.group_size
     packed, packed_largest = (int(count * (itemsize * share + 1 / 8)) for count in (kept, largest))
+    dense = block - kept * sizes.dtype.itemsize  # what of the block is not packed
     if not config.validate:  # no pass at all
         return 0, source + max(pruning + written, results), 0
     return (
         source + block + sum(moments) + histograms + activations,
         source + max(pruning + written, results),
-        results + block + max(packed, (sizes.dtype.itemsize + 1) * largest + 2 * packed_largest) + activations,
+        results + packed + dense + (sizes.dtype.itemsize + 1) * largest + 2 * packed_largest + activations,
     )
 
 

@@ -15,7 +15,7 @@ from streamprune.checkpoint.packed import is_packed, open_packed
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import CalibrationError, CheckpointError, SettingsError
-from streamprune.model.arithmetic import Arithmetic, peak_memory_bytes, resolve_arithmetic
+from streamprune.model.arithmetic import Arithmetic, peak_memory_bytes, resolve_arithmetic, warn_without_kernels
 from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
 from streamprune.model.streaming import advance, embed, load_block, output_names, read_outer, text_inputs
 from streamprune.model.text import documents, load_tokenizer, tokenize
@@ -56,6 +56,7 @@ def evaluate(
     start = time.perf_counter()
     if scratch is not None and not Path(scratch).is_dir():
         raise SettingsError(f"scratch {scratch}: no such folder")
+    warn_without_kernels()
     folder = Path(model)
     skeleton = build_skeleton(folder)
     packed = is_packed(folder)

@@ -140,7 +140,7 @@ def test_nm_linear_by_hand() -> None:
 def test_the_package_exports_its_kernels() -> None:
     expected = (
         "add_range count_values excess_sums expand kept_sums library local_swaps nm_linear nth_best pack_mask "
-        "pack_values refine_rows select_groups squared_distances unpack_mask weighted_squares"
+        "pack_values packed_linear refine_rows select_groups squared_distances unpack_mask weighted_squares"
     )
-    assert streamprune_kernels.__all__ == ["LEAST_EXPONENT", *expected.split()]
+    assert streamprune_kernels.__all__ == ["FEW_ROWS", "LEAST_EXPONENT", *expected.split()]
     assert all(callable(getattr(streamprune_kernels, name)) for name in expected.split())

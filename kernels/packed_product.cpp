@@ -1,0 +1,334 @@
+// Products of packed N:M weights on a processor, behind a plain C ABI; packed_product.py loads and launches them, and
+// reference.py says what they compute. Which instructions run is decided when they run: AVX-512 with VBMI2, whose
+// vpexpandw is the very expansion of a mask, AVX2 with a table of shuffles, or none.
+//
+// A product of few vectors is bound by memory: each packed byte is read once, whatever N:M is, and weights become
+// floats in registers (packed_rows.h). One of many tokens is bound by arithmetic, which kept weights alone take
+// (packed_panels.h). Sums are float32.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "parts.h"
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#include <immintrin.h>
+#define HAS_X86 1
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define HAS_X86 0
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+const int MOST_VECTORS = 8;        // of packed_rows.h at once
+const int64_t BYTES_AHEAD = 1024;  // fetched early, beyond the page that the processor's own prefetching stops at
+const int64_t BEHIND = 64;         // values and mask bytes that a step may read beyond its own
+
+const int BLOCK = 32, LEAST_PANEL = 16;               // columns whose panel of 256 tokens fits the first-level cache
+const int64_t ROWS_IN_CACHE = 512, ROWS_AHEAD = 8;    // rows whose sums for 256 tokens fit the second-level cache
+const int64_t LINE = 16;                              // floats of a cache line
+const int64_t LEAST_WORK = 1 << 18;                   // products that are worth a thread: about 25 microseconds
+struct alignas(64) Line { float values[LINE]; };
+
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+// A packed matrix: values [rows, kept], mask [rows, ceil(columns / 8)].
+template <typename T>
+struct Matrix {
+    const T* values;
+    const uint8_t* mask;
+    int64_t rows, columns, kept;
+};
+
+template <typename T>
+struct Row {
+    const T* values;
+    const uint8_t* mask;
+};
+
+template <typename T>
+struct Room {
+    std::vector<T> values;
+    std::vector<uint8_t> mask;
+};
+
+// A row that steps can read. They load whole vectors, and as many values as a mask claims, be it right or not: where
+// that could reach beyond the matrix, the row is copied to a room with space behind it.
+template <typename T>
+Row<T> readable_row(const Matrix<T>& matrix, int64_t row, Room<T>& room) {
+    int64_t mask_bytes = (matrix.columns + 7) / 8;
+    const T* values = matrix.values + row * matrix.kept;
+    const uint8_t* mask = matrix.mask + row * mask_bytes;
+    int64_t values_left = (matrix.rows - row) * matrix.kept, mask_left = (matrix.rows - row) * mask_bytes;
+    if (values_left >= matrix.columns + BEHIND && mask_left >= mask_bytes + BEHIND) return {values, mask};
+    room.values.assign(matrix.columns + BEHIND, T{});
+    room.mask.assign(mask_bytes + BEHIND, 0);
+    std::memcpy(room.values.data(), values, sizeof(T) * matrix.kept);
+    std::memcpy(room.mask.data(), mask, mask_bytes);
+    return {room.values.data(), room.mask.data()};
+}
+
+// The mask of a step: its columns' bits, 0 beyond the `left` columns of the row.
+template <int COLUMNS>
+INLINE uint32_t bits_of(const uint8_t* mask, int64_t left) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, mask, COLUMNS / 8);
+    return left >= COLUMNS ? bits : bits & ((1u << left) - 1);
+}
+
+// `count` vectors: float [count, columns], of which the matrix's column c is multiplied by column place[c] (null: c).
+struct Inputs {
+    const float* x;
+    const int32_t* place;
+    int64_t count, columns;
+    float at(int64_t vector, int64_t column) const { return x[vector * columns + (place ? place[column] : column)]; }
+};
+
+// Inputs as [steps][VECTORS][COLUMNS], zero beyond the last column.
+template <int VECTORS, int COLUMNS>
+std::vector<float> in_steps(const Inputs& x, int64_t columns) {
+    int64_t count = (columns + COLUMNS - 1) / COLUMNS;
+    std::vector<float> steps(count * VECTORS * COLUMNS);
+    for (int64_t vector = 0; vector < VECTORS; vector++)
+        for (int64_t column = 0; column < columns; column++)
+            steps[(column / COLUMNS * VECTORS + vector) * COLUMNS + column % COLUMNS] = x.at(vector, column);
+    return steps;
+}
+
+INLINE float float_of(float value) { return value; }
+
+INLINE float float_of(Bfloat16 value) {
+    uint32_t bits = (uint32_t)value.bits << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+INLINE float float_of(Float16 value) {
+    uint32_t sign = (uint32_t)(value.bits & 0x8000) << 16, exponent = value.bits >> 10 & 31, part = value.bits & 1023;
+    float result;
+    if (exponent == 0) {  // zero and subnormal numbers: multiples of 2^-24
+        result = (float)part * 0x1p-24f;
+        return sign ? -result : result;
+    }
+    uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | part << 13;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors of 8 floats are passed between inlined functions alone
+namespace portable {
+#define TARGET
+const int COLUMNS = 8, PIECES = 1, LANES = 8;
+typedef float Vector __attribute__((vector_size(32)));
+const int PANEL_TOKENS = 4 * LANES;
+constexpr int rows_at_once(int) { return 1; }
+INLINE Vector load(const float* from) {
+    Vector x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+INLINE Vector all_of(float x) { return x - Vector{}; }
+INLINE void store(float* to, const Vector& x) { std::memcpy(to, &x, sizeof x); }
+INLINE void add_product(Vector& sum, const Vector& x, const Vector& y) { sum += x * y; }
+INLINE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+INLINE float total(const Vector& sum) {
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+template <typename T>
+INLINE void expand(const T* values, uint32_t bits, Vector (&weight)[PIECES]) {
+    for (int column = 0; column < COLUMNS; column++) {
+        weight[0][column] = bits >> column & 1 ? float_of(*values) : 0.0f;
+        values += bits >> column & 1;
+    }
+}
+#include "packed_rows.h"
+#include "packed_panels.h"
+#undef TARGET
+}  // namespace portable
+
+#if HAS_X86
+namespace avx2 {
+#define TARGET __attribute__((target("avx2,fma,f16c,popcnt")))
+const int COLUMNS = 8, PIECES = 1, LANES = 8;
+typedef __m256 Vector;
+
+// For each mask byte: which of the next values each column takes, with the top bit set where it takes none.
+struct Places {
+    uint8_t of_values[256][8];
+    uint8_t of_bytes[256][16];  // the same for two bytes a value
+    constexpr Places() : of_values{}, of_bytes{} {
+        for (int bits = 0; bits < 256; bits++)
+            for (int column = 0, next = 0; column < 8; column++) {
+                bool kept = bits >> column & 1;
+                of_values[bits][column] = kept ? next : 0x80;
+                for (int byte = 0; byte < 2; byte++)
+                    of_bytes[bits][2 * column + byte] = kept ? 2 * next + byte : 0x80;
+                next += kept;
+            }
+    }
+};
+constexpr Places PLACES;
+
+const int PANEL_TOKENS = 8 * LANES;
+constexpr int rows_at_once(int vectors) { return vectors <= 2 ? 4 : vectors <= 4 ? 2 : 1; }
+TARGET INLINE Vector load(const float* from) { return _mm256_loadu_ps(from); }
+TARGET INLINE Vector all_of(float x) { return _mm256_set1_ps(x); }
+TARGET INLINE void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
+TARGET INLINE void add_product(Vector& sum, Vector x, Vector y) { sum = _mm256_fmadd_ps(x, y, sum); }
+TARGET INLINE int count_bits(uint32_t bits) { return _mm_popcnt_u32(bits); }
+TARGET INLINE float total(Vector sum) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+TARGET INLINE __m128i expanded_words(const void* values, uint32_t bits) {
+    __m128i places = _mm_loadu_si128((const __m128i*)PLACES.of_bytes[bits]);
+    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)values), places);
+}
+TARGET INLINE void expand(const Bfloat16* values, uint32_t bits, Vector (&weight)[PIECES]) {
+    __m256i wide = _mm256_cvtepu16_epi32(expanded_words(values, bits));
+    weight[0] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+TARGET INLINE void expand(const Float16* values, uint32_t bits, Vector (&weight)[PIECES]) {
+    weight[0] = _mm256_cvtph_ps(expanded_words(values, bits));
+}
+TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[PIECES]) {
+    __m256i places = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)PLACES.of_values[bits]));
+    __m256 taken = _mm256_permutevar8x32_ps(load(values), places);
+    weight[0] = _mm256_blendv_ps(taken, _mm256_setzero_ps(), _mm256_castsi256_ps(places));  // by the top bit
+}
+#include "packed_rows.h"
+#include "packed_panels.h"
+#undef TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,f16c,popcnt")))
+const int COLUMNS = 32, PIECES = 2, LANES = 16;
+typedef __m512 Vector;
+const int PANEL_TOKENS = 16 * LANES;
+constexpr int rows_at_once(int vectors) { return vectors <= 4 ? 4 : 2; }
+TARGET INLINE Vector load(const float* from) { return _mm512_loadu_ps(from); }
+TARGET INLINE Vector all_of(float x) { return _mm512_set1_ps(x); }
+TARGET INLINE void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
+TARGET INLINE void add_product(Vector& sum, Vector x, Vector y) { sum = _mm512_fmadd_ps(x, y, sum); }
+TARGET INLINE int count_bits(uint32_t bits) { return _mm_popcnt_u32(bits); }
+TARGET INLINE float total(Vector sum) { return _mm512_reduce_add_ps(sum); }
+TARGET INLINE __m512i expanded_words(const void* values, uint32_t bits) {
+    return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values));
+}
+TARGET INLINE void expand(const Bfloat16* values, uint32_t bits, Vector (&weight)[PIECES]) {
+    __m512i words = expanded_words(values, bits);
+    __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
+    __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
+    weight[0] = _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
+    weight[1] = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+}
+TARGET INLINE void expand(const Float16* values, uint32_t bits, Vector (&weight)[PIECES]) {
+    __m512i words = expanded_words(values, bits);
+    weight[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+    weight[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+}
+TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[PIECES]) {
+    weight[0] = _mm512_maskz_expand_ps((__mmask16)bits, load(values));
+    weight[1] = _mm512_maskz_expand_ps((__mmask16)(bits >> 16), load(values + count_bits(bits & 0xffff)));
+}
+#include "packed_rows.h"
+#include "packed_panels.h"
+#undef TARGET
+}  // namespace avx512
+#endif
+
+enum Path { PORTABLE, AVX2, AVX512 };
+
+// The best set of instructions that this processor has.
+int64_t best_path() {
+#if HAS_X86
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                __builtin_cpu_supports("popcnt");
+    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vbmi2");
+    return avx2 && avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
+#else
+    return PORTABLE;
+#endif
+}
+
+typedef int64_t Words __attribute__((vector_size(64)));
+const int64_t READ_STREAMS = 4;
+
+// From several streams at once, as the products read: one alone reaches a little less.
+CLONES int64_t xor_part(const int64_t* words, int64_t count) {
+    int64_t stretch = count / READ_STREAMS / 8 * 8, all = 0;
+    Words found[READ_STREAMS] = {};
+    for (int64_t i = 0; i < stretch; i += 8)
+        for (int stream = 0; stream < READ_STREAMS; stream++) {
+            Words next;
+            std::memcpy(&next, words + stream * stretch + i, sizeof next);
+            found[stream] ^= next;
+        }
+    for (int64_t i = READ_STREAMS * stretch; i < count; i++) all ^= words[i];
+    for (int stream = 0; stream < READ_STREAMS; stream++)
+        for (int lane = 0; lane < 8; lane++) all ^= found[stream][lane];
+    return all;
+}
+
+// Calls work(T{}) for the type of the values: 0 bfloat16, 1 float16, 2 float32.
+template <typename Work>
+int64_t of_type(int64_t type, Work work) {
+    return type == 0 ? work(Bfloat16{}) : type == 1 ? work(Float16{}) : work(float{});
+}
+
+}  // namespace
+
+#if HAS_X86
+#define ON_PATH(path, what) ((path) == AVX512 ? avx512::what : (path) == AVX2 ? avx2::what : portable::what)
+#else
+#define ON_PATH(path, what) (portable::what)
+#endif
+
+extern "C" {
+
+int64_t best_product_path() { return best_path(); }
+
+// y [count, rows] of x [count, columns]; place int32 [columns] or null: the column of x that each column of the matrix
+// belongs to. `panels`: by packed_panels.h, else by packed_rows.h. Returns how many masks are wrong.
+int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int64_t rows, int64_t columns,
+                     int64_t kept, const float* x, const int32_t* place, int64_t count, float* y, int64_t panels,
+                     int64_t path, int64_t threads) {
+    return of_type(type, [=](auto kind) {
+        using T = decltype(kind);
+        Matrix<T> matrix = {(const T*)values, mask, rows, columns, kept};
+        int64_t useful = std::min(threads, 1 + rows * kept * count / LEAST_WORK);
+        int64_t wrong = 0, step = panels ? ON_PATH(path, PANEL_TOKENS) : MOST_VECTORS;
+        for (int64_t first = 0; first < count; first += step) {
+            Inputs some = {x + first * columns, place, std::min(step, count - first), columns};
+            float* out = y + first * rows;
+            wrong += panels ? ON_PATH(path, panel(matrix, some, out, useful))
+                            : ON_PATH(path, few(matrix, some, out, useful));
+        }
+        return wrong;
+    });
+}
+
+// All 8-byte words of a buffer in one: what reading alone takes, which benchmarks hold products against.
+int64_t xor_of_words(const void* buffer, int64_t count, int64_t threads) {
+    std::atomic<int64_t> all{0};
+    in_parts(count, READ_STREAMS * 16, threads, [&](int64_t begin, int64_t end) {
+        all ^= xor_part((const int64_t*)buffer + begin, end - begin);
+    });
+    return all;
+}
+
+}

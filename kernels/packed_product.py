@@ -1,0 +1,54 @@
+"""Launcher of packed_product.cpp: products of packed N:M weights on a processor.
+
+Few rows of x are bound by memory: they multiply weights as these come, a step of columns at a time. Many are bound by
+arithmetic: there a kept weight multiplies a whole panel of rows, and a dropped one costs nothing. Sums are float32.
+Neither depends on the number of threads, nor does a row's result on the other rows, as long as they stay few or many.
+"""
+
+from functools import cache
+
+import torch
+
+from streamprune_kernels.cpu import library
+
+PATHS = ("portable", "avx2", "avx512")  # sets of instructions, as packed_product.cpp numbers them
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of values, likewise
+FEW_ROWS = 24  # up to here the kernel for few is the faster; measured: docs/benchmarks.md
+
+
+@cache
+def paths() -> tuple[str, ...]:
+    """Sets of instructions that this processor has, the best last; none where the package was built without kernels."""
+    compiled = library()
+    return PATHS[: compiled.best_product_path() + 1] if compiled is not None else ()
+
+
+def packed_product(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    permutation: torch.Tensor | None = None,
+    *,
+    path: str | None = None,
+    many: bool | None = None,
+) -> torch.Tensor:
+    """x W^T, float32 [rows, out], of x [rows, in] and a packed W as in reference.py, all on the processor.
+
+    values bfloat16, float16 or float32 [out, kept]; mask uint8 [out, ceil(in/8)]; permutation int32 [in], the column of
+    x that each place of the mask belongs to. `path`, one of `paths()`, and `many` choose what runs (default: the best).
+    Raises ValueError where a row of the mask does not keep as many as there are values.
+    """
+    compiled = library()
+    if compiled is None or (path is not None and path not in paths()):
+        raise ValueError(f"no compiled path {path or ''} here; there are: {', '.join(paths()) or 'none'}")
+    # held until the end, so that their pointers stay valid
+    x, values, mask = x.to(torch.float32).contiguous(), values.contiguous(), mask.contiguous()
+    place = None if permutation is None else permutation.contiguous()
+    (rows, in_features), (out_features, kept) = x.shape, values.shape
+    y = torch.empty(rows, out_features)
+    packed = values.data_ptr(), mask.data_ptr(), TYPES[values.dtype], out_features, in_features, kept
+    inputs = x.data_ptr(), None if place is None else place.data_ptr(), rows
+    how = rows > FEW_ROWS if many is None else many, PATHS.index(path or paths()[-1]), torch.get_num_threads()
+    if compiled.product_rows(*packed, *inputs, y.data_ptr(), *how):
+        raise ValueError(f"a mask does not keep {kept} values in every row")
+    return y

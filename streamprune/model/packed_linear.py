@@ -1,0 +1,152 @@
+"""The public layer of packed N:M weights."""
+
+import math
+
+import torch
+from torch import nn
+
+from streamprune.checkpoint.reader import all_finite
+from streamprune.config import MOST_GROUP_SIZE, NMPattern
+from streamprune_kernels import expand, pack_mask, pack_values, packed_linear, select_groups, unpack_mask
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weights stay packed in memory: y = x W^T + b with N of every M weights kept.
+
+    Its tensors have the names and the layout of a packed checkpoint (docs/format.md): `weight_values` [out, in*N/M]
+    bfloat16, float16 or float32, `weight_mask` uint8 [out, ceil(in/8)], and where there are any `bias` [out] and
+    `input_permutation` int32 [in]. All are buffers: the layer is for inference. x [..., in] is bfloat16, float16 or
+    float32, whatever the values' dtype, and the result has its dtype.
+
+    Made like this it is empty until `load_state_dict`, and its product raises ValueError; see `from_dense` and
+    `from_packed`. Raises SettingsError for what is no pattern, ValueError where it does not divide `in_features`.
+    """
+
+    weight_values: torch.Tensor
+    weight_mask: torch.Tensor
+    bias: torch.Tensor | None
+    input_permutation: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: str | NMPattern = "2:4",
+        bias: bool = True,
+        permuted: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.pattern = in_features, out_features, _parsed(pattern)
+        groups = _groups_of(in_features, self.pattern)
+        values = torch.zeros(out_features, groups * self.pattern.kept, device=device, dtype=dtype)
+        mask = torch.zeros(out_features, -(-in_features // 8), device=device, dtype=torch.uint8)
+        order = torch.arange(in_features, device=device, dtype=torch.int32) if permuted else None
+        self.register_buffer("weight_values", values)
+        self.register_buffer("weight_mask", mask)
+        self.register_buffer("bias", values.new_zeros(out_features) if bias else None)
+        self.register_buffer("input_permutation", order)
+
+    @classmethod
+    def from_dense(
+        cls, weight: torch.Tensor, pattern: str | NMPattern = "2:4", bias: torch.Tensor | None = None
+    ) -> "PackedLinear":
+        """Keep the N largest magnitudes of every M consecutive weights of each row; of equal ones the lower channel.
+
+        weight [out, in] bfloat16, float16 or float32, bias [out]; both are copied. Raises ValueError for weights that
+        are not finite.
+        """
+        weight = weight.detach()
+        if weight.dim() != 2:
+            raise ValueError(f"a weight is [out, in], not {list(weight.shape)}")
+        parsed = _parsed(pattern)
+        _groups_of(weight.shape[1], parsed)
+        if not all_finite(weight):
+            raise ValueError("the weight holds NaN or infinity, whose magnitudes cannot be ranked")
+        keep = select_groups(weight.to(torch.float32).abs(), parsed.kept, parsed.group_size)
+        values, mask = pack_values(weight, keep), pack_mask(keep)
+        copied = None if bias is None else bias.detach().clone()
+        return cls.from_packed(values, mask, in_features=weight.shape[1], pattern=parsed, bias=copied)
+
+    @classmethod
+    def from_packed(
+        cls,
+        values: torch.Tensor,
+        mask: torch.Tensor,
+        *,
+        in_features: int,
+        pattern: str | NMPattern | None = None,
+        bias: torch.Tensor | None = None,
+        permutation: torch.Tensor | None = None,
+    ) -> "PackedLinear":
+        """A layer from tensors as they lie in a packed checkpoint, which it shares and does not copy.
+
+        Without a pattern, the one with the least M that the mask keeps to. Raises ValueError for tensors that do not
+        fit together; a mask that keeps another number of weights in some row is refused by the product.
+        """
+        if values.dim() != 2 or tuple(mask.shape) != (len(values), -(-in_features // 8)) or mask.dtype != torch.uint8:
+            raise ValueError(
+                f"a mask {list(mask.shape)} of {mask.dtype} does not fit {in_features} inputs and values "
+                f"{list(values.shape)}; it is uint8 [out, ceil(in/8)]"
+            )
+        if pattern is None:
+            pattern = _pattern_of(mask, in_features, values.shape[1])
+        if permutation is not None and (permutation.dtype != torch.int32 or not _permutes(permutation, in_features)):
+            raise ValueError(f"the input permutation is not an int32 one of {in_features} channels")
+        layer = cls(in_features, len(values), pattern, bias is not None, permutation is not None, device="meta")
+        if values.shape != layer.weight_values.shape:
+            raise ValueError(f"{layer.pattern} of {in_features} inputs keeps {layer.weight_values.shape[1]} weights a "
+                             f"row, the values hold {values.shape[1]}")  # fmt: skip
+        if bias is not None and tuple(bias.shape) != (len(values),):
+            raise ValueError(f"a bias {list(bias.shape)} does not fit {len(values)} outputs")
+        layer.weight_values, layer.weight_mask = values.detach(), mask
+        layer.bias = None if bias is None else bias.detach()
+        layer.input_permutation = permutation
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out] in x's dtype; x [..., in] in the order of the dense layer's inputs."""
+        return packed_linear(x, self.weight_values, self.weight_mask, self.bias, self.input_permutation)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight [out, in] in the values' dtype, dropped weights +0, columns in the order of the inputs."""
+        return expand(self.weight_values, self.weight_mask, self.in_features, self.input_permutation)
+
+    def extra_repr(self) -> str:
+        """What `print` shows of it."""
+        permuted = ", permuted" if self.input_permutation is not None else ""
+        dtype = str(self.weight_values.dtype).removeprefix("torch.")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, pattern={self.pattern}, "
+            f"bias={self.bias is not None}{permuted}, dtype={dtype}"
+        )
+
+
+def _parsed(pattern: str | NMPattern) -> NMPattern:
+    return pattern if isinstance(pattern, NMPattern) else NMPattern.parse(pattern)
+
+
+def _groups_of(in_features: int, pattern: NMPattern) -> int:
+    if in_features < 1 or in_features % pattern.group_size:
+        raise ValueError(f"{pattern} does not divide {in_features} input channels: groups of {pattern.group_size} "
+                         "must come out even")  # fmt: skip
+    return in_features // pattern.group_size
+
+
+def _pattern_of(mask: torch.Tensor, in_features: int, kept: int) -> NMPattern:
+    """The N:M of the least M that every group of a mask keeps to."""
+    common = math.gcd(in_features, kept)
+    n, m = kept // common, in_features // common
+    keep = unpack_mask(mask, in_features)
+    for times in range(1, MOST_GROUP_SIZE // m + 1):
+        if n < m and in_features % (times * m) == 0:
+            groups = keep.view(len(keep), -1, times * m)
+            if all(bool((rows.sum(dim=2) == times * n).all()) for rows in (groups[:1], groups)):
+                return NMPattern(times * n, times * m)
+    raise ValueError(f"the mask does not keep N of every M <= {MOST_GROUP_SIZE} input channels in every row")
+
+
+def _permutes(permutation: torch.Tensor, count: int) -> bool:
+    order = torch.arange(count, dtype=torch.int32, device=permutation.device)
+    return permutation.shape == order.shape and torch.equal(permutation.sort().values, order)
