@@ -87,7 +87,7 @@ def warn_without_kernels() -> None:
     """Say in one line that the package was built without its compiled kernels, where it was."""
     if library() is None:
         logger.warning(
-            "streamprune was built without its compiled kernels: search, refinement and products of packed weights take "
+            "streamprune was built without its compiled kernels: search, refinement and packed products take "
             "several times longer; install a C++ compiler and then streamprune again"
         )
 
