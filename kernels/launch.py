@@ -5,8 +5,8 @@ to runners on the CPU. CuPy, the optional extra `gpu`, is imported only when a k
 """
 
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,6 +60,24 @@ class Launch:
 
 
 Run = Callable[[Launch], None]
+_stand_in: list[Run] = []  # the innermost last
+
+
+@contextmanager
+def standing_in(run: Run) -> Iterator[None]:
+    """While open, `run` takes the launches for tensors on the CPU, as a GPU would: for tests of whole programs."""
+    _stand_in.append(run)
+    try:
+        yield
+    finally:
+        _stand_in.pop()
+
+
+def runner_for(tensor: torch.Tensor) -> Run | None:
+    """What runs CUDA kernels on a tensor: its GPU, on the CPU what stands in for one; None where nothing does."""
+    if tensor.device.type == "cpu":
+        return _stand_in[-1] if _stand_in else None
+    return on_device if unsupported_reason(tensor.device) is None else None
 
 
 @cache

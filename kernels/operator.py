@@ -7,6 +7,10 @@ import torch
 
 from streamprune_kernels import reference
 from streamprune_kernels.cpu import library
+from streamprune_kernels.decode import decode_unsuitable, nm_decode
+from streamprune_kernels.gemm import MOST_GROUP_SIZE, nm_linear_cuda, nm_weight, sparse_linear
+from streamprune_kernels.launch import Run, runner_for
+from streamprune_kernels.metadata import sparse_unsuitable, sparse_weight
 from streamprune_kernels.packed_product import TYPES, packed_product
 
 
@@ -17,17 +21,24 @@ def packed_linear(
     mask: torch.Tensor,
     bias: torch.Tensor | None = None,
     permutation: torch.Tensor | None = None,
+    group_size: int = 0,
 ) -> torch.Tensor:
     """y = x W^T + b for a packed W, in x's dtype, [..., out]; x [..., in] in the order of the layer's source.
 
     values [out, kept], mask uint8 [out, ceil(in/8)] and permutation int32 [in], a bijection, as in docs/format.md; bias
     [out]. x, values and bias are each bfloat16, float16 or float32. On a processor sums are float32 and rounded once.
+    `group_size`, the M of N:M, lets a GPU use the kernels for packed weights; 0: the weight is expanded there.
     Raises ValueError for tensors that do not fit together, of another dtype or device, or that want a gradient, and
     where a row of the mask does not keep as many weights as there are values.
     """
     _check(x, values, mask, bias, permutation)
+    run = runner_for(x)
+    if run is not None and group_size and x.numel() and x.dtype == values.dtype != torch.float32:
+        y = _by_cuda_kernels(x, values, mask, bias, permutation, group_size, run)
+        if y is not None:
+            return y
     if x.device.type == "cuda":
-        return _on_gpu(x, values, mask, bias, permutation)
+        return _expanded_on_gpu(x, values, mask, bias, permutation)
     rows = x.reshape(-1, x.shape[-1])
     if library() is not None:
         y = packed_product(rows, values, mask, permutation)
@@ -46,12 +57,37 @@ def _(
     mask: torch.Tensor,
     bias: torch.Tensor | None = None,
     permutation: torch.Tensor | None = None,
+    group_size: int = 0,
 ) -> torch.Tensor:
     _check(x, values, mask, bias, permutation)
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-def _on_gpu(
+def _by_cuda_kernels(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    bias: torch.Tensor | None,
+    permutation: torch.Tensor | None,
+    group_size: int,
+    run: Run,
+) -> torch.Tensor | None:
+    """The product on tensor cores, or of few vectors; None for a shape that no kernel takes. Not run on hardware."""
+    in_features, kept = x.shape[-1], values.shape[1] * group_size // x.shape[-1]
+    if in_features % 8 or group_size > MOST_GROUP_SIZE:
+        return None
+    x = (x if permutation is None else x[..., permutation]).contiguous()
+    bias = None if bias is None else bias.to(x.dtype)
+    weight = nm_weight(values, mask, kept, group_size)
+    rows = x.view(-1, in_features)
+    if decode_unsuitable(weight, len(rows)) is None:
+        return nm_decode(rows, weight, bias, run=run).view(*x.shape[:-1], len(values))
+    if (kept, group_size) == (2, 4) and sparse_unsuitable(kept, group_size, in_features) is None:
+        return sparse_linear(x, sparse_weight(values, mask, run=run), bias, run=run)
+    return nm_linear_cuda(x, weight, bias, run=run)
+
+
+def _expanded_on_gpu(
     x: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor,

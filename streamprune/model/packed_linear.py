@@ -107,7 +107,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] in x's dtype; x [..., in] in the order of the dense layer's inputs."""
-        return packed_linear(x, self.weight_values, self.weight_mask, self.bias, self.input_permutation)
+        packed = self.weight_values, self.weight_mask, self.bias, self.input_permutation
+        return packed_linear(x, *packed, self.pattern.group_size)
 
     def dense_weight(self) -> torch.Tensor:
         """The weight [out, in] in the values' dtype, dropped weights +0, columns in the order of the inputs."""
