@@ -43,6 +43,17 @@ def add_tokens(
         reference.count_values(x, low, high, windows.exponent, windows.first_bin, windows.counts)
 
 
+def statistics_unsuitable(x: torch.Tensor) -> str | None:
+    """Why `add_tokens_cuda` does not take activations, in one line; None where it does."""
+    if x.dim() != 2 or x.dtype not in TYPE_NAMES or not x.shape[1]:
+        return f"x {x.dtype} {list(x.shape)} is not [tokens, channels] of float16, bfloat16 or float32"
+    if not x.is_contiguous() or x.data_ptr() % ALIGNMENT_BYTES:
+        return f"x is not contiguous and aligned to {ALIGNMENT_BYTES} bytes: pass x.clone()"
+    if x.shape[1] * x.itemsize % ALIGNMENT_BYTES:
+        return f"rows of {x.shape[1]} channels are no multiple of {ALIGNMENT_BYTES} bytes: use add_tokens"
+    return None
+
+
 def add_tokens_cuda(
     x: torch.Tensor,
     low: torch.Tensor,
@@ -86,12 +97,8 @@ def _shared_bytes(device: torch.device) -> int:
 def _check(
     x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum: torch.Tensor, windows: Windows | None
 ) -> None:
-    if x.dim() != 2 or x.dtype not in TYPE_NAMES or not x.shape[1]:
-        raise ValueError(f"x {x.dtype} {list(x.shape)} is not [tokens, channels] of float16, bfloat16 or float32")
-    if not x.is_contiguous() or x.data_ptr() % ALIGNMENT_BYTES:
-        raise ValueError(f"x is not contiguous and aligned to {ALIGNMENT_BYTES} bytes: pass x.clone()")
-    if x.shape[1] * x.itemsize % ALIGNMENT_BYTES:
-        raise ValueError(f"rows of {x.shape[1]} channels are no multiple of {ALIGNMENT_BYTES} bytes: use add_tokens")
+    if reason := statistics_unsuitable(x):
+        raise ValueError(reason)
     states = {"low": (low, torch.float32), "high": (high, torch.float32), "square_sum": (square_sum, torch.float64)}
     if windows is not None:
         states |= {"exponent": (windows.exponent, torch.int32), "first_bin": (windows.first_bin, torch.int32)}

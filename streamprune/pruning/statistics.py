@@ -13,6 +13,8 @@ from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.selection import stable_product
 from streamprune_kernels import LEAST_EXPONENT, add_range, count_values
+from streamprune_kernels.calibration import Windows, add_tokens_cuda, statistics_unsuitable
+from streamprune_kernels.launch import runner_for
 
 FINE_BINS = 4096  # 16 KB a channel; the observed range fills 2048 or more. Errors measured: docs/method.md
 ROW_GAP = 80  # unused bins after a channel's: at a power of two apart, many channels' hot bins share few cache lines
@@ -101,12 +103,21 @@ class StatisticsAccumulator:
 
     def add(self, x: torch.Tensor) -> None:
         """Add one sequence's inputs [tokens, in]. Raises NumericsError where one is not finite."""
+        run = runner_for(x)
+        by_kernel = run is not None and statistics_unsuitable(x) is None
+        if run is not None and by_kernel:
+            windows = None if self.histogram is None else self.histogram.windows
+            add_tokens_cuda(x, self.low, self.high, self.square_sum, windows, run=run)
         x = x.to(torch.float32)
-        add_range(x, self.low, self.high, self.square_sum)
+        if not by_kernel:
+            add_range(x, self.low, self.high, self.square_sum)
         if not math.isfinite(float(self.square_sum.sum())):
             raise NumericsError("a layer's input holds NaN or infinity")
         if self.histogram is not None:
-            self.histogram.add(x, self.low, self.high)
+            if by_kernel:
+                self.histogram.see_range(self.low, self.high)
+            else:
+                self.histogram.add(x, self.low, self.high)
         if self.moments is not None:
             self.moments.add(x, half=self.sequences % 2)
         self.tokens += x.shape[0]
@@ -216,14 +227,23 @@ class StreamingHistogram:
         self.exponent = torch.full((channels,), LEAST_EXPONENT, dtype=torch.int32, device=device)
         self.first_bin = torch.zeros(channels, dtype=torch.int32, device=device)
 
+    @property
+    def windows(self) -> Windows:
+        """Where the counts lie, for a kernel that finds the range and counts in one pass."""
+        return Windows(self.exponent, self.first_bin, self.counts)
+
+    def see_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Note [channels] what bounds all values so far. Raises NumericsError where a range is beyond float32."""
+        if not math.isfinite(float((high - low).amax())):
+            raise NumericsError("a layer's input spans more than float32 holds")
+        self.minimum, self.maximum = low, high
+
     def add(self, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
         """Count finite values [n, channels]; low and high [channels] bound all values so far, these included.
 
         Raises NumericsError where a range is beyond float32.
         """
-        if not math.isfinite(float((high - low).amax())):
-            raise NumericsError("a layer's input spans more than float32 holds")
-        self.minimum, self.maximum = low, high
+        self.see_range(low, high)
         count_values(x, low, high, self.exponent, self.first_bin, self.counts)
 
     def coarse(self, bins: int, shared: bool = False) -> torch.Tensor:

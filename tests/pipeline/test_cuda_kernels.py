@@ -30,6 +30,7 @@ def test_a_job_by_the_kernels_of_a_gpu(prune: Callable[..., CompressResult], tmp
     with standing_in(run):
         prune("llama", tmp_path / "kernels", **settings)
     assert launched["sparse_gemm_bf16_128"]
+    assert launched["add_tokens_bf16"]
     assert any(name.startswith("nm_gemm_bf16") for name in launched)
     plain, kernels = (tiny.read_tensors(tmp_path / name) for name in ("plain", "kernels"))
     equal = total = 0
