@@ -138,9 +138,13 @@ def test_nm_linear_by_hand() -> None:
 
 
 def test_the_package_exports_its_kernels() -> None:
-    expected = (
-        "add_range count_values excess_sums expand kept_sums library local_swaps nm_linear nth_best pack_mask "
-        "pack_values packed_linear refine_rows select_groups squared_distances unpack_mask weighted_squares"
+    types = "KernelUnavailable NMWeight SparseWeight"
+    functions = (
+        "add_range count_values excess_sums expand kept_sums library local_swaps nm_linear nm_linear_cuda "
+        "nm_linear_with_error nm_weight nth_best pack_mask pack_values packed_linear refine_rows select_groups "
+        "sparse_linear sparse_linear_with_error sparse_unsuitable sparse_weight squared_distances unpack_mask "
+        "unsupported_reason weighted_squares"
     )
-    assert streamprune_kernels.__all__ == ["FEW_ROWS", "LEAST_EXPONENT", *expected.split()]
-    assert all(callable(getattr(streamprune_kernels, name)) for name in expected.split())
+    names = [*types.split(), *functions.split()]
+    assert streamprune_kernels.__all__ == ["FEW_ROWS", "LEAST_EXPONENT", *names]
+    assert all(callable(getattr(streamprune_kernels, name)) for name in names)
