@@ -136,6 +136,6 @@ def test_other_devices_are_refused() -> None:
 
 def test_the_way_of_a_gpu_is_the_plain_product_in_the_inputs_dtype() -> None:
     tensors, x = layer(torch.bfloat16), inputs(5)
-    y = operator._on_gpu(x, **tensors)
+    y = operator._expanded_on_gpu(x, **tensors)
     torch.testing.assert_close(y.double(), exact(x, tensors), rtol=1e-5, atol=1e-5)
-    assert operator._on_gpu(x.bfloat16(), **tensors).dtype == torch.bfloat16
+    assert operator._expanded_on_gpu(x.bfloat16(), **tensors).dtype == torch.bfloat16
