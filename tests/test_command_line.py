@@ -312,7 +312,7 @@ def signalled(
 
     All three run at once, since starting takes most of their time.
     """
-    settings = [f"--{name.replace('_', '-')}={value}" for name, value in LONG.items()]
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in {**tiny.CALIBRATION, **LONG}.items()]
     settings += ["--calibration", str(calibration), "--quiet"]
     jobs, processes = {}, {}
     for kind in SIGNALS:

@@ -232,7 +232,7 @@ def test_wanda_masks_are_those_of_a_wanda_in_five_lines(
     with pytest.raises(Interrupted):
         compress(
             model, out, metric="wanda", shuffle="none", refine=False, calibration=str(CALIBRATION), samples=SAMPLES,
-            sequence_length=LENGTH, should_stop=should_stop,
+            sequence_length=LENGTH, dtype="float32", should_stop=should_stop,
         )  # fmt: skip
     written = packed_reader.open_folder(out)
     for name, x in activations.items():
@@ -256,7 +256,7 @@ def test_dense_evaluation_agrees_with_transformers(model: Path, plain: PreTraine
     with torch.inference_mode():
         losses = [float(plain(w, labels=w).loss) for w in list(tiny.windows(ids, length))[:count]]
     expected = sum(losses) / count
-    result = evaluate(model, text=WIKI, sequence_length=length, max_tokens=length * count)
+    result = evaluate(model, text=WIKI, sequence_length=length, max_tokens=length * count, dtype="float32")
     assert result.tokens == length * count
     assert result.loss == pytest.approx(expected, rel=1e-5)
     assert result.perplexity == pytest.approx(numpy.exp(expected), rel=1e-4)
@@ -268,7 +268,7 @@ def test_dense_export_computes_what_the_packed_model_does(pruned: Path, model: P
     (window,) = tiny.windows(tokenize(model, WIKI.read_text()[:4_000])[:256], 256)
     with torch.inference_mode():
         loss = float(exported(window, labels=window).loss)
-    packed = evaluate(pruned, text=WIKI, sequence_length=256, max_tokens=256)
+    packed = evaluate(pruned, text=WIKI, sequence_length=256, max_tokens=256, dtype="float32")
     assert packed.packed
     assert packed.loss == pytest.approx(loss, rel=1e-5)
 

@@ -104,7 +104,9 @@ def test_keep_dense(
     assert verify(out, source=source).faults == []
     dense = export(out, out=tmp_path / "dense")
     assert len(dense.in_memory_order) + len(dense.regathered) == 7 * (3 - len(kept))
-    figures = [evaluate(folder, text=held_out, sequence_length=100) for folder in (out, tmp_path / "dense")]
+    figures = [
+        evaluate(folder, text=held_out, sequence_length=100, dtype="float32") for folder in (out, tmp_path / "dense")
+    ]
     assert figures[0].perplexity == pytest.approx(figures[1].perplexity, rel=1e-5)
 
 
@@ -157,7 +159,9 @@ def test_every_block_kept_dense(
     exported = packed_reader.open_folder(tmp_path / "dense")
     assert exported.keys() == tensors.keys()
     assert all(torch.equal(exported[name], tensors[name]) for name in tensors)
-    figures = [evaluate(folder, text=held_out, sequence_length=100) for folder in (out, sources("llama"))]
+    figures = [
+        evaluate(folder, text=held_out, sequence_length=100, dtype="float32") for folder in (out, sources("llama"))
+    ]
     assert figures[0].perplexity == figures[1].perplexity
 
 

@@ -211,7 +211,9 @@ def test_reconstruction(
         assert after["output_error"] < before["output_error"]
         assert after["retained_score"] == before["retained_score"]
     export(out, out=tmp_path / "dense")
-    figures = [evaluate(folder, text=held_out, sequence_length=100) for folder in (out, tmp_path / "dense")]
+    figures = [
+        evaluate(folder, text=held_out, sequence_length=100, dtype="float32") for folder in (out, tmp_path / "dense")
+    ]
     assert figures[0].loss == pytest.approx(figures[1].loss, rel=1e-5)
 
 
@@ -297,7 +299,9 @@ def test_folds_compute_what_the_masked_model_does(
         assert (exported(TOKENS).logits - plain(TOKENS).logits).abs().max() <= 1e-5
         text = torch.tensor([[ord(c) for c in held_out.read_text()[:300]]])
         loss = float(plain(text, labels=text).loss)
-    assert evaluate(out, text=held_out, sequence_length=300, max_tokens=300).loss == pytest.approx(loss, rel=1e-5)
+    assert evaluate(out, text=held_out, sequence_length=300, max_tokens=300, dtype="float32").loss == pytest.approx(
+        loss, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("shuffle", ["assignment", "global+local"])

@@ -48,7 +48,7 @@ def test_parse_bytes_refuses(text: str) -> None:
 def test_plan_foretells_the_job(
     source: str, pattern: str, sources: Sources, prune: Callable[..., CompressResult], tmp_path: Path
 ) -> None:
-    foretold = streamprune.plan(sources(source), pattern=pattern, **amount())
+    foretold = streamprune.plan(sources(source), pattern=pattern, **tiny.CALIBRATION)
     done = prune(source, tmp_path / "out", pattern=pattern)
     manifest = tiny.read_json(tmp_path / "out" / tiny.MANIFEST)
     assert foretold.blocks == done.blocks
@@ -58,10 +58,6 @@ def test_plan_foretells_the_job(
     assert foretold.read_bytes == done.source_bytes + foretold.written_bytes
     assert foretold.seconds > 0
     assert "this machine" in foretold.assumption
-
-
-def amount() -> dict[str, Any]:
-    return {key: value for key, value in tiny.CALIBRATION.items() if key in ("samples", "sequence_length")}
 
 
 def test_plan_reads_no_tensor(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +75,7 @@ def test_plan_of_a_packed_folder_is_refused(outputs: Callable[..., Path]) -> Non
 
 def test_memory_follows_what_the_settings_hold(sources: Sources) -> None:
     def stages(**settings: Any) -> Any:
-        return streamprune.plan(sources("llama"), **amount(), micro_batch=1, **settings).memory
+        return streamprune.plan(sources("llama"), **tiny.CALIBRATION, micro_batch=1, **settings).memory
 
     everything, plain = stages(), stages(refine=False, metric="wanda", shuffle="none")
     assert everything.dense_pass > stages(correction=0.0).dense_pass > stages(refine=False).dense_pass
@@ -100,12 +96,14 @@ def test_a_limit_cuts_second_moments_and_no_more_than_needed(
     monkeypatch.setattr(memory, "LEAST_MOMENTS_WIDTH", 64)
 
     def needed(width: int) -> int:
-        return streamprune.plan(sources("llama"), **amount(), micro_batch=1, moments_width=width).peak_memory_bytes
+        return streamprune.plan(
+            sources("llama"), **tiny.CALIBRATION, micro_batch=1, moments_width=width
+        ).peak_memory_bytes
 
     monkeypatch.setattr(memory.Memory, "peak", property(lambda self: self.dense_pass))
     assert needed(64) < needed(128) < needed(256)
     for limit, width in ((needed(256), 16384), (needed(256) - 1, 128), (needed(64), 64)):
-        found = streamprune.plan(sources("llama"), **amount(), max_memory=str(limit))
+        found = streamprune.plan(sources("llama"), **tiny.CALIBRATION, max_memory=str(limit))
         assert found.moments_width == width
         assert found.peak_memory_bytes <= limit
     prune("llama", tmp_path / "out", max_memory=str(needed(128)))
@@ -129,13 +127,13 @@ def test_a_limit_without_second_moments_is_kept_or_refused(sources: Sources) -> 
 def test_without_room_for_the_next_block_it_is_not_read_ahead_and_the_bytes_are_the_same(
     sources: Sources, outputs: Callable[..., Path], prune: Callable[..., CompressResult], tmp_path: Path
 ) -> None:
-    foretold = streamprune.plan(sources("llama"), **amount())
+    foretold = streamprune.plan(sources("llama"), **tiny.CALIBRATION)
     assert foretold.micro_batch == tiny.CALIBRATION["samples"]  # short sequences go together
-    slower = streamprune.plan(sources("llama"), **amount(), max_memory=str(foretold.peak_memory_bytes - 1))
+    slower = streamprune.plan(sources("llama"), **tiny.CALIBRATION, max_memory=str(foretold.peak_memory_bytes - 1))
     assert (slower.micro_batch, slower.memory.blocks_ahead) == (1, 1)
     assert slower.memory.read_ahead > 0
     limit = str(slower.peak_memory_bytes - 1)
-    tight = streamprune.plan(sources("llama"), **amount(), max_memory=limit)
+    tight = streamprune.plan(sources("llama"), **tiny.CALIBRATION, max_memory=limit)
     assert (tight.micro_batch, tight.memory.blocks_ahead, tight.memory.read_ahead) == (1, 0, 0)
     assert tight.peak_memory_bytes == slower.peak_memory_bytes - slower.memory.read_ahead
     prune("llama", tmp_path / "out", max_memory=limit)

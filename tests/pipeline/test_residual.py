@@ -155,7 +155,9 @@ def test_a_pruned_model_stores_no_permutation_and_lies_in_order(
     state = packed.unpacked_state(tiny.read_tensors(sources(source)))
     expected = logits(sources(source), state)
     assert (logits(tmp_path / "dense") - expected).abs().max() <= 1e-5 * expected.abs().max()
-    figures = [evaluate(folder, text=held_out, sequence_length=100) for folder in (out, tmp_path / "dense")]
+    figures = [
+        evaluate(folder, text=held_out, sequence_length=100, dtype="float32") for folder in (out, tmp_path / "dense")
+    ]
     assert figures[0].loss == pytest.approx(figures[1].loss, rel=1e-5)
 
 

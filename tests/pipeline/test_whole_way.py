@@ -185,7 +185,10 @@ def test_whole_way(
     for name in dense.in_memory_order:
         zeros = (packed_reader.bits(loaded[f"{name}.weight"]) == 0).reshape(len(loaded[f"{name}.weight"]), -1, m)
         assert (zeros.sum(axis=2) >= m - n).all(), name
-    figures = [evaluate(folder, text=held_out, sequence_length=300) for folder in (out, tmp_path / "dense", source)]
+    figures = [
+        evaluate(folder, text=held_out, sequence_length=300, dtype="float32")
+        for folder in (out, tmp_path / "dense", source)
+    ]
     assert figures[0].packed
     assert not figures[1].packed
     assert figures[0].perplexity == pytest.approx(figures[1].perplexity, rel=1e-5)
