@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 8  # of the compiled functions; this and cpu.cpp's number are raised together
+INTERFACE = 9  # of the compiled functions; this and cpu.cpp's number are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -34,6 +34,8 @@ SIGNATURES = {
     "refine_rows": [*[POINTER] * 4, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
     "best_product_path": [],
     "product_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, POINTER, INT64, POINTER, *[INT64] * 3],
+    "has_product_pairs": [],
+    "product_pairs": [POINTER, POINTER, *[INT64] * 3, POINTER, POINTER, INT64, POINTER, INT64],
     "xor_of_words": [POINTER, INT64, INT64],
 }
 

@@ -4,7 +4,7 @@
 //
 // A product of few vectors is bound by memory: each packed byte is read once, whatever N:M is, and weights become
 // floats in registers (packed_rows.h). One of many tokens is bound by arithmetic, which kept weights alone take
-// (packed_panels.h). Sums are float32.
+// (packed_panels.h), two at once where the processor multiplies bfloat16 (packed_pairs.h). Sums are float32.
 
 #include <algorithm>
 #include <atomic>
@@ -31,7 +31,7 @@ const int MOST_VECTORS = 8;        // of packed_rows.h at once
 const int64_t BYTES_AHEAD = 1024;  // fetched early, beyond the page that the processor's own prefetching stops at
 const int64_t BEHIND = 64;         // values and mask bytes that a step may read beyond its own
 
-const int BLOCK = 32, LEAST_PANEL = 16;               // columns whose panel of 256 tokens fits the first-level cache
+const int BLOCK = 32;                                 // columns whose panel of 256 tokens fits the first-level cache
 const int64_t ROWS_IN_CACHE = 512, ROWS_AHEAD = 8;    // rows whose sums for 256 tokens fit the second-level cache
 const int64_t LINE = 16;                              // floats of a cache line
 const int64_t LEAST_WORK = 1 << 18;                   // products that are worth a thread: about 25 microseconds
@@ -151,6 +151,7 @@ INLINE void expand(const T* values, uint32_t bits, Vector (&weight)[PIECES]) {
     }
 }
 #include "packed_rows.h"
+#include "packed_block.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace portable
@@ -207,6 +208,7 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     weight[0] = _mm256_blendv_ps(taken, _mm256_setzero_ps(), _mm256_castsi256_ps(places));  // by the top bit
 }
 #include "packed_rows.h"
+#include "packed_block.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace avx2
@@ -243,9 +245,17 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     weight[1] = _mm512_maskz_expand_ps((__mmask16)(bits >> 16), load(values + count_bits(bits & 0xffff)));
 }
 #include "packed_rows.h"
+#include "packed_block.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace avx512
+
+namespace avx512_bf16 {
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,popcnt")))
+#include "packed_pairs.h"
+#include "packed_panels.h"
+#undef TARGET
+}  // namespace avx512_bf16
 #endif
 
 enum Path { PORTABLE, AVX2, AVX512 };
@@ -320,6 +330,33 @@ int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int6
         }
         return wrong;
     });
+}
+
+// Has this processor what product_pairs runs on?
+int64_t has_product_pairs() {
+#if HAS_X86
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("popcnt");
+#else
+    return 0;
+#endif
+}
+
+// As product_rows by panels, of bfloat16 values and of x whose floats are bfloat16 numbers.
+int64_t product_pairs(const void* values, const uint8_t* mask, int64_t rows, int64_t columns, int64_t kept,
+                      const float* x, const int32_t* place, int64_t count, float* y, int64_t threads) {
+    int64_t wrong = 0;
+#if HAS_X86
+    Matrix<Bfloat16> matrix = {(const Bfloat16*)values, mask, rows, columns, kept};
+    int64_t useful = std::min(threads, 1 + rows * kept * count / LEAST_WORK);
+    for (int64_t first = 0; first < count; first += avx512_bf16::PANEL_TOKENS) {
+        int64_t tokens = std::min<int64_t>(avx512_bf16::PANEL_TOKENS, count - first);
+        Inputs some = {x + first * columns, place, tokens, columns};
+        wrong += avx512_bf16::panel(matrix, some, y + first * rows, useful);
+    }
+#endif
+    return wrong;
 }
 
 // All 8-byte words of a buffer in one: what reading alone takes, which benchmarks hold products against.

@@ -23,6 +23,13 @@ def paths() -> tuple[str, ...]:
     return PATHS[: compiled.best_product_path() + 1] if compiled is not None else ()
 
 
+@cache
+def has_pairs() -> bool:
+    """Does this processor multiply pairs of bfloat16 (AVX-512 BF16)?"""
+    compiled = library()
+    return compiled is not None and bool(compiled.has_product_pairs())
+
+
 def packed_product(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -31,24 +38,33 @@ def packed_product(
     *,
     path: str | None = None,
     many: bool | None = None,
+    pairs: bool | None = None,
 ) -> torch.Tensor:
     """x W^T, float32 [rows, out], of x [rows, in] and a packed W as in reference.py, all on the processor.
 
     values bfloat16, float16 or float32 [out, kept]; mask uint8 [out, ceil(in/8)]; permutation int32 [in], the column of
-    x that each place of the mask belongs to. `path`, one of `paths()`, and `many` choose what runs (default: the best).
+    x that each place of the mask belongs to. Many rows of bfloat16 x and values go in pairs of columns, by
+    instructions for bfloat16, where the processor has them. `path`, one of `paths()`, `many` and `pairs` choose what runs instead.
     Raises ValueError where a row of the mask does not keep as many as there are values.
     """
     compiled = library()
     if compiled is None or (path is not None and path not in paths()):
         raise ValueError(f"no compiled path {path or ''} here; there are: {', '.join(paths()) or 'none'}")
+    many = len(x) > FEW_ROWS if many is None else many
+    if pairs is None:
+        pairs = many and path is None and x.dtype == values.dtype == torch.bfloat16 and has_pairs()
     # held until the end, so that their pointers stay valid
     x, values, mask = x.to(torch.float32).contiguous(), values.contiguous(), mask.contiguous()
     place = None if permutation is None else permutation.contiguous()
     (rows, in_features), (out_features, kept) = x.shape, values.shape
     y = torch.empty(rows, out_features)
-    packed = values.data_ptr(), mask.data_ptr(), TYPES[values.dtype], out_features, in_features, kept
-    inputs = x.data_ptr(), None if place is None else place.data_ptr(), rows
-    how = rows > FEW_ROWS if many is None else many, PATHS.index(path or paths()[-1]), torch.get_num_threads()
-    if compiled.product_rows(*packed, *inputs, y.data_ptr(), *how):
+    packed, sizes = (values.data_ptr(), mask.data_ptr()), (out_features, in_features, kept)
+    inputs = x.data_ptr(), None if place is None else place.data_ptr(), rows, y.data_ptr()
+    if pairs:
+        wrong = compiled.product_pairs(*packed, *sizes, *inputs, torch.get_num_threads())
+    else:
+        how = many, PATHS.index(path or paths()[-1]), torch.get_num_threads()
+        wrong = compiled.product_rows(*packed, TYPES[values.dtype], *sizes, *inputs, *how)
+    if wrong:
         raise ValueError(f"a mask does not keep {kept} values in every row")
     return y

@@ -5,7 +5,7 @@
 DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes; checkpoints of random weights are
 made under DIR/bench and kept. The parts:
 
-    ratio    compress of SmolLM2-135M on 32 x 1024 tokens in float32, over two forward passes of transformers' own dense
+    ratio    compress of SmolLM2-135M on 32 x 1024 tokens in --dtype, over two forward passes of transformers' own dense
              model, in memory, on the same tokens, a sequence at a time, without the head; with each stage's share
     depth    peak memory at 6, 12, 24 and 48 blocks of LLaMA-160M's shape, 8 x 256 tokens
     tokens   peak memory and seconds at 8, 32 and 128 x 256 tokens, 6 blocks of that shape
@@ -65,14 +65,16 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(directory: Path, rounds: int) -> dict[str, Any]:
+def ratio(
+    directory: Path, rounds: int, dtype: str = "float32", methods: Sequence[str] = tuple(METHODS)
+) -> dict[str, Any]:
     """Seconds of each method and of two forward passes, and each stage's share of a method's."""
     model, text = directory / "smollm2-135m", directory / "text" / "calibration.txt"
     samples, length = RATIO_TOKENS
     tokens = calibration_tokens(model, str(text), samples, length, 0)
-    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
     amount: dict[str, Any] = {"calibration": str(text), "samples": samples, "sequence_length": length, "device": "cpu",
-                              "micro_batch": 1}  # fmt: skip
+                              "dtype": dtype, "micro_batch": 1}  # fmt: skip
 
     @torch.inference_mode()
     def forward(passes: int) -> None:
@@ -80,27 +82,27 @@ def ratio(directory: Path, rounds: int) -> dict[str, Any]:
             for sequence in tokens:
                 dense.model(input_ids=sequence[None], use_cache=False)
 
-    seconds: Rounds = {"two forward passes": [], **{name: [] for name in METHODS}}
+    seconds: Rounds = {"two forward passes": [], **{name: [] for name in methods}}
     stages: dict[str, dict[str, float]] = {}
     forward(1)
     for _ in range(rounds):
         seconds["two forward passes"].append(seconds_of(lambda: forward(2)))
-        for name, settings in METHODS.items():
+        for name in methods:
             with tempfile.TemporaryDirectory(prefix="bench-", dir=directory) as folder:
                 out = Path(folder) / "pruned"
-                job = functools.partial(streamprune.compress, model, out, **amount, **settings)
+                job = functools.partial(streamprune.compress, model, out, **amount, **METHODS[name])
                 seconds[name].append(seconds_of(job))
                 stages[name] = json.loads((out / "timings.json").read_text())["stages"]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     floor = medians["two forward passes"]
-    print(f"SmolLM2-135M, {samples} x {length} tokens, float32, {torch.get_num_threads()} threads, {rounds} rounds")
+    print(f"SmolLM2-135M, {samples} x {length} tokens, {dtype}, {torch.get_num_threads()} threads, {rounds} rounds")
     table(
         ("", "seconds", "over two passes"),
         [(name, f"{value:.1f}", f"{value / floor:.2f}") for name, value in medians.items()],
     )
     names = sorted({stage for shares in stages.values() for stage in shares})
-    shares = [(stage, *(f"{stages[name].get(stage, 0):.1f}" for name in METHODS)) for stage in names]
-    table(("seconds of stage, last round", *METHODS), shares)
+    shares = [(stage, *(f"{stages[name].get(stage, 0):.1f}" for name in methods)) for stage in names]
+    table(("seconds of stage, last round", *methods), shares)
     return {"seconds": seconds, "ratio": {name: value / floor for name, value in medians.items()}, "stages": stages}
 
 
@@ -291,12 +293,15 @@ def main() -> None:
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="several allowed (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", help="of both sides of the part ratio: float32 or bfloat16")
+    parser.add_argument("--method", choices=tuple(METHODS), action="append", help="of the part ratio (default: all)")
     parser.add_argument("--plot", type=Path, help="a PNG file; needs the parts ratio, depth and tokens")
     given = parser.parse_args()
     chosen = given.part or list(PARTS)
     if "ratio" in chosen and not (given.directory / "smollm2-135m").is_dir():
         sys.exit(f"{given.directory} holds no inputs: run python examples/real_inputs.py {given.directory} first")
-    found = {name: PARTS[name](given.directory, given.rounds) for name in chosen}
+    parts = {**PARTS, "ratio": functools.partial(ratio, dtype=given.dtype, methods=given.method or tuple(METHODS))}
+    found = {name: parts[name](given.directory, given.rounds) for name in chosen}
     if given.plot is not None:
         plot(found, given.plot)
     about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}

@@ -32,7 +32,8 @@ class Arithmetic:
             major, minor = torch.cuda.get_device_capability(self.device)
             instruction_set = f"sm_{major}{minor}"
         else:
-            instruction_set = torch.backends.cpu.get_cpu_capability()
+            bfloat16 = " BF16" if self.dtype == torch.bfloat16 and has_bfloat16() else ""
+            instruction_set = f"{torch.backends.cpu.get_cpu_capability()}{bfloat16}"
         kernels = "compiled" if library() is not None else "plain"
         return {
             "device": self.device.type,

@@ -234,13 +234,13 @@ for in_features, rows in ((4, 1), (4, 3), (36, 1), (36, 2), (100, 5), (1000, 3))
     mask = torch.full((rows, -(-in_features // 8)), 0b00110011, dtype=torch.uint8)
     x = at_the_end(torch.ones(3, in_features))
     for bits in (mask, mask | 0xFF):
-        for path in packed_product.paths():
-            for many in (False, True):
-                try:
-                    y = packed_product.packed_product(x, values, at_the_end(bits), path=path, many=many)
-                    assert (y == in_features // 2).all()
-                except ValueError:
-                    assert bits is not mask
+        ways = [{"path": path, "many": many} for path in packed_product.paths() for many in (False, True)]
+        for way in [*ways, *[{"pairs": True}] * packed_product.has_pairs()]:
+            try:
+                y = packed_product.packed_product(x, values, at_the_end(bits), **way)
+                assert (y == in_features // 2).all()
+            except ValueError:
+                assert bits is not mask
 print("read nothing else")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
