@@ -44,7 +44,8 @@ def packed_product(
 
     values bfloat16, float16 or float32 [out, kept]; mask uint8 [out, ceil(in/8)]; permutation int32 [in], the column of
     x that each place of the mask belongs to. Many rows of bfloat16 x and values go in pairs of columns, by
-    instructions for bfloat16, where the processor has them. `path`, one of `paths()`, `many` and `pairs` choose what runs instead.
+    instructions for bfloat16, where the processor has them. `path`, one of `paths()`, `many` and `pairs` choose what
+    runs instead.
     Raises ValueError where a row of the mask does not keep as many as there are values.
     """
     compiled = library()

@@ -4,8 +4,9 @@
 
 DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes. llm-compressor gets a virtual
 environment of its own under DIR/bench, made on the first run (it wants an older transformers). Both compute in float32,
-each job in a process of its own; seconds are from the first byte read to the last written, without imports, and peak
-memory is the process's. Then the masks are compared. Prints a table and one line of JSON.
+and streamprune once more in its default dtype. Each job has a process of its own; seconds are from the first byte read
+to the last written, without imports, and peak memory is the process's. Then the float32 masks are compared. Prints a
+table and one line of JSON.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 
 import streamprune
 from streamprune.checkpoint.reader import open_checkpoint
+from streamprune.model.arithmetic import name_of, resolve_arithmetic
 from streamprune.pipeline.calibration import calibration_tokens
 from streamprune.pipeline.job import versions
 
@@ -78,20 +80,21 @@ def main() -> None:
     python = interpreter(work / "llmcompressor")
     tokens = calibration_tokens(model, str(text), given.samples, given.sequence_length, given.seed)
     (work / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    ours, theirs, dense = work / "wanda", work / "wanda-llmcompressor", work / "wanda-dense"
+    ours, default, theirs, dense = (work / f"wanda{end}" for end in ("", "-default", "-llmcompressor", "-dense"))
     amount = ["--samples", str(given.samples), "--sequence-length", str(given.sequence_length)]
     amount += ["--seed", str(given.seed)]
-    method = ["--metric", "wanda", "--shuffle", "none", "--no-refine", "--dtype", "float32"]
+    method = ["--metric", "wanda", "--shuffle", "none", "--no-refine", "--calibration", str(text), *amount]
+    compress = [sys.executable, "-m", "streamprune", "compress", str(model), "--json", "--quiet", *method]
+    dtype = name_of(resolve_arithmetic("cpu", "auto", torch.bfloat16).dtype)
     jobs = {
-        "streamprune": [sys.executable, "-m", "streamprune", "compress", str(model), "--out", str(ours), "--json",
-                        "--quiet", "--calibration", str(text), *amount, *method],
-        "llm-compressor": [str(python), str(JOB), str(model), str(work / "tokens.json"), str(theirs)],
-    }  # fmt: skip
+        "streamprune": (ours, [*compress, "--out", str(ours), "--dtype", "float32"]),
+        f"streamprune, default ({dtype})": (default, [*compress, "--out", str(default)]),
+        "llm-compressor": (theirs, [str(python), str(JOB), str(model), str(work / "tokens.json"), str(theirs)]),
+    }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     for _ in range(given.rounds):
-        for name, command in jobs.items():
-            for folder in (ours if name == "streamprune" else theirs,):
-                shutil.rmtree(folder, ignore_errors=True)
+        for name, (folder, command) in jobs.items():
+            shutil.rmtree(folder, ignore_errors=True)
             found[name].append(last_line(command))
     keys = ("seconds", "peak_memory_bytes")
     medians = {name: {key: statistics.median(run[key] for run in runs) for key in keys} for name, runs in found.items()}
@@ -99,13 +102,15 @@ def main() -> None:
     shutil.rmtree(dense, ignore_errors=True)
     streamprune.export(ours, to="dense", out=dense)
     masks = masks_compared(model, dense, theirs)
-    print(f"| {given.samples} x {given.sequence_length} tokens, float32, {given.rounds} rounds | seconds | peak MB |")
-    print("| --- | --- | --- |")
+    print(f"| {given.samples} x {given.sequence_length} tokens, {given.rounds} rounds | seconds | of llm-compressor's "
+          "| peak MB | of llm-compressor's |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- |")
+    other = medians["llm-compressor"]
+    ratios = {name: {key: one[key] / other[key] for key in keys} for name, one in medians.items()}
     for name, one in medians.items():
-        print(f"| {name} | {one['seconds']:.1f} | {one['peak_memory_bytes'] / 1e6:.0f} |")
-    first, second = medians["streamprune"], medians["llm-compressor"]
-    ratios = {key: first[key] / second[key] for key in first}
-    print(f"| ratio | {ratios['seconds']:.2f} | {ratios['peak_memory_bytes']:.2f} |")
+        seconds, peak = one["seconds"], one["peak_memory_bytes"]
+        print(f"| {name} | {seconds:.1f} | {ratios[name]['seconds']:.2f} | {peak / 1e6:.0f} "
+              f"| {ratios[name]['peak_memory_bytes']:.2f} |")  # fmt: skip
     print(f"\nllm-compressor's peak before it saves its model: {unsaved / 1e6:.0f} MB")
     print(f"equal mask bits: {masks['all']:.3%} of all, {masks['block 0']:.4%} of block 0\n")
     about = {"ours": versions(), "theirs": found["llm-compressor"][0]["versions"]}

@@ -80,13 +80,17 @@ def test_what_is_not_there_is_refused(device: str, dtype: str, message: str) -> 
         resolve_arithmetic(device, dtype, torch.float16)
 
 
-def test_identity_names_what_decides_the_bytes() -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_identity_names_what_decides_the_bytes(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: native)
+    capability = torch.backends.cpu.get_cpu_capability()
     assert Arithmetic(torch.device("cpu"), torch.bfloat16).identity == {
         "device": "cpu",
         "dtype": "bfloat16",
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": f"{capability} BF16" if native else capability,
         "kernels": "compiled",
     }
+    assert Arithmetic(torch.device("cpu"), torch.float32).identity["instruction_set"] == capability
     assert name_of(torch.float32) == "float32"
 
 
