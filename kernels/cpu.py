@@ -35,7 +35,7 @@ SIGNATURES = {
     "best_product_path": [],
     "product_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, POINTER, INT64, POINTER, *[INT64] * 3],
     "has_product_pairs": [],
-    "product_pairs": [POINTER, POINTER, *[INT64] * 3, POINTER, POINTER, INT64, POINTER, INT64],
+    "product_pairs": [POINTER, POINTER, *[INT64] * 3, POINTER, POINTER, INT64, POINTER, INT64, INT64],
     "xor_of_words": [POINTER, INT64, INT64],
 }
 

@@ -18,7 +18,7 @@ TARGET static void add_block(Row<T>* rows, int64_t count, int64_t first, int64_t
         for (uint32_t bits = bits_of<BLOCK>(rows[row].mask + first / 8, columns - first); bits; bits &= bits - 1) {
             Vector weight = all_of(float_of(*value++));
             const Element* column = x + __builtin_ctz(bits) * TOKENS;
-            for (int k = 0; k < VECTORS; k++) add_product(sum[k], weight, load(column + k * LANES));
+            for (int k = 0; k < VECTORS; k++) add_product(sum[k], weight, column + k * LANES);
         }
         rows[row].values = value;
         for (int k = 0; k < VECTORS; k++) store(sums + k * LANES, load(sums + k * LANES) + sum[k]);

@@ -1,15 +1,33 @@
-// One block of columns for a panel of bfloat16 tokens, in place of packed_block.h: two kept weights of a row multiply
-// two columns by one instruction (vdpbf16ps), which takes subnormal numbers for zero. Words of 32 tokens are
-// interleaved in registers, lane by lane of 128 bits, so sums lie in the order of place_of.
+// Products of bfloat16 weights and tokens by pairs (vdpbf16ps), which take subnormal numbers for zero: what
+// packed_rows.h and packed_panels.h want of a set of instructions.
+//
+// Of few vectors, a step's expanded words multiply those of x as they are. In a panel two kept weights of a row
+// multiply two columns: words of 32 tokens are interleaved in registers, lane by lane of 128 bits, so sums lie in the
+// order of place_of.
 
 typedef Bfloat16 Element;
 typedef __m512 Vector;
-const int LANES = 16, PANEL_TOKENS = 16 * LANES, LEAST_PANEL = 32;
+typedef __m512i Weight;
+const int COLUMNS = 32, PIECES = 1, LANES = 16, PANEL_TOKENS = 16 * LANES, LEAST_PANEL = 32;
 INLINE Element element_of(float value) {  // exact: the tokens were bfloat16
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return {(uint16_t)(bits >> 16)};
 }
+constexpr int rows_at_once(int vectors) { return vectors <= 4 ? 4 : 2; }
+template <typename>
+constexpr int place_in_step(int column) { return column; }
+TARGET INLINE int count_bits(uint32_t bits) { return _mm_popcnt_u32(bits); }
+TARGET INLINE float total(Vector sum) { return _mm512_reduce_add_ps(sum); }
+TARGET INLINE void expand(const Bfloat16* values, uint32_t bits, Weight (&weight)[PIECES]) {
+    __m512i words = _mm512_loadu_si512(values);
+    asm("" : "+v"(words));  // as in packed_product.cpp
+    weight[0] = _mm512_maskz_expand_epi16(bits, words);
+}
+TARGET INLINE void add_product(Vector& sum, Weight weight, const Element* x) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)_mm512_loadu_si512(x));
+}
+
 INLINE int place_of(int64_t token) {
     int lane = token % 32 / 8, word = token % 8;
     return (int)(token / 32 * 32) + word / 4 * LANES + lane * 4 + word % 4;

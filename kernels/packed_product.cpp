@@ -92,17 +92,6 @@ struct Inputs {
     float at(int64_t vector, int64_t column) const { return x[vector * columns + (place ? place[column] : column)]; }
 };
 
-// Inputs as [steps][VECTORS][COLUMNS], zero beyond the last column.
-template <int VECTORS, int COLUMNS>
-std::vector<float> in_steps(const Inputs& x, int64_t columns) {
-    int64_t count = (columns + COLUMNS - 1) / COLUMNS;
-    std::vector<float> steps(count * VECTORS * COLUMNS);
-    for (int64_t vector = 0; vector < VECTORS; vector++)
-        for (int64_t column = 0; column < columns; column++)
-            steps[(column / COLUMNS * VECTORS + vector) * COLUMNS + column % COLUMNS] = x.at(vector, column);
-    return steps;
-}
-
 INLINE float float_of(float value) { return value; }
 
 INLINE float float_of(Bfloat16 value) {
@@ -129,6 +118,9 @@ namespace portable {
 #define TARGET
 const int COLUMNS = 8, PIECES = 1, LANES = 8;
 typedef float Vector __attribute__((vector_size(32)));
+typedef Vector Weight;
+template <typename>
+constexpr int place_in_step(int column) { return column; }
 const int PANEL_TOKENS = 4 * LANES;
 constexpr int rows_at_once(int) { return 1; }
 INLINE Vector load(const float* from) {
@@ -138,7 +130,7 @@ INLINE Vector load(const float* from) {
 }
 INLINE Vector all_of(float x) { return x - Vector{}; }
 INLINE void store(float* to, const Vector& x) { std::memcpy(to, &x, sizeof x); }
-INLINE void add_product(Vector& sum, const Vector& x, const Vector& y) { sum += x * y; }
+INLINE void add_product(Vector& sum, const Vector& weight, const float* x) { sum += weight * load(x); }
 INLINE int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 INLINE float total(const Vector& sum) {
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
@@ -150,8 +142,8 @@ INLINE void expand(const T* values, uint32_t bits, Vector (&weight)[PIECES]) {
         values += bits >> column & 1;
     }
 }
-#include "packed_rows.h"
 #include "packed_block.h"
+#include "packed_rows.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace portable
@@ -161,6 +153,9 @@ namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c,popcnt")))
 const int COLUMNS = 8, PIECES = 1, LANES = 8;
 typedef __m256 Vector;
+typedef Vector Weight;
+template <typename>
+constexpr int place_in_step(int column) { return column; }
 
 // For each mask byte: which of the next values each column takes, with the top bit set where it takes none.
 struct Places {
@@ -184,7 +179,9 @@ constexpr int rows_at_once(int vectors) { return vectors <= 2 ? 4 : vectors <= 4
 TARGET INLINE Vector load(const float* from) { return _mm256_loadu_ps(from); }
 TARGET INLINE Vector all_of(float x) { return _mm256_set1_ps(x); }
 TARGET INLINE void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
-TARGET INLINE void add_product(Vector& sum, Vector x, Vector y) { sum = _mm256_fmadd_ps(x, y, sum); }
+TARGET INLINE void add_product(Vector& sum, Vector weight, const float* x) {
+    sum = _mm256_fmadd_ps(weight, load(x), sum);
+}
 TARGET INLINE int count_bits(uint32_t bits) { return _mm_popcnt_u32(bits); }
 TARGET INLINE float total(Vector sum) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
@@ -207,8 +204,8 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     __m256 taken = _mm256_permutevar8x32_ps(load(values), places);
     weight[0] = _mm256_blendv_ps(taken, _mm256_setzero_ps(), _mm256_castsi256_ps(places));  // by the top bit
 }
-#include "packed_rows.h"
 #include "packed_block.h"
+#include "packed_rows.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace avx2
@@ -217,23 +214,34 @@ namespace avx512 {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,fma,f16c,popcnt")))
 const int COLUMNS = 32, PIECES = 2, LANES = 16;
 typedef __m512 Vector;
+typedef Vector Weight;
+template <typename>
+constexpr int place_in_step(int column) { return column; }
 const int PANEL_TOKENS = 16 * LANES;
 constexpr int rows_at_once(int vectors) { return vectors <= 4 ? 4 : 2; }
 TARGET INLINE Vector load(const float* from) { return _mm512_loadu_ps(from); }
 TARGET INLINE Vector all_of(float x) { return _mm512_set1_ps(x); }
 TARGET INLINE void store(float* to, Vector x) { _mm512_storeu_ps(to, x); }
-TARGET INLINE void add_product(Vector& sum, Vector x, Vector y) { sum = _mm512_fmadd_ps(x, y, sum); }
+TARGET INLINE void add_product(Vector& sum, Vector weight, const float* x) {
+    sum = _mm512_fmadd_ps(weight, load(x), sum);
+}
 TARGET INLINE int count_bits(uint32_t bits) { return _mm_popcnt_u32(bits); }
 TARGET INLINE float total(Vector sum) { return _mm512_reduce_add_ps(sum); }
-TARGET INLINE __m512i expanded_words(const void* values, uint32_t bits) {
-    return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(values));
+TARGET INLINE __m512i in_register(const void* values) {  // expanding from memory is slow on Zen 4
+    __m512i words = _mm512_loadu_si512(values);
+    asm("" : "+v"(words));
+    return words;
 }
+TARGET INLINE __m512i expanded_words(const void* values, uint32_t bits) {
+    return _mm512_maskz_expand_epi16(bits, in_register(values));
+}
+// Even columns, then odd ones: a pair of words becomes two floats by a shift and a mask.
+template <>
+constexpr int place_in_step<Bfloat16>(int column) { return column % 2 * LANES + column / 2; }
 TARGET INLINE void expand(const Bfloat16* values, uint32_t bits, Vector (&weight)[PIECES]) {
     __m512i words = expanded_words(values, bits);
-    __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
-    __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1));
-    weight[0] = _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
-    weight[1] = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+    weight[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    weight[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
 }
 TARGET INLINE void expand(const Float16* values, uint32_t bits, Vector (&weight)[PIECES]) {
     __m512i words = expanded_words(values, bits);
@@ -241,18 +249,20 @@ TARGET INLINE void expand(const Float16* values, uint32_t bits, Vector (&weight)
     weight[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
 }
 TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[PIECES]) {
-    weight[0] = _mm512_maskz_expand_ps((__mmask16)bits, load(values));
-    weight[1] = _mm512_maskz_expand_ps((__mmask16)(bits >> 16), load(values + count_bits(bits & 0xffff)));
+    __m512i low = in_register(values), high = in_register(values + count_bits(bits & 0xffff));
+    weight[0] = _mm512_castsi512_ps(_mm512_maskz_expand_epi32((__mmask16)bits, low));
+    weight[1] = _mm512_castsi512_ps(_mm512_maskz_expand_epi32((__mmask16)(bits >> 16), high));
 }
-#include "packed_rows.h"
 #include "packed_block.h"
+#include "packed_rows.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace avx512
 
 namespace avx512_bf16 {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,popcnt")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt")))
 #include "packed_pairs.h"
+#include "packed_rows.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace avx512_bf16
@@ -294,6 +304,17 @@ CLONES int64_t xor_part(const int64_t* words, int64_t count) {
     return all;
 }
 
+// Calls product(matrix, inputs, y, threads) for `step` vectors at a time. Returns how many masks are wrong.
+template <typename T, typename Product>
+int64_t in_steps(const Matrix<T>& matrix, const Inputs& x, float* y, int64_t step, int64_t threads, Product product) {
+    int64_t wrong = 0, useful = std::min(threads, 1 + matrix.rows * matrix.kept * x.count / LEAST_WORK);
+    for (int64_t first = 0; first < x.count; first += step) {
+        Inputs some = {x.x + first * x.columns, x.place, std::min(step, x.count - first), x.columns};
+        wrong += product(matrix, some, y + first * matrix.rows, useful);
+    }
+    return wrong;
+}
+
 // Calls work(T{}) for the type of the values: 0 bfloat16, 1 float16, 2 float32.
 template <typename Work>
 int64_t of_type(int64_t type, Work work) {
@@ -320,15 +341,10 @@ int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int6
     return of_type(type, [=](auto kind) {
         using T = decltype(kind);
         Matrix<T> matrix = {(const T*)values, mask, rows, columns, kept};
-        int64_t useful = std::min(threads, 1 + rows * kept * count / LEAST_WORK);
-        int64_t wrong = 0, step = panels ? ON_PATH(path, PANEL_TOKENS) : MOST_VECTORS;
-        for (int64_t first = 0; first < count; first += step) {
-            Inputs some = {x + first * columns, place, std::min(step, count - first), columns};
-            float* out = y + first * rows;
-            wrong += panels ? ON_PATH(path, panel(matrix, some, out, useful))
-                            : ON_PATH(path, few(matrix, some, out, useful));
-        }
-        return wrong;
+        return in_steps(matrix, {x, place, count, columns}, y, panels ? ON_PATH(path, PANEL_TOKENS) : MOST_VECTORS,
+                        threads, [=](auto... some) {
+                            return panels ? ON_PATH(path, panel(some...)) : ON_PATH(path, few(some...));
+                        });
     });
 }
 
@@ -336,27 +352,23 @@ int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int6
 int64_t has_product_pairs() {
 #if HAS_X86
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("popcnt");
+    return best_path() == AVX512 && __builtin_cpu_supports("avx512bf16");
 #else
     return 0;
 #endif
 }
 
-// As product_rows by panels, of bfloat16 values and of x whose floats are bfloat16 numbers.
+// As product_rows, of bfloat16 values and of x whose floats are bfloat16 numbers.
 int64_t product_pairs(const void* values, const uint8_t* mask, int64_t rows, int64_t columns, int64_t kept,
-                      const float* x, const int32_t* place, int64_t count, float* y, int64_t threads) {
-    int64_t wrong = 0;
+                      const float* x, const int32_t* place, int64_t count, float* y, int64_t panels, int64_t threads) {
 #if HAS_X86
+    namespace path = avx512_bf16;
     Matrix<Bfloat16> matrix = {(const Bfloat16*)values, mask, rows, columns, kept};
-    int64_t useful = std::min(threads, 1 + rows * kept * count / LEAST_WORK);
-    for (int64_t first = 0; first < count; first += avx512_bf16::PANEL_TOKENS) {
-        int64_t tokens = std::min<int64_t>(avx512_bf16::PANEL_TOKENS, count - first);
-        Inputs some = {x + first * columns, place, tokens, columns};
-        wrong += avx512_bf16::panel(matrix, some, y + first * rows, useful);
-    }
+    return in_steps(matrix, {x, place, count, columns}, y, panels ? path::PANEL_TOKENS : MOST_VECTORS, threads,
+                    [=](auto... some) { return panels ? path::panel(some...) : path::few(some...); });
+#else
+    return rows;
 #endif
-    return wrong;
 }
 
 // All 8-byte words of a buffer in one: what reading alone takes, which benchmarks hold products against.

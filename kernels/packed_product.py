@@ -43,7 +43,7 @@ def packed_product(
     """x W^T, float32 [rows, out], of x [rows, in] and a packed W as in reference.py, all on the processor.
 
     values bfloat16, float16 or float32 [out, kept]; mask uint8 [out, ceil(in/8)]; permutation int32 [in], the column of
-    x that each place of the mask belongs to. Many rows of bfloat16 x and values go in pairs of columns, by
+    x that each place of the mask belongs to. bfloat16 x and values go in pairs of columns, by
     instructions for bfloat16, where the processor has them. `path`, one of `paths()`, `many` and `pairs` choose what
     runs instead.
     Raises ValueError where a row of the mask does not keep as many as there are values.
@@ -53,7 +53,7 @@ def packed_product(
         raise ValueError(f"no compiled path {path or ''} here; there are: {', '.join(paths()) or 'none'}")
     many = len(x) > FEW_ROWS if many is None else many
     if pairs is None:
-        pairs = many and path is None and x.dtype == values.dtype == torch.bfloat16 and has_pairs()
+        pairs = path is None and x.dtype == values.dtype == torch.bfloat16 and has_pairs()
     # held until the end, so that their pointers stay valid
     x, values, mask = x.to(torch.float32).contiguous(), values.contiguous(), mask.contiguous()
     place = None if permutation is None else permutation.contiguous()
@@ -62,7 +62,7 @@ def packed_product(
     packed, sizes = (values.data_ptr(), mask.data_ptr()), (out_features, in_features, kept)
     inputs = x.data_ptr(), None if place is None else place.data_ptr(), rows, y.data_ptr()
     if pairs:
-        wrong = compiled.product_pairs(*packed, *sizes, *inputs, torch.get_num_threads())
+        wrong = compiled.product_pairs(*packed, *sizes, *inputs, many, torch.get_num_threads())
     else:
         how = many, PATHS.index(path or paths()[-1]), torch.get_num_threads()
         wrong = compiled.product_rows(*packed, TYPES[values.dtype], *sizes, *inputs, *how)

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from streamprune import PackedLinear, StreampruneError
 from streamprune_kernels import library, packed_linear
-from streamprune_kernels.packed_product import paths
+from streamprune_kernels.packed_product import has_pairs, paths
 
 SHAPES = ("8192x8192", "22016x8192")
 PATTERNS = ("2:4", "4:8")
@@ -137,7 +137,13 @@ def main(
     torch.manual_seed(0)
     buffer = torch.ones(READ_BYTES // 8, dtype=torch.int64)
     reading = Turn(lambda number: compiled.xor_of_words(buffer.data_ptr(), buffer.numel(), threads), READ_BYTES)
-    about = {"threads": threads, "torch": torch.__version__, "instructions": paths()[-1], "rounds": rounds}
+    about = {
+        "threads": threads,
+        "torch": torch.__version__,
+        "instructions": paths()[-1],
+        "bfloat16 pairs": has_pairs(),
+        "rounds": rounds,
+    }
     if not as_json:
         print(", ".join(f"{key} {value}" for key, value in about.items()))
     comparisons = []

@@ -235,7 +235,7 @@ for in_features, rows in ((4, 1), (4, 3), (36, 1), (36, 2), (100, 5), (1000, 3))
     x = at_the_end(torch.ones(3, in_features))
     for bits in (mask, mask | 0xFF):
         ways = [{"path": path, "many": many} for path in packed_product.paths() for many in (False, True)]
-        for way in [*ways, *[{"pairs": True}] * packed_product.has_pairs()]:
+        for way in [*ways, *[{"pairs": True, "many": many} for many in (False, True) if packed_product.has_pairs()]]:
             try:
                 y = packed_product.packed_product(x, values, at_the_end(bits), **way)
                 assert (y == in_features // 2).all()
