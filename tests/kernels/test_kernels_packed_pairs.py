@@ -21,6 +21,7 @@ def inputs(rows: int, in_features: int) -> torch.Tensor:
     return torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
 
 
+@kernels
 @pytest.mark.parametrize(
     "pattern", [(2, 4), (4, 8), (1, 4), (2, 8), (1, 2), (3, 4), (5, 16), (1, 64), (63, 64)], ids=str
 )
