@@ -57,7 +57,8 @@ def nm_weight(values: torch.Tensor, mask: torch.Tensor, kept: int, group_size: i
         )
     if mask.dtype != torch.uint8 or mask.dim() != 2 or values.dim() != 2 or not values.numel():
         raise ValueError(f"values {list(values.shape)} and mask {list(mask.shape)} {mask.dtype} are no packed weight")
-    if len(values) != len(mask) or values.shape[1] * group_size != in_features * kept:
+    fits = len(values) == len(mask) and values.shape[1] * group_size == in_features * kept
+    if not fits or in_features % group_size:
         raise ValueError(
             f"values {list(values.shape)} and mask {list(mask.shape)} are not {kept}:{group_size} with in_features a "
             "multiple of 8: use the plain nm_linear"
