@@ -9,6 +9,7 @@ from torch import nn
 
 from streamprune.checkpoint.reader import all_finite
 from streamprune.config import MOST_GROUP_SIZE, NMPattern
+from streamprune.model.arithmetic import warn_without_kernels
 from streamprune_kernels import (
     expand,
     pack_mask,
@@ -53,6 +54,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        warn_without_kernels()
         self.in_features, self.out_features, self.pattern = in_features, out_features, _parsed(pattern)
         groups = _groups_of(in_features, self.pattern)
         values = torch.zeros(out_features, groups * self.pattern.kept, device=device, dtype=dtype)
