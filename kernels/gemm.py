@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streamprune_kernels.launch import Argument, Launch, Run, on_device
+from streamprune_kernels.launch import Argument, Launch, Run, on_device, refuse_gradients
 from streamprune_kernels.metadata import SparseWeight
 from streamprune_kernels.reference import unpack_mask
 
@@ -182,6 +182,7 @@ class _Product:
 
     def __post_init__(self) -> None:
         x, values = self.x, self.weight.values
+        refuse_gradients("the product", x=x, values=values, bias=self.bias, reference=self.reference)
         if x.dtype not in TYPE_NAMES or x.dtype != values.dtype:
             raise ValueError(f"x {x.dtype} and values {values.dtype}: the product takes both float16 or both bfloat16")
         if x.dim() < 1 or x.shape[-1] != self.weight.in_features:

@@ -165,7 +165,8 @@ def _by_cuda_kernels(
 
 
 def _in_order(x: torch.Tensor, permutation: torch.Tensor | None) -> torch.Tensor:
-    """x in the order of the mask's places, as kernels read it."""
+    """x in the order of the mask's places, as kernels read it; torch itself says that the operator has no gradient."""
+    x = x.detach()
     return _aligned(x if permutation is None else x[..., permutation])
 
 

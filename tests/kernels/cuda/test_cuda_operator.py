@@ -192,9 +192,12 @@ def test_groups_that_do_not_come_out_even_are_refused(group_size: int, launched:
         packed_linear(random_inputs(9, 64, torch.float16), layer.values, layer.mask, None, None, group_size)
 
 
-def test_weights_at_an_odd_address_are_refused_in_one_line(launched: Counter[str]) -> None:
+def test_gradients_and_weights_at_an_odd_address_are_refused_in_one_line(launched: Counter[str]) -> None:
     layer, x = random_layer(40, 64, 2, 4, torch.float16), random_inputs(9, 64, torch.float16)
     values = torch.zeros(layer.values.numel() + 1).half()[1:].view(layer.values.shape).copy_(layer.values)
+    y = packed_linear(x.clone().requires_grad_(), layer.values, layer.mask, None, None, 4)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        y.sum().backward()
     with pytest.raises(ValueError, match=r"values is not contiguous and aligned to 16 bytes: pass values.clone\(\)"):
         packed_linear(x, values, layer.mask, None, None, 4)
     assert operator.ALIGNMENT_BYTES == 16
