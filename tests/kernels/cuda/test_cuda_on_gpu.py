@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs, random_layer
-from cuda_tools.mutants import CASES
+from cuda_tools.mutation import CASES
 
 from streamprune import PackedLinear
 from streamprune_kernels import LEAST_EXPONENT, reference
