@@ -1,6 +1,7 @@
 """Speeds of the CUDA kernels on a GPU beside cuBLAS and torch's own 2:4 products, and what the device allows at most.
 
-    python examples/benchmarks/bench_gpu.py [--model 7B] [--pattern 2:4] [--dtype float16] [--tokens 1] [--json]
+    python examples/benchmarks/bench_gpu.py [--model 7B | --shape 4096x4096] [--pattern 2:4] [--dtype float16]
+                                            [--tokens 1] [--rounds 20] [--json]
 
 For each layer shape (out x in) of LLaMA, pattern, type and number of tokens, y = x W^T is computed by torch.mm on dense
 weights (cuBLAS), by `sparse_linear` (2:4), `nm_linear_cuda` (any N:M) and `nm_decode` (up to 8 tokens) on packed ones,
@@ -23,6 +24,7 @@ from typing import Any
 import click
 import torch
 
+from bench_kernels import sizes
 from streamprune.config import NMPattern
 from streamprune.errors import SettingsError
 from streamprune_kernels import (
@@ -306,6 +308,7 @@ def described(device: torch.device) -> Device:
 @click.command(epilog="Example: python examples/benchmarks/bench_gpu.py --model 7B --tokens 1 --tokens 2048")
 @click.option("--model", "models", type=click.Choice(list(WIDTHS)), multiple=True, default=list(WIDTHS),
               show_default=True, help="LLaMA whose layers' shapes are taken; several allowed.")  # fmt: skip
+@click.option("--shape", "shapes", multiple=True, help="OUTxIN instead of the models' layers; several allowed.")
 @click.option("--pattern", "patterns", multiple=True, default=("2:4",), show_default=True,
               help="N:M; several allowed.")  # fmt: skip
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, default=list(DTYPES),
@@ -316,6 +319,7 @@ def described(device: torch.device) -> Device:
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON and no tables.")
 def main(
     models: tuple[str, ...],
+    shapes: tuple[str, ...],
     patterns: tuple[str, ...],
     dtypes: tuple[str, ...],
     tokens: tuple[int, ...],
@@ -331,6 +335,7 @@ def main(
         parsed = [NMPattern.parse(pattern) for pattern in patterns]
     except SettingsError as error:
         raise click.UsageError(str(error)) from error
+    chosen = [sizes(shape) for shape in shapes] or [shape for model in models for shape in layer_shapes(model)]
     torch.manual_seed(0)
     device = described(where)
     timer = cuda_timer(where, device.l2_bytes, rounds)
@@ -340,17 +345,15 @@ def main(
     if not as_json:
         print("\n".join(f"{key}: {value}" for key, value in about.items()))
     comparisons = []
-    for model, pattern, dtype in itertools.product(models, parsed, dtypes):
-        for shape in layer_shapes(model):
-            if shape[1] % pattern.group_size:
-                raise click.UsageError(f"{pattern} does not divide {shape[1]} input channels")
-            weights = pruned_weights(shape, pattern, DTYPES[dtype], where)
-            for count in tokens:
-                x = torch.randn(count, shape[1], device=where).to(DTYPES[dtype])
-                found = {"model": model, **compared(weights, x, device, timer)}
-                comparisons.append(found)
-                if not as_json:
-                    print(table(found), flush=True)
+    for shape, pattern, dtype in itertools.product(chosen, parsed, dtypes):
+        if shape[1] % pattern.group_size:
+            raise click.UsageError(f"{pattern} does not divide {shape[1]} input channels")
+        weights = pruned_weights(shape, pattern, DTYPES[dtype], where)
+        for count in tokens:
+            x = torch.randn(count, shape[1], device=where).to(DTYPES[dtype])
+            comparisons.append(compared(weights, x, device, timer))
+            if not as_json:
+                print(table(comparisons[-1]), flush=True)
     if as_json:
         print(json.dumps({**about, "comparisons": comparisons}))
     if wrong := wrong_rows(comparisons):
