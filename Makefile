@@ -9,7 +9,7 @@ TEXT := demo/text
 PRUNED := demo/pruned
 
 .DEFAULT_GOAL := help
-.PHONY: help setup inputs demo test verify check torture bench bench-llmcompressor bench-quality clean
+.PHONY: help setup inputs demo test verify check torture bench bench-gpu bench-llmcompressor bench-quality clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -52,6 +52,9 @@ torture: setup  ## kill, starve and corrupt a small job in every way; about twen
 bench: setup inputs  ## time, memory and reading of compress against their floors; packed products against dense
 	$(RUN) examples/benchmarks/bench_compress.py demo --plot demo/bench/benchmarks.png
 	$(RUN) examples/benchmarks/bench_kernels.py
+
+bench-gpu: setup  ## speeds of the CUDA kernels on a GPU beside cuBLAS and torch's 2:4 products
+	$(RUN) examples/benchmarks/bench_gpu.py
 
 bench-llmcompressor: setup inputs  ## Wanda by streamprune and by llm-compressor, which gets an environment of its own
 	$(RUN) examples/benchmarks/bench_llmcompressor.py

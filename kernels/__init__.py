@@ -7,11 +7,9 @@ from streamprune_kernels.cpu import (
     add_range,
     count_values,
     excess_sums,
-    expand,
     kept_sums,
     library,
     local_swaps,
-    pack_values,
     refine_rows,
     select_groups,
     squared_distances,
@@ -27,15 +25,10 @@ from streamprune_kernels.gemm import (
 )
 from streamprune_kernels.launch import KernelUnavailable, unsupported_reason
 from streamprune_kernels.metadata import SparseWeight, sparse_unsuitable, sparse_weight
-from streamprune_kernels.operator import packed_linear
+from streamprune_kernels.operator import packed_linear, packed_linear_with_error, packed_metadata
 from streamprune_kernels.packed_product import FEW_ROWS
-from streamprune_kernels.reference import (
-    LEAST_EXPONENT,
-    nm_linear,
-    nth_best,
-    pack_mask,
-    unpack_mask,
-)
+from streamprune_kernels.packing import expand, pack_mask, pack_values, unpack_mask
+from streamprune_kernels.reference import LEAST_EXPONENT, nm_linear, nth_best
 
 __all__ = [
     "FEW_ROWS",
@@ -58,6 +51,8 @@ __all__ = [
     "pack_mask",
     "pack_values",
     "packed_linear",
+    "packed_linear_with_error",
+    "packed_metadata",
     "refine_rows",
     "select_groups",
     "sparse_linear",

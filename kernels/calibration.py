@@ -66,8 +66,9 @@ def add_tokens_cuda(
 ) -> None:
     """Update float32 `low` and `high`, float64 `square_sum` [channels] and the windows by x [tokens, channels].
 
-    x is float16, bfloat16 or float32. Histograms are exactly `add_tokens`'s; sums differ by rounding, and are the same
-    at every run. Where a value is not finite, its channel's sum of squares is not either, and nothing of it is counted.
+    x is float16, bfloat16 or float32. Histograms, `low` and `high` are exactly `add_tokens`'s; sums differ by rounding,
+    and are the same at every run. A value that is not finite makes its channel's sum of squares so; a NaN also becomes
+    its `low` and `high`. Such a channel's values are not counted, from that call on (`add_tokens` does not take them).
     `shared_bytes`, of shared memory for a block, is the device's if not given. Raises ValueError for tensors that do
     not fit.
     """

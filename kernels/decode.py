@@ -8,7 +8,7 @@ import math
 import torch
 
 from streamprune_kernels.gemm import ALIGNMENT_BYTES, TYPE_NAMES, NMWeight
-from streamprune_kernels.launch import Launch, Run, on_device
+from streamprune_kernels.launch import Launch, Run, on_device, refuse_gradients
 
 MOST_VECTORS = 8
 CHUNK_VALUES = 8  # of 16 bits in 16 bytes, which are read at once
@@ -49,6 +49,7 @@ def nm_decode(
 
     Raises ValueError for tensors that do not fit, and for what `decode_unsuitable` names.
     """
+    refuse_gradients("decoding", x=x, values=weight.values, bias=bias)
     if x.dtype not in TYPE_NAMES or x.dtype != weight.values.dtype:
         raise ValueError(f"x {x.dtype} and values {weight.values.dtype}: decoding takes both float16 or both bfloat16")
     if x.dim() != 2 or x.shape[1] != weight.in_features:

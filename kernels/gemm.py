@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streamprune_kernels.launch import Argument, Launch, Run, on_device
+from streamprune_kernels.launch import Argument, Launch, Run, on_device, refuse_gradients
 from streamprune_kernels.metadata import SparseWeight
 from streamprune_kernels.reference import unpack_mask
 
@@ -57,7 +57,8 @@ def nm_weight(values: torch.Tensor, mask: torch.Tensor, kept: int, group_size: i
         )
     if mask.dtype != torch.uint8 or mask.dim() != 2 or values.dim() != 2 or not values.numel():
         raise ValueError(f"values {list(values.shape)} and mask {list(mask.shape)} {mask.dtype} are no packed weight")
-    if len(values) != len(mask) or values.shape[1] * group_size != in_features * kept:
+    fits = len(values) == len(mask) and values.shape[1] * group_size == in_features * kept
+    if not fits or in_features % group_size:
         raise ValueError(
             f"values {list(values.shape)} and mask {list(mask.shape)} are not {kept}:{group_size} with in_features a "
             "multiple of 8: use the plain nm_linear"
@@ -181,6 +182,7 @@ class _Product:
 
     def __post_init__(self) -> None:
         x, values = self.x, self.weight.values
+        refuse_gradients("the product", x=x, values=values, bias=self.bias, reference=self.reference)
         if x.dtype not in TYPE_NAMES or x.dtype != values.dtype:
             raise ValueError(f"x {x.dtype} and values {values.dtype}: the product takes both float16 or both bfloat16")
         if x.dim() < 1 or x.shape[-1] != self.weight.in_features:

@@ -73,6 +73,13 @@ def standing_in(run: Run) -> Iterator[None]:
         _stand_in.pop()
 
 
+def refuse_gradients(product: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError where a gradient is wanted of tensors: kernels have none, and it would be lost silently."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{product} has no gradient: its {name} must not require one; detach it")
+
+
 def runner_for(tensor: torch.Tensor) -> Run | None:
     """What runs CUDA kernels on a tensor: its GPU, on the CPU what stands in for one; None where nothing does."""
     if tensor.device.type == "cpu":

@@ -61,6 +61,11 @@ def sparse_weight(values: torch.Tensor, mask: torch.Tensor, *, run: Run = on_dev
     return SparseWeight(values.contiguous(), make_metadata(mask, run=run))
 
 
+def metadata_shape(out_features: int, in_features: int) -> tuple[int, int, int, int]:
+    """Blocks of 64 rows, blocks of 64 columns, lanes, words of a lane."""
+    return -(-out_features // BLOCK), in_features // BLOCK, 32, 4
+
+
 def make_metadata(mask: torch.Tensor, *, run: Run = on_device) -> torch.Tensor:
     """Metadata int32 [ceil(out/64), in/64, 32, 4] of a 2:4 mask uint8 [out, in/8], by the CUDA kernel.
 
@@ -70,8 +75,7 @@ def make_metadata(mask: torch.Tensor, *, run: Run = on_device) -> torch.Tensor:
     mask = mask.contiguous()
     if mask.data_ptr() % 2:  # the kernel reads 16 columns at once
         mask = mask.clone()
-    row_blocks, column_blocks = -(-out_features // BLOCK), in_features // BLOCK
-    metadata = torch.empty(row_blocks, column_blocks, 32, 4, dtype=torch.int32, device=mask.device)
+    metadata = torch.empty(metadata_shape(out_features, in_features), dtype=torch.int32, device=mask.device)
     faulty = torch.zeros(1, dtype=torch.int32, device=mask.device)
     grid = (-(-metadata.numel() // 4 // THREADS), 1, 1)
     arguments = (mask, metadata, faulty, out_features, in_features)

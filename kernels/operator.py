@@ -4,14 +4,28 @@ It is registered when `streamprune_kernels` is imported, has shapes for torch.co
 """
 
 import torch
+from torch.nn import functional
 
 from streamprune_kernels import reference
-from streamprune_kernels.cpu import library
+from streamprune_kernels.cpu import library, squared_distances
 from streamprune_kernels.decode import decode_unsuitable, nm_decode
-from streamprune_kernels.gemm import MOST_GROUP_SIZE, nm_linear_cuda, nm_weight, sparse_linear
+from streamprune_kernels.gemm import (
+    ALIGNMENT_BYTES,
+    MOST_GROUP_SIZE,
+    TYPE_NAMES,
+    NMWeight,
+    nm_linear_cuda,
+    nm_linear_with_error,
+    nm_weight,
+    sparse_linear,
+    sparse_linear_with_error,
+)
 from streamprune_kernels.launch import Run, runner_for
-from streamprune_kernels.metadata import sparse_unsuitable, sparse_weight
+from streamprune_kernels.metadata import SparseWeight, make_metadata, metadata_shape, sparse_unsuitable
 from streamprune_kernels.packed_product import TYPES, packed_product
+from streamprune_kernels.packing import expand
+
+_INTEGERS = {"mask": (torch.uint8,), "permutation": (torch.int32,), "metadata": (torch.int32,)}
 
 
 @torch.library.custom_op("streamprune::packed_linear", mutates_args=())
@@ -22,21 +36,20 @@ def packed_linear(
     bias: torch.Tensor | None = None,
     permutation: torch.Tensor | None = None,
     group_size: int = 0,
+    metadata: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y = x W^T + b for a packed W, in x's dtype, [..., out]; x [..., in] in the order of the layer's source.
 
     values [out, kept], mask uint8 [out, ceil(in/8)] and permutation int32 [in], a bijection, as in docs/format.md; bias
     [out]. x, values and bias are each bfloat16, float16 or float32. On a processor sums are float32 and rounded once.
-    `group_size`, the M of N:M, lets a GPU use the kernels for packed weights; 0: the weight is expanded there.
+    `group_size`, the M of N:M, lets a GPU use the kernels for packed weights; 0: the weight is expanded there. They
+    want the mask checked and `metadata`, once for a weight by `packed_metadata`; without it every product does that.
     Raises ValueError for tensors that do not fit together, of another dtype or device, or that want a gradient, and
     where a row of the mask does not keep as many weights as there are values.
     """
-    _check(x, values, mask, bias, permutation)
-    run = runner_for(x)
-    if run is not None and group_size and x.numel() and x.dtype == values.dtype != torch.float32:
-        y = _by_cuda_kernels(x, values, mask, bias, permutation, group_size, run)
-        if y is not None:
-            return y
+    _check(x, values, mask, bias, permutation, group_size, metadata)
+    if x.numel() and (run := _cuda_runner(x, values, group_size)) is not None:
+        return _by_cuda_kernels(x, values, mask, bias, permutation, group_size, metadata, run)
     if x.device.type == "cuda":
         return _expanded_on_gpu(x, values, mask, bias, permutation)
     rows = x.reshape(-1, x.shape[-1])
@@ -58,9 +71,74 @@ def _(
     bias: torch.Tensor | None = None,
     permutation: torch.Tensor | None = None,
     group_size: int = 0,
+    metadata: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check(x, values, mask, bias, permutation)
+    _check(x, values, mask, bias, permutation, group_size, metadata)
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def packed_metadata(values: torch.Tensor, mask: torch.Tensor, in_features: int, group_size: int) -> torch.Tensor | None:
+    """What `packed_linear` wants of a packed weight beside its tensors on a GPU: made, and the mask checked, once.
+
+    int32 [ceil(out/64), in/64, 32, 4] for sparse tensor cores, or [0] for a pattern that needs nothing more; None where
+    no CUDA kernel takes the weight. It holds as long as the mask does. Raises ValueError where a group of the mask does
+    not keep N of M.
+    """
+    run = _cuda_runner(values.new_empty(0, in_features), values, group_size)
+    return None if run is None else _metadata(values, mask, in_features, group_size, run)
+
+
+def packed_linear_with_error(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    expected: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    permutation: torch.Tensor | None = None,
+    group_size: int = 0,
+    metadata: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`packed_linear`'s y of x [tokens, in], with parts of ||y - expected||^2 and of ||expected||^2 to be added up.
+
+    expected [tokens, out] in x's dtype. The parts are float64: one for each output feature from a CUDA kernel, which
+    compares what it writes, and one for each token elsewhere. The other tensors and ValueError as for `packed_linear`.
+    """
+    _check(x, values, mask, bias, permutation, group_size, metadata)
+    if x.dim() != 2 or expected.shape != (len(x), len(values)) or expected.dtype != x.dtype:
+        raise ValueError(f"expected {expected.dtype} {_sizes(expected)} does not fit a product of x {_sizes(x)}")
+    run = _cuda_runner(x, values, group_size)
+    if run is None or not len(x):
+        y = packed_linear(x, values, mask, bias, permutation, group_size, metadata)
+        return y, squared_distances(y.float(), expected.float()), expected.to(torch.float64).square_().sum(dim=1)
+    rows, offset, expected = _in_order(x, permutation), None if bias is None else bias.to(x.dtype), _aligned(expected)
+    metadata = _metadata(values, mask, x.shape[1], group_size, run) if metadata is None else metadata
+    if metadata.numel():
+        return sparse_linear_with_error(rows, SparseWeight(values, metadata), expected, offset, run=run)
+    weight = NMWeight(values, mask, _kept(values, x.shape[1], group_size), group_size)
+    return nm_linear_with_error(rows, weight, expected, offset, run=run)
+
+
+def _cuda_runner(x: torch.Tensor, values: torch.Tensor, group_size: int) -> Run | None:
+    """What runs CUDA kernels on tensors that these take; None where there is nothing, or for what they do not take."""
+    suited = 0 < group_size <= MOST_GROUP_SIZE and x.shape[-1] % 8 == 0 and x.dtype == values.dtype
+    return runner_for(x) if suited and x.dtype in TYPE_NAMES else None
+
+
+def _kept(values: torch.Tensor, in_features: int, group_size: int) -> int:
+    return values.shape[1] * group_size // in_features
+
+
+def _metadata(values: torch.Tensor, mask: torch.Tensor, in_features: int, group_size: int, run: Run) -> torch.Tensor:
+    """As `packed_metadata`, where CUDA kernels take the weight."""
+    if _needs_metadata(values, in_features, group_size):
+        return make_metadata(mask, run=run)
+    nm_weight(values, mask, _kept(values, in_features, group_size), group_size)
+    return torch.empty(0, dtype=torch.int32, device=mask.device)
+
+
+def _needs_metadata(values: torch.Tensor, in_features: int, group_size: int) -> bool:
+    is_2_of_4 = group_size == 4 and 2 * values.shape[1] == in_features
+    return is_2_of_4 and sparse_unsuitable(2, 4, in_features) is None
 
 
 def _by_cuda_kernels(
@@ -70,21 +148,32 @@ def _by_cuda_kernels(
     bias: torch.Tensor | None,
     permutation: torch.Tensor | None,
     group_size: int,
+    metadata: torch.Tensor | None,
     run: Run,
-) -> torch.Tensor | None:
-    """The product on tensor cores, or of few vectors; None for a shape that no kernel takes. Not run on hardware."""
-    in_features, kept = x.shape[-1], values.shape[1] * group_size // x.shape[-1]
-    if in_features % 8 or group_size > MOST_GROUP_SIZE:
-        return None
-    x = (x if permutation is None else x[..., permutation]).contiguous()
-    bias = None if bias is None else bias.to(x.dtype)
-    weight = nm_weight(values, mask, kept, group_size)
+) -> torch.Tensor:
+    """The product on tensor cores, or of few vectors. Not run on hardware."""
+    in_features = x.shape[-1]
+    metadata = _metadata(values, mask, in_features, group_size, run) if metadata is None else metadata
+    x, bias = _in_order(x, permutation), None if bias is None else bias.to(x.dtype)
+    weight = NMWeight(values, mask, _kept(values, in_features, group_size), group_size)
     rows = x.view(-1, in_features)
     if decode_unsuitable(weight, len(rows)) is None:
         return nm_decode(rows, weight, bias, run=run).view(*x.shape[:-1], len(values))
-    if (kept, group_size) == (2, 4) and sparse_unsuitable(kept, group_size, in_features) is None:
-        return sparse_linear(x, sparse_weight(values, mask, run=run), bias, run=run)
+    if metadata.numel():
+        return sparse_linear(x, SparseWeight(values, metadata), bias, run=run)
     return nm_linear_cuda(x, weight, bias, run=run)
+
+
+def _in_order(x: torch.Tensor, permutation: torch.Tensor | None) -> torch.Tensor:
+    """x in the order of the mask's places, as kernels read it; torch itself says that the operator has no gradient."""
+    x = x.detach()
+    return _aligned(x if permutation is None else x[..., permutation])
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x without gaps, at an address that kernels read from."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT_BYTES else x
 
 
 def _expanded_on_gpu(
@@ -95,8 +184,8 @@ def _expanded_on_gpu(
     permutation: torch.Tensor | None,
 ) -> torch.Tensor:
     """The plain product on the device, in x's dtype; not run on hardware."""
-    permuted = x if permutation is None else x[..., permutation]
-    return reference.nm_linear(permuted, values, mask, None if bias is None else bias.to(x.dtype))
+    weight = expand(values, mask, x.shape[-1], permutation).to(x.dtype)
+    return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _check(
@@ -105,15 +194,17 @@ def _check(
     mask: torch.Tensor,
     bias: torch.Tensor | None,
     permutation: torch.Tensor | None,
+    group_size: int = 0,
+    metadata: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError, in one line, for what no kernel computes."""
-    weights = {"values": values, "mask": mask, "bias": bias, "permutation": permutation}
+    weights = {"values": values, "mask": mask, "bias": bias, "permutation": permutation, "metadata": metadata}
     given = {name: tensor for name, tensor in weights.items() if tensor is not None}
     if x.device.type not in ("cpu", "cuda", "meta") or any(tensor.device != x.device for tensor in given.values()):
         devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in {"x": x, **given}.items())
         raise ValueError(f"packed_linear wants its tensors on one cpu or cuda device; it got {devices}")
     for name, tensor in {"x": x, **given}.items():
-        expected = {"mask": (torch.uint8,), "permutation": (torch.int32,)}.get(name, tuple(TYPES))
+        expected = _INTEGERS.get(name, tuple(TYPES))
         if tensor.dtype not in expected:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in expected)
             raise ValueError(f"packed_linear wants {name} of {names}, not {str(tensor.dtype).removeprefix('torch.')}")
@@ -130,6 +221,15 @@ def _check(
             raise ValueError(f"packed_linear: {name} {_sizes(given[name])} does not fit {out_features} x {in_features}")
     if not 0 < values.shape[1] <= in_features:
         raise ValueError(f"packed_linear: {values.shape[1]} values a row do not fit {in_features} input channels")
+    if group_size < 0 or (group_size and (in_features % group_size or values.shape[1] * group_size % in_features)):
+        raise ValueError(
+            f"packed_linear: {values.shape[1]} values a row of {in_features} are no N of every {group_size}"
+        )
+    if metadata is not None:
+        needed = group_size and _needs_metadata(values, in_features, group_size)
+        shape = metadata_shape(out_features, in_features) if needed else (0,)
+        if tuple(metadata.shape) != shape:
+            raise ValueError(f"packed_linear: metadata {_sizes(metadata)} is not {list(shape)}; see packed_metadata")
 
 
 def _sizes(tensor: torch.Tensor) -> list[int]:

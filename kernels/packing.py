@@ -1,15 +1,62 @@
-"""Packing on a GPU, bit for bit as reference.py's `pack_mask`, `unpack_mask`, `pack_values` and `expand`.
+"""Packing and its reverse where the tensors lie: `pack_mask`, `unpack_mask`, `pack_values` and `expand`.
 
-Tensors are on one device and contiguous; `run` (launch.py) is the device, tests put a CPU there.
+On a GPU kernels of packing.cu run, on a processor those of cpu.py; all give the bits of reference.py. The functions
+`..._cuda` are the kernels alone: tensors on one device and contiguous; `run` (launch.py) is the device, tests put a CPU
+there.
 """
 
 import torch
 
-from streamprune_kernels.launch import Argument, Launch, Run, on_device
+from streamprune_kernels import cpu, reference
+from streamprune_kernels.launch import Argument, Launch, Run, on_device, runner_for
 
 THREADS = 256
 BLOCK_ROWS = 8  # one for each warp
 VALUE_BYTES = (2, 4)
+
+
+def pack_mask(keep: torch.Tensor) -> torch.Tensor:
+    """bool [out, in] to uint8 [out, ceil(in/8)], little end first; padding bits are 0."""
+    run = _runner(keep)
+    return reference.pack_mask(keep) if run is None else pack_mask_cuda(keep.contiguous(), run=run)
+
+
+def unpack_mask(mask: torch.Tensor, in_features: int) -> torch.Tensor:
+    """uint8 [out, ceil(in/8)] to bool [out, in]."""
+    run = _runner(mask)
+    if run is None:
+        return reference.unpack_mask(mask, in_features)
+    return unpack_mask_cuda(mask.contiguous(), in_features, run=run)
+
+
+def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Kept values of a weight [out, in] in ascending channel, bits untouched.
+
+    Raises ValueError where rows keep different numbers of them.
+    """
+    run = _runner(weight) if weight.itemsize in VALUE_BYTES else None
+    if run is None:
+        return cpu.pack_values(weight, keep)
+    return pack_values_cuda(weight.contiguous(), keep.contiguous(), run=run)
+
+
+def expand(
+    values: torch.Tensor, mask: torch.Tensor, in_features: int, permutation: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Dense weight [out, in] in the values' dtype, dropped weights +0, columns in the order of the source.
+
+    With `permutation` [in], place j holds source channel p[j]. Raises ValueError where a row of the mask does not keep
+    as many as there are values.
+    """
+    run = _runner(values) if values.itemsize in VALUE_BYTES else None
+    if run is None:
+        return cpu.expand(values, mask, in_features, permutation)
+    return expand_cuda(values.contiguous(), mask.contiguous(), in_features, permutation, run=run)
+
+
+def _runner(tensor: torch.Tensor) -> Run | None:
+    """What runs the kernels on a matrix; None where nothing does, and for an empty one."""
+    return runner_for(tensor) if tensor.dim() == 2 and tensor.numel() else None
 
 
 def pack_mask_cuda(keep: torch.Tensor, *, run: Run = on_device) -> torch.Tensor:

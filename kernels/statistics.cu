@@ -44,15 +44,19 @@ struct Range {
     double square_sum;
 
     DEVICE void add(float value) {
-        low = value < low ? value : low;  // a NaN shows in the sum of squares
-        high = value > high ? value : high;
+        add_bounds(value, value);
         square_sum += (double)value * (double)value;
     }
 
     DEVICE void add(const Range& other) {
-        low = other.low < low ? other.low : low;
-        high = other.high > high ? other.high : high;
+        add_bounds(other.low, other.high);
         square_sum += other.square_sum;
+    }
+
+    // A NaN stays, as in torch.minimum and torch.maximum: its channel is then not counted.
+    DEVICE void add_bounds(float other_low, float other_high) {
+        low = other_low < low || other_low != other_low ? other_low : low;
+        high = other_high > high || other_high != other_high ? other_high : high;
     }
 };
 

@@ -5,6 +5,7 @@ import logging
 import resource
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -84,8 +85,9 @@ def has_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
     return not BFLOAT16_FEATURES.isdisjoint(features)
 
 
+@cache
 def warn_without_kernels() -> None:
-    """Say in one line that the package was built without its compiled kernels, where it was."""
+    """Say in one line, once in a process, that the package was built without its compiled kernels, where it was."""
     if library() is None:
         logger.warning(
             "streamprune was built without its compiled kernels: search, refinement and packed products take "

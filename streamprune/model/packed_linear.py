@@ -1,13 +1,25 @@
 """The public layer of packed N:M weights."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from streamprune.checkpoint.reader import all_finite
 from streamprune.config import MOST_GROUP_SIZE, NMPattern
-from streamprune_kernels import expand, pack_mask, pack_values, packed_linear, select_groups, unpack_mask
+from streamprune.model.arithmetic import warn_without_kernels
+from streamprune_kernels import (
+    expand,
+    pack_mask,
+    pack_values,
+    packed_linear,
+    packed_linear_with_error,
+    packed_metadata,
+    select_groups,
+    unpack_mask,
+)
 
 
 class PackedLinear(nn.Module):
@@ -18,6 +30,9 @@ class PackedLinear(nn.Module):
     `input_permutation` int32 [in]. All are buffers: the layer is for inference. x [..., in] is bfloat16, float16 or
     float32, whatever the values' dtype, and the result has its dtype.
 
+    On a GPU the mask is checked, and what sparse tensor cores need beside it is made, when the weights get there:
+    `weight_metadata`, a buffer that is not part of the state. Changing the mask in place afterwards is not noticed.
+
     Made like this it is empty until `load_state_dict`, and its product raises ValueError; see `from_dense` and
     `from_packed`. Raises SettingsError for what is no pattern, ValueError where it does not divide `in_features`.
     """
@@ -26,6 +41,7 @@ class PackedLinear(nn.Module):
     weight_mask: torch.Tensor
     bias: torch.Tensor | None
     input_permutation: torch.Tensor | None
+    weight_metadata: torch.Tensor | None
 
     def __init__(
         self,
@@ -38,6 +54,7 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        warn_without_kernels()
         self.in_features, self.out_features, self.pattern = in_features, out_features, _parsed(pattern)
         groups = _groups_of(in_features, self.pattern)
         values = torch.zeros(out_features, groups * self.pattern.kept, device=device, dtype=dtype)
@@ -47,6 +64,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_mask", mask)
         self.register_buffer("bias", values.new_zeros(out_features) if bias else None)
         self.register_buffer("input_permutation", order)
+        self.register_buffer("weight_metadata", None, persistent=False)
 
     @classmethod
     def from_dense(
@@ -103,12 +121,49 @@ class PackedLinear(nn.Module):
         layer.weight_values, layer.weight_mask = values.detach(), mask
         layer.bias = None if bias is None else bias.detach()
         layer.input_permutation = permutation
+        layer._prepare()
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] in x's dtype; x [..., in] in the order of the dense layer's inputs."""
         packed = self.weight_values, self.weight_mask, self.bias, self.input_permutation
-        return packed_linear(x, *packed, self.pattern.group_size)
+        return packed_linear(x, *packed, self.pattern.group_size, self.weight_metadata)
+
+    def forward_with_error(
+        self, x: torch.Tensor, expected: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """y of x [tokens, in], with float64 parts of ||y - expected||^2 and of ||expected||^2 to be added up.
+
+        expected [tokens, out] in x's dtype. On a GPU the product's kernel sums them while it writes y.
+        """
+        packed = self.weight_values, self.weight_mask, expected, self.bias, self.input_permutation
+        return packed_linear_with_error(x, *packed, self.pattern.group_size, self.weight_metadata)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("weight_values", "weight_mask"):
+            self.weight_metadata = None  # that of other weights: products make their own until `_prepare`
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
+        """Moves and casts of all kinds: what comes to lie on a GPU is made ready there."""
+        values, mask = self.weight_values, self.weight_mask
+        super()._apply(fn, recurse)
+        if self.weight_values is not values or self.weight_mask is not mask:
+            self._prepare()
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *arguments)
+        if f"{prefix}weight_values" in state or f"{prefix}weight_mask" in state:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the metadata where a GPU wants it; a mask that is not right yet is left for the product to refuse."""
+        weights = self.weight_values.detach(), self.weight_mask
+        try:
+            self.weight_metadata = packed_metadata(*weights, self.in_features, self.pattern.group_size)
+        except ValueError:
+            self.weight_metadata = None
 
     def dense_weight(self) -> torch.Tensor:
         """The weight [out, in] in the values' dtype, dropped weights +0, columns in the order of the inputs."""

@@ -176,7 +176,9 @@ def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> 
     written = kept * itemsize if config.reconstruct else 0
     results = source + kept + written
     share = config.pattern.kept / config.pattern.group_size
-    packed, packed_largest = (int(count * (itemsize * share + 1 / 8)) for count in (kept, largest))
+    has_metadata = sizes.on_gpu and (config.pattern.kept, config.pattern.group_size) == (2, 4)  # for tensor cores
+    mask_bytes = (2 if has_metadata else 1) / 8  # of each weight
+    packed, packed_largest = (int(count * (itemsize * share + mask_bytes)) for count in (kept, largest))
     dense = block - kept * sizes.dtype.itemsize  # what of the block is not packed
     if not config.validate:  # no pass at all
         return 0, source + max(pruning + written, results), 0

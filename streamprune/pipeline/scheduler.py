@@ -25,6 +25,7 @@ from streamprune.config import PruneConfig
 from streamprune.errors import BlockErrorExceeded, JobMismatchError
 from streamprune.model.arithmetic import peak_memory_bytes, return_free_memory
 from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
+from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.streaming import BlockArguments, load_block
 from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, PrunedLayer, prune_block
 from streamprune.pipeline.job import Job
@@ -340,6 +341,7 @@ def _validated(
     layers = []
     for layer, result in pruned.layers.items():
         written = block.get_submodule(layer.removeprefix(f"{name}."))
+        assert isinstance(written, PackedLinear)
         bias = pruned.others.get(f"{layer}.bias")
         errors = layer_errors(layer, written, result, bias, samples[layer].tokens, job.arithmetic)
         layers.append(_about_layer(job, index, layer, result, errors))

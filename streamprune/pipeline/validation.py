@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from streamprune.checkpoint.packed import PackedLayer
 from streamprune.errors import KernelFault
 from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.packed_linear import PackedLinear
 from streamprune.pipeline.block_pruning import PrunedLayer
 from streamprune.pruning.selection import stable_sum
 from streamprune_kernels import pack_values, squared_distances, unpack_mask
@@ -56,7 +56,7 @@ class LayerErrors:
 
 def layer_errors(
     name: str,
-    written: nn.Module,
+    written: PackedLinear,
     pruned: PrunedLayer,
     bias: torch.Tensor | None,
     x: torch.Tensor,
@@ -70,9 +70,9 @@ def layer_errors(
     offset = bias.to(arithmetic.dtype) if bias is not None else None
     permuted = x if pruned.gather is None else x[:, pruned.gather]
     with torch.inference_mode():
-        sparse = written(x)
         weight = pruned.weight.to(arithmetic.dtype, copy=True)  # the one copy of that size at a time
         dense = functional.linear(permuted, weight, offset)
+        sparse, squared_error, squared_norm = written.forward_with_error(x, dense)
         if pruned.written is not pruned.weight:
             weight.copy_(pruned.written)
         masked = functional.linear(permuted, weight.mul_(pruned.keep), offset)
@@ -82,7 +82,7 @@ def layer_errors(
             f"{name}: kernel_error {kernel_error:.3g} is beyond {arithmetic.kernel_tolerance:g}: the written layer "
             "does not compute what its masked weight does; check the disk and memory, then run again"
         )
-    return LayerErrors(kernel_error, relative_error(sparse, dense))
+    return LayerErrors(kernel_error, _relative(squared_error, squared_norm))
 
 
 def check_packed_bits(name: str, pruned: PrunedLayer, written: PackedLayer) -> None:
@@ -110,8 +110,13 @@ def check_bits(name: str, expected: torch.Tensor, written: torch.Tensor) -> None
 def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
     """||y - reference|| / ||reference|| (Frobenius) of [tokens, out], in float64; NaN where y is not finite."""
     expected = reference.to(torch.float32)
-    difference = stable_sum(squared_distances(y.to(torch.float32), expected))
-    norm = stable_sum(expected.to(torch.float64).square_().sum(dim=1))
+    norms = expected.to(torch.float64).square_().sum(dim=1)
+    return _relative(squared_distances(y.to(torch.float32), expected), norms)
+
+
+def _relative(squared_errors: torch.Tensor, squared_norms: torch.Tensor) -> float:
+    """||error|| / ||reference|| from float64 parts of their squares, which are added up exactly."""
+    difference, norm = stable_sum(squared_errors), stable_sum(squared_norms)
     if norm == 0:
         return 0.0 if difference == 0 else math.inf
     return math.sqrt(difference / norm)

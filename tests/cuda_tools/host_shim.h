@@ -1,7 +1,7 @@
 // Stands in for kernels/device.cuh so that g++ compiles the kernels' own text and a CPU runs it, with checks that no
-// GPU makes. Every thread of a block is a fiber on one thread of the CPU; it runs until it waits for others (barrier, warp
-// collective). Which fiber runs next is the schedule: 0 the one that became ready last, 1 first, any other number a
-// pseudo-random one with that seed.
+// GPU makes. Every thread of a block is a fiber on one thread of the CPU; it runs until it waits for others (barrier,
+// warp collective). Which fiber runs next is the schedule: 0 the one that became ready last, 1 first, any other number
+// a pseudo-random one with that seed.
 //
 // Checked: shared memory bounds, reads of what nobody wrote, reads and writes by different threads without a barrier
 // between them, reads of cp.async copies not waited for, sources of copies, divergence at collectives and barriers,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streamprune_kernels import pack_mask, pack_values, select_groups
+from streamprune_kernels.reference import pack_mask, pack_values, select_groups
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,9 @@
-"""Kernels broken on purpose, and who notices: the host shim, the PTX interpreter, or both.
+"""Kernels broken on purpose: what is replaced by what. mutation.py says who notices."""
 
-A check that no broken kernel fails is no check. `python -m cuda_tools.mutants`, from tests/, prints the table of
-docs/kernels.md; it takes some minutes.
-"""
-
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from cuda_tools import host, ptx
-from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs, random_layer
-from streamprune_kernels.gemm import (
-    nm_linear_cuda,
-    nm_linear_with_error,
-    nm_weight,
-    sparse_linear,
-    sparse_linear_with_error,
-)
-from streamprune_kernels.launch import FOLDER, Launch, Run, joined_source
-from streamprune_kernels.metadata import SparseWeight, make_metadata, metadata_of_mask
-
-SCHEDULES = (0, 1, 2)
-NOISE = r"^.*thread \d+: |^.*block \(.*?\): |^\w+: | at \d{6,}|: nearest is .*$|, at `.*`$"  # where it was
-SHIM_ALONE = "inline assembly: the shim has its own"  # why the host shim does not run a mutant of device.cuh
+from streamprune_kernels.launch import joined_source
 
 
 @dataclass(frozen=True)
@@ -48,100 +27,6 @@ class Mutant:
 
     def source(self, stem: str, read: Callable[[str], str]) -> str:
         return joined_source(f"{stem}.cu", lambda name: self.text(name, read))
-
-
-def check_sparse(run: Run) -> None:
-    """Two tiles each way, neither full, five steps through three stages."""
-    layer = random_layer(190, 320, 2, 4, torch.float16)
-    weight = SparseWeight(layer.values, metadata_of_mask(layer.mask))
-    x, reference = random_inputs(150, 320, torch.float16), random_inputs(150, 190, torch.float16)
-    y, error, norm = sparse_linear_with_error(x, weight, reference, layer.bias, tile=128, run=run)
-    assert_accurate(y, x, layer)
-    assert_error_sums(y, reference, error, norm)
-    unrounded = sparse_linear(x, weight, layer.bias, float_output=True, tile=128, run=run)
-    assert_accurate(unrounded, x, layer)
-    assert torch.equal(y, unrounded.half()), "y is not the rounded sum"
-
-
-def check_nm(run: Run) -> None:
-    """A pattern whose groups are no whole bytes, and one of the fast ways; the last step is not full."""
-    for kept, group_size in ((3, 12), (4, 8)):
-        layer = random_layer(150, 264, kept, group_size, torch.bfloat16)
-        weight = nm_weight(layer.values, layer.mask, kept, group_size)
-        x, reference = random_inputs(20, 264, torch.bfloat16), random_inputs(20, 150, torch.bfloat16)
-        y, error, norm = nm_linear_with_error(x, weight, reference, layer.bias, run=run)
-        assert_accurate(y, x, layer)
-        assert_error_sums(y, reference, error, norm)
-        unrounded = nm_linear_cuda(x, weight, layer.bias, float_output=True, run=run)
-        assert torch.equal(y, unrounded.bfloat16()), "y is not the rounded sum"
-
-
-def check_metadata(run: Run) -> None:
-    """And that the product can use it."""
-    layer = random_layer(90, 192, 2, 4, torch.float16)
-    metadata = make_metadata(layer.mask, run=run)
-    assert torch.equal(metadata, metadata_of_mask(layer.mask)), "metadata differs"
-    broken = layer.mask.clone()
-    broken[89, 23] ^= 1
-    try:
-        make_metadata(broken, run=run)
-    except ValueError:
-        return
-    raise AssertionError("a mask that is not 2:4 is taken")
-
-
-CASES: dict[str, Callable[[Run], None]] = {
-    "sparse_gemm": check_sparse,
-    "nm_gemm": check_nm,
-    "metadata": check_metadata,
-}
-
-
-def noticed_by_host(mutant: Mutant | None, case: str) -> str | None:
-    """What the host shim says under some schedule; None if nothing. Bank conflicts count as noticed."""
-
-    def check(schedule: int) -> None:
-        def run(launch: Launch) -> None:
-            read = host.read_over_shim
-            source = mutant.source(launch.source, read) if mutant else host.host_source(launch.source)
-            counts = host.run_text(source, launch, schedule)
-            assert not counts.bank_conflicts, f"{counts.bank_conflicts} bank conflicts"
-
-        CASES[case](run)
-
-    return _first_complaint(check, host.HostFault)
-
-
-def noticed_by_ptx(mutant: Mutant | None, case: str) -> str | None:
-    """What the PTX interpreter says under some schedule; None if nothing."""
-
-    def check(schedule: int) -> None:
-        def run(launch: Launch) -> None:
-            source = mutant.source(launch.source, lambda name: (FOLDER / name).read_text()) if mutant else None
-            ptx.run(launch, schedule, source)
-
-        CASES[case](run)
-
-    return _first_complaint(check, ptx.PtxError)
-
-
-def _first_complaint(check: Callable[[int], None], fault: type[Exception]) -> str | None:
-    for schedule in SCHEDULES:
-        try:
-            check(schedule)
-        except fault as error:
-            if "does not compile" in str(error):
-                raise
-            return re.sub(NOISE, "", str(error).splitlines()[0])
-        except (AssertionError, ValueError) as error:  # wrong results, or a launcher that refuses what it should not
-            return str(error).splitlines()[0]
-    return None
-
-
-def outcome(mutant: Mutant) -> tuple[str | None, str | None]:
-    """What the host shim and the PTX interpreter say of a mutant."""
-    by_host = None if mutant.file == "device.cuh" else noticed_by_host(mutant, mutant.case)
-    return by_host, noticed_by_ptx(mutant, mutant.case)
 
 
 MUTANTS = (
@@ -387,17 +272,132 @@ MUTANTS = (
         "st.shared.v4.b32 [%0], {%1, %2, %3, %4};",
         "st.shared.v4.b32 [%0], {%2, %1, %3, %4};",
     ),
+    # Decode.
+    Mutant(
+        "no barrier after a tile is filled",
+        "decode.cu",
+        "decode",
+        "        fill_masks(masks, packed, warp, first_row, first, columns);\n        __syncthreads();\n",
+        "        fill_masks(masks, packed, warp, first_row, first, columns);\n",
+    ),
+    Mutant(
+        "no barrier before the next tile",
+        "decode.cu",
+        "decode",
+        "        __syncthreads();  // everybody is done with the tile before\n",
+        "",
+    ),
+    Mutant(
+        "values do not advance to the next tile",
+        "decode.cu",
+        "decode",
+        "values[r] += chunks;",
+        "values[r] += 0 * chunks;",
+    ),
+    Mutant(
+        "a mask's row past the last is read",
+        "decode.cu",
+        "decode",
+        "min(first_row + lane / ROW_CHUNKS, packed.out_features - 1)",
+        "first_row + lane / ROW_CHUNKS",
+    ),
+    Mutant(
+        "values of the group before not passed",
+        "decode.cu",
+        "decode",
+        "for (u32 i = 0; i < place.rest; i++) kept_columns.next();",
+        "",
+    ),
+    Mutant(
+        "a group too few between turns",
+        "decode.cu",
+        "decode",
+        "if (rest >= kept) group++, rest -= kept;",
+        "if (rest >= kept) rest -= kept;",
+    ),
+    Mutant("a vector past the last is read", "decode.cu", "decode", "if (v < vectors) entry", "entry"),
+    Mutant("a row past the last is written", "decode.cu", "decode", "v < vectors && row < out_features", "v < vectors"),
+    Mutant(
+        "vectors of a word exchanged",
+        "decode.cu",
+        "decode",
+        "half ? word >> 16 : word & 0xFFFF",
+        "half ? word & 0xFFFF : word >> 16",
+    ),
+    # Statistics.
+    Mutant(
+        "a resident row too many",
+        "statistics.cu",
+        "statistics",
+        "if (row < tile.all.resident_tokens)",
+        "if (row <= tile.all.resident_tokens)",
+    ),
+    Mutant(
+        "no barrier after the warps' ranges",
+        "statistics.cu",
+        "statistics",
+        "    __syncthreads();\n\n    if (threadIdx.x < CHANNELS",
+        "\n    if (threadIdx.x < CHANNELS",
+    ),
+    Mutant(
+        "no barrier before values are counted",
+        "statistics.cu",
+        "statistics",
+        "    if (!all.counts) return;\n    __syncthreads();\n",
+        "    if (!all.counts) return;\n",
+    ),
+    Mutant(
+        "no barrier between counts taken and moved",
+        "statistics.cu",
+        "statistics",
+        "        if (bin < bins) counts[bin] = 0;\n    }\n    __syncthreads();\n",
+        "        if (bin < bins) counts[bin] = 0;\n    }\n",
+    ),
+    Mutant("the last row added again", "statistics.cu", "statistics", "            if (row >= tokens) break;\n", ""),
+    Mutant("a NaN passed over", "statistics.cu", "statistics", "|| other_low != other_low ", ""),
+    Mutant(
+        "a window wider than needed",
+        "statistics.cu",
+        "statistics",
+        "max(old.exponent, least_exponent(low, high, bins))",
+        "max(old.exponent, least_exponent(low, high, bins) + 1)",
+    ),
+    Mutant(
+        "ranges of other channels added",
+        "statistics.cu",
+        "statistics",
+        "distance = ROW_CHUNKS; distance < 32",
+        "distance = 1; distance < 8",
+    ),
+    # Packing.
+    Mutant(
+        "own values counted as those before",
+        "packing.cu",
+        "packing",
+        "return up_to_here - count;",
+        "return up_to_here;",
+    ),
+    Mutant("padding bits taken for columns", "packing.cu", "packing", " & ((1u << inside) - 1)", ""),
+    Mutant(
+        "values beyond the row's are written",
+        "packing.cu",
+        "packing",
+        "if (place < kept) values[place] = weight",
+        "values[place] = weight",
+    ),
+    Mutant(
+        "every 256 columns begin anew",
+        "packing.cu",
+        "packing",
+        "columns);\n        u32 total, place = done",
+        "columns);\n        u32 total, place = 0 * done",
+    ),
+    Mutant("flags past the last column read", "packing.cu", "packing", "first_column + i < columns && keep", "keep"),
+    Mutant(
+        "columns left in the packed order",
+        "packing.cu",
+        "packing",
+        "permutation ? (u32)permutation[column + i] : column + i",
+        "column + i",
+    ),
 )
-
-
-def main() -> None:
-    print("| file | mutant | host shim | PTX interpreter |\n| --- | --- | --- | --- |")
-    for mutant in MUTANTS:
-        by_host, by_ptx = outcome(mutant)
-        if mutant.file == "device.cuh":
-            by_host = SHIM_ALONE
-        print(f"| {mutant.file} | {mutant.name} | {by_host or '-'} | {by_ptx or '-'} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

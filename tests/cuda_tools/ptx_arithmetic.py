@@ -170,11 +170,18 @@ def conversion(rounding: str, to: str, source: str) -> Function:
     return lambda x: x.astype(target)
 
 
-COMPARISONS: dict[str, Function] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal,
+def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of numbers: a NaN does not differ from anything."""
+    return (a < b) | (a > b)
+
+
+COMPARISONS: dict[str, Function] = {"eq": np.equal, "ne": differs, "lt": np.less, "le": np.less_equal,
                                     "gt": np.greater, "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal,
                                     "hi": np.greater, "hs": np.greater_equal}  # fmt: skip
 UNORDERED: dict[str, Function] = {f"{name}u": (lambda a, b, f=f: f(a, b) | np.isnan(a) | np.isnan(b))
                                   for name, f in COMPARISONS.items()}  # fmt: skip
+NUMBERS: dict[str, Function] = {"nan": lambda a, b: np.isnan(a) | np.isnan(b),
+                                "num": lambda a, b: ~(np.isnan(a) | np.isnan(b))}  # fmt: skip
 
 TABLE: dict[str, tuple[str, Function]] = {
     "add": ("kk>k", np.add),
@@ -217,7 +224,7 @@ TABLE: dict[str, tuple[str, Function]] = {
     "bfind.shiftamt": ("k>u", leading_zeros),
     "selp": ("kkp>k", lambda a, b, p: np.where(p, a, b)),
     "mov": ("k>k", lambda a: a),
-    **{f"setp.{name}": ("kk>p", function) for name, function in (COMPARISONS | UNORDERED).items()},
+    **{f"setp.{name}": ("kk>p", function) for name, function in (COMPARISONS | UNORDERED | NUMBERS).items()},
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamprune import PackedLinear
 from streamprune.config import NMPattern
 from streamprune.pruning.refinement import group_patterns
 from streamprune.runtime.verify import verify
@@ -386,13 +387,24 @@ def test_refine_rows_refuses_more_patterns_than_it_has_room_for() -> None:
 
 
 @pytest.fixture
-def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from streamprune.model import arithmetic
     from streamprune.pipeline import job
 
     for module in (cpu, arithmetic, job):
         if hasattr(module, "library"):
             monkeypatch.setattr(module, "library", lambda: None)
+    arithmetic.warn_without_kernels.cache_clear()
+    yield
+    arithmetic.warn_without_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("without_library")
+def test_layers_without_the_library_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        PackedLinear.from_dense(torch.ones(2, 8))(torch.ones(3, 8))
+    (line,) = caplog.messages
+    assert "packed products take several times longer; install a C++ compiler" in line
 
 
 @pytest.mark.parametrize("source", ["llama", "opt"])

@@ -1,5 +1,6 @@
 """`plan` and --max-memory: what is foretold from headers, and what a limit on memory changes or refuses."""
 
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -154,6 +155,10 @@ def test_on_a_gpu_the_stages_of_a_block_lie_there(sources: Sources) -> None:
     assert (here.device_peak, there.device_peak) == (0, here.of_block)
     assert there.peak == there.libraries + max(there.embeddings, there.read_ahead)
     assert here.peak == here.libraries + max(here.embeddings, here.of_block + here.read_ahead)
+    weights = sum(math.prod(shape) for shape in shapes[0].values())
+    largest = max(math.prod(shape) for shape in shapes[0].values())
+    metadata = (weights + 2 * largest) / 8  # a bit for each, also where the largest layer is copied
+    assert there.sparse_pass - here.sparse_pass == pytest.approx(memory.HEAP_SLACK * metadata, abs=4)
     enough = memory.Limits(there.peak, there.device_peak)
     assert memory.fit_memory(gpu, config, pace, enough) == (config, pace)
     slower = memory.fit_memory(gpu, config, pace, memory.Limits(device=there.device_peak - 1))

@@ -103,19 +103,25 @@ def test_without_histograms(run: Run) -> None:
 @pytest.mark.parametrize("run", runners.PLAIN.values(), ids=runners.PLAIN)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_what_is_not_finite_shows_and_is_not_counted(value: float, run: Run) -> None:
-    """The channel's sum of squares is not finite; the other channels are as if it were not there."""
-    (x,) = sequences(16, (70,), torch.float32)
+    """The channel's bounds are the plain ones; the other channels are as if it were not there."""
+    first, x = sequences(16, (9, 70), torch.float32)
     plain, state = fresh(16, 32), fresh(16, 32)
-    add_tokens(x, *plain)
+    for rows in (first, x):
+        add_tokens(rows, *plain)
     x[66, 5] = value
-    add_tokens_cuda(x, *state, run=run)
+    bounds = fresh(16, 32)[:3]
+    for rows in (first, x, first):  # and what follows does not hide it
+        add_tokens(rows, *bounds)
+        add_tokens_cuda(rows, *state, run=run)
+        if rows is x:
+            counted = state[3].counts.clone()
+    for one, other in zip(state[:2], bounds[:2], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert bool(state[0][5].isnan()) == bool(state[1][5].isnan()) == (value != value)
     assert (~torch.isfinite(state[2])).nonzero().tolist() == [[5]]
     others = torch.arange(16) != 5
-    assert torch.equal(state[3].counts[others], plain[3].counts[others])
-    if value != value:
-        assert state[3].counts[5].sum() == 70  # a NaN falls into the last bin: the range of the others is finite
-    else:
-        assert state[3].counts[5].sum() == 0
+    assert torch.equal(counted[others], plain[3].counts[others])
+    assert state[3].counts[5].sum() == len(first)  # those of before
 
 
 @pytest.mark.parametrize("run", runners.PLAIN.values(), ids=runners.PLAIN)

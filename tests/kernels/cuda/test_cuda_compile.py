@@ -1,9 +1,11 @@
 """Every CUDA kernel compiled for every supported GPU, and what its machine code consists of. No GPU is needed.
 
-Each kernel of each .cu file has its gate below: a file or a kernel without one fails. `pytest -rA` shows the figures.
+Each kernel of each .cu file has its gate below: a file or a kernel without one fails. Figures stand at the end of the
+run.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +20,7 @@ REGISTERS = 65536  # of a multiprocessor
 # Shared memory of a multiprocessor, of which each block takes 1 KiB for itself.
 SHARED_BYTES = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 OWN_BYTES = 1024
+Show = Callable[[str, str, int, str], None]
 SOURCES = sorted(path.stem for path in FOLDER.glob("*.cu"))
 
 
@@ -72,14 +75,15 @@ def test_every_source_has_gates() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES)
-def test_kernels_use_no_more_than_their_gates_allow(source: str, architecture: int) -> None:
+def test_kernels_use_no_more_than_their_gates_allow(source: str, architecture: int, show: Show) -> None:
     """Nothing spilled, no stack, and room for the blocks of the gate in registers, threads and shared memory."""
     compiled = compile_source(cuda_source(source), architecture)
     assert set(compiled.kernels) == kernels_in_text(source) != set()
     for kernel, used in sorted(compiled.kernels.items()):
         gate = gate_of(source, kernel)
         shared_bytes = used.shared_bytes + gate.shared_bytes
-        print(f"sm_{architecture} {kernel:22s} {used.registers:4d} registers, {shared_bytes:6d} bytes shared")
+        show("registers / bytes spilled / KiB shared", kernel, architecture,
+             f"{used.registers} / {used.spilled_bytes} / {shared_bytes / 1024:.0f}")  # fmt: skip
         assert (used.spilled_bytes, used.stack_bytes) == (0, 0), kernel
         assert -(-used.registers // 8) * 8 * gate.threads * gate.blocks <= REGISTERS, kernel
         if not (WIDE.fullmatch(kernel) and architecture in (86, 89)):
@@ -88,14 +92,14 @@ def test_kernels_use_no_more_than_their_gates_allow(source: str, architecture: i
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", [source for source in SOURCES if any(gate.product for gate in GATES[source])])
-def test_main_loops_multiply(source: str, architecture: int) -> None:
+def test_main_loops_multiply(source: str, architecture: int, show: Show) -> None:
     """The share of tensor-core products in the loop over input channels; nothing there touches local memory."""
     for kernel, instructions in sorted(disassemble(compile_source(cuda_source(source), architecture).cubin).items()):
         gate, loop = gate_of(source, kernel), main_loop(instructions)
         counts = mix(loop)
         share = counts[gate.product] / len(loop)
-        rest = ", ".join(f"{count} {name}" for name, count in counts.most_common(5) if name != gate.product)
-        print(f"sm_{architecture} {kernel:22s} loop of {len(loop)}: {share:.0%} {gate.product}, {rest}")
+        figure = f"{counts[gate.product]} {gate.product} of {len(loop)}, {share:.0%}"
+        show("matrix products of the main loop's instructions", kernel, architecture, figure)
         assert share >= gate.share, kernel
         assert counts[gate.product] == products(loop)  # no dense product in a sparse kernel, and the reverse
         assert not {"LDL", "STL"} & set(counts)

@@ -205,6 +205,11 @@ def refusals():
         ({"x": x[:, :32]}, "does not have the weight's 64 in_features"),
         ({"x": x.T.contiguous().T}, "x is not contiguous"),
         ({"x": torch.zeros(4 * 64 + 1).half()[1:].view(4, 64)}, "aligned to 16 bytes"),
+        ({"x": x.clone().requires_grad_()}, "the product has no gradient: its x must not require one; detach it"),
+        ({"x": x.double()}, "both float16 or both bfloat16"),
+        ({"x": torch.zeros(4, 0).half()}, "does not have the weight's 64 in_features"),
+        ({"x": torch.tensor(1.0).half()}, "does not have the weight's 64 in_features"),
+        ({"x": x.to("meta")}, "is on cpu, x on meta"),
         ({"bias": torch.zeros(41).half()}, "bias .* does not fit"),
         ({"bias": torch.zeros(40)}, "bias .* does not fit"),
         ({"reference": reference[:3]}, "reference .* is not y's"),
@@ -220,8 +225,9 @@ def test_tensors_that_do_not_fit_are_refused(changed, message):
     dense = nm_weight(layer.values, layer.mask, 2, 4)
     for product in (partial(sparse_linear_with_error, weight=weight), partial(nm_linear_with_error, weight=dense)):
         product(**fitting, run=lambda launch: None)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refusal:
             product(**{**fitting, **changed}, run=lambda launch: None)
+        assert "\n" not in str(refusal.value)
 
 
 def test_tiles_that_no_kernel_has_are_refused():
@@ -241,6 +247,9 @@ def test_weights_that_are_not_packed_are_refused():
         ((layer.values, layer.mask, 32, 64), "M up to 32"),
         ((layer.values, layer.mask, 0, 4), "M up to 32"),
         ((layer.values, layer.mask.int(), 2, 4), "no packed weight"),
+        ((random_layer(8, 24, 2, 4, torch.float16).values, layer.mask[:, :3], 8, 16), "are not 8:16"),
+        ((layer.values[:, :0], layer.mask[:, :0], 2, 4), "no packed weight"),
+        ((layer.values[:0], layer.mask[:0], 2, 4), "no packed weight"),
         ((random_layer(8, 60, 2, 4, torch.float16).values, layer.mask, 2, 4), "multiple of 8"),
     ]:
         with pytest.raises(ValueError, match=message):

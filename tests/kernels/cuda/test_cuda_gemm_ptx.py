@@ -29,7 +29,7 @@ def test_sparse_product_over_every_residue_of_the_stages(dtype: torch.dtype, til
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kept", "group_size"), [(2, 4), (2, 8), (3, 8), (5, 16)])
+@pytest.mark.parametrize(("kept", "group_size"), [(2, 4), (4, 8), (1, 4), (2, 8), (1, 2), (3, 8), (5, 16)])
 @pytest.mark.parametrize("in_features", [16, 64, 144, 208, 320])
 def test_product_of_any_pattern(dtype: torch.dtype, kept: int, group_size: int, in_features: int) -> None:
     """Each residue of the stages, with a last step that is whole and one that is not."""

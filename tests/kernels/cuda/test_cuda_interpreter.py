@@ -426,6 +426,21 @@ def test_integer_instructions(opcode: str) -> None:
     assert result.endswith(str(bits))
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("eq", [1, 0, 0]), ("ne", [0, 1, 0]), ("equ", [1, 0, 1]), ("neu", [0, 1, 1]), ("lt", [0, 1, 0]),
+     ("geu", [1, 0, 1]), ("nan", [0, 0, 1]), ("num", [1, 1, 0])],
+)  # fmt: skip
+def test_comparisons_with_what_is_no_number(name: str, found: list[int]) -> None:
+    """1 with 1, 2 and NaN, on both sides (manual, setp: ordered comparisons are false where an operand is NaN)."""
+    known = operation(f"setp.{name}.f32")
+    assert known is not None
+    a, b = np.array([1, 1, 1], dtype=np.float32), np.array([1, 2, np.nan], dtype=np.float32)
+    assert known[2](a, b).tolist() == found
+    if name not in ("lt", "geu"):
+        assert known[2](b, a).tolist() == found
+
+
 def test_what_is_not_understood() -> None:
     body = ".visible .entry k(.param .u64 k_0) {{ .reg .b32 %r<3>; {} ret; }}"
     launch = Launch("handwritten", "k", (1, 1, 1), (32, 1, 1), 0, (words(),))

@@ -1,9 +1,10 @@
-"""Broken kernels are noticed, whole ones are not (cuda_tools/mutants.py)."""
+"""Broken kernels are noticed, whole ones are not (cuda_tools/mutants.py, mutation.py)."""
 
 import re
 
 import pytest
-from cuda_tools.mutants import CASES, MUTANTS, noticed_by_host, noticed_by_ptx, outcome
+from cuda_tools.mutants import MUTANTS
+from cuda_tools.mutation import CASES, noticed_by_host, noticed_by_ptx, outcome
 
 from streamprune_kernels.launch import FOLDER
 

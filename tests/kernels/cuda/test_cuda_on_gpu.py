@@ -1,16 +1,45 @@
-"""Decoding, packing and calibration statistics on a GPU: `pytest -m gpu`. They need CuPy and sm_80 or later."""
+"""The CUDA kernels on a GPU: `pytest -m gpu`. They need CuPy and sm_80 or later."""
+
+from dataclasses import replace
 
 import pytest
 import torch
-from cuda_tools.layers import assert_accurate, random_inputs, random_layer
+from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs, random_layer
+from cuda_tools.mutation import CASES
 
+from streamprune import PackedLinear
 from streamprune_kernels import LEAST_EXPONENT, reference
 from streamprune_kernels.calibration import Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
-from streamprune_kernels.gemm import nm_weight
+from streamprune_kernels.gemm import nm_weight, sparse_linear
+from streamprune_kernels.launch import Launch, on_device
+from streamprune_kernels.metadata import sparse_weight
 from streamprune_kernels.packing import expand_cuda, pack_mask_cuda, pack_values_cuda, unpack_mask_cuda
 
 pytestmark = pytest.mark.gpu
+
+
+def run_there(launch: Launch) -> None:
+    """Run a launch of CPU tensors on the GPU, and take its results back."""
+    tensors = {id(tensor): tensor.cuda() for tensor in launch.tensors}
+    on_device(replace(launch, arguments=tuple(tensors.get(id(one), one) for one in launch.arguments)))
+    for tensor in launch.tensors:
+        tensor.copy_(tensors[id(tensor)])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cases_of_the_mutants(case):
+    CASES[case](run_there)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4096, 1024, 512), (1000, 320, 77), (64, 64, 1)])
+def test_tile_that_the_device_chooses(dtype, shape):
+    out_features, in_features, tokens = shape
+    layer = random_layer(out_features, in_features, 2, 4, dtype)
+    x = random_inputs(tokens, in_features, dtype)
+    weight = sparse_weight(layer.values.cuda(), layer.mask.cuda())
+    assert_accurate(sparse_linear(x.cuda(), weight, layer.bias.cuda()).cpu(), x, layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -65,3 +94,15 @@ def test_calibration(tokens: int, dtype: torch.dtype) -> None:
     assert torch.equal(on_gpu[2], again[2])
     for name in ("exponent", "first_bin", "counts"):
         assert torch.equal(getattr(on_gpu[3], name).cpu(), getattr(plain[3], name))
+
+
+def test_a_layer_moved_to_the_gpu_computes_as_on_the_processor() -> None:
+    layer, x = random_layer(520, 1024, 2, 4, torch.bfloat16), random_inputs(77, 1024, torch.bfloat16)
+    module = PackedLinear.from_packed(layer.values, layer.mask, in_features=1024, pattern="2:4", bias=layer.bias)
+    assert module.weight_metadata is None
+    module.cuda()
+    assert module.weight_metadata is not None
+    y, error, norm = module.forward_with_error(x.cuda(), torch.zeros(77, 520, device="cuda").bfloat16())
+    assert torch.equal(y, module(x.cuda()))
+    assert_accurate(y.cpu(), x, layer)
+    assert_error_sums(y.cpu(), torch.zeros(77, 520), error.cpu(), norm.cpu())
