@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from streamprune.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import Pieces
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, SettingsError

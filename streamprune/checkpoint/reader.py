@@ -6,7 +6,6 @@ shard at a time, copied and released.
 """
 
 import hashlib
-import json
 import math
 import os
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from streamprune.checkpoint.safetensors_header import TensorEntry, read_header
+from streamprune.checkpoint.untrusted import open_regular, parse_json, read_json
 from streamprune.errors import CheckpointError, NumericsError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -181,8 +181,8 @@ def read_about(path: Path) -> Any:
     """The plain data that `write_safetensors` kept in a file's metadata; None where there is none."""
     _, metadata = read_header(path)
     try:
-        return json.loads(metadata["streamprune"]) if "streamprune" in metadata else None
-    except (ValueError, TypeError, RecursionError) as error:
+        return parse_json(metadata["streamprune"].encode()) if "streamprune" in metadata else None
+    except ValueError as error:
         raise CheckpointError(f"{path}: its metadata is not valid JSON ({error})") from error
 
 
@@ -207,29 +207,13 @@ def read_into(descriptor: int, tensor: torch.Tensor, offset_bytes: int, path: Pa
         done += count
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError where it is missing or is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__} where a JSON object belongs")
-    return value
-
-
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable, without a copy."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    return open_regular(path)[0]
 
 
 def _entry_of(source: TensorSource) -> TensorEntry:

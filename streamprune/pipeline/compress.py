@@ -24,8 +24,9 @@ from streamprune.checkpoint.packed import (
     TIMINGS_FILE,
     quantization_config,
 )
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, byte_view, open_file, read_about, read_json
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, byte_view, open_file, read_about
 from streamprune.checkpoint.safetensors_header import read_header
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import (
     Pieces,
     file_digest,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, read_json
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import canonical_json, file_digest, write_json
 from streamprune.errors import CheckpointError, JobMismatchError, OutputError
 from streamprune.pipeline.lease import Lease, leased

@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from streamprune.checkpoint.packed import layer_from_tensors, open_packed, packed_shape, tensor_names
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint, read_json
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import write_json, write_safetensors
 from streamprune.config import NMPattern
 from streamprune.errors import OutputError, SettingsError

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed
-from streamprune.checkpoint.reader import read_json
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError
 
 

@@ -27,9 +27,9 @@ from streamprune.checkpoint.reader import (
     open_checkpoint,
     open_file,
     read_about,
-    read_json,
     tensor_digest,
 )
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import file_digest
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
