@@ -99,8 +99,8 @@ def open_model(model: Path) -> tuple[Skeleton, Checkpoint, dict[str, str]]:
     """A dense model's modules, what lies where in its files, and each parameter's name there."""
     if is_packed(model):
         raise CheckpointError(f"{model}: is already an output of streamprune; give the dense model")
-    skeleton = build_skeleton(model)
     checkpoint = open_checkpoint(model)
+    skeleton = build_skeleton(model, checkpoint)
     return skeleton, checkpoint, match_names(skeleton, checkpoint)
 
 

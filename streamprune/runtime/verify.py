@@ -164,7 +164,7 @@ def _contents(manifest: dict[str, Any], name: str) -> str:
 
 def _open_output(folder: Path, manifest: dict[str, Any]) -> _Output:
     checkpoint, layers, _ = open_packed(folder)
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, checkpoint)
     output_names(skeleton, checkpoint, layers)
     recorded = {layer["name"]: layer for block in manifest["blocks"] for layer in block["layers"]}
     different = sorted(set(recorded) ^ set(layers))
