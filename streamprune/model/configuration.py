@@ -57,7 +57,7 @@ def model_config(folder: Path, checkpoint: Checkpoint) -> tuple[PretrainedConfig
     return config, architecture
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error of another library's, shortened to a line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."

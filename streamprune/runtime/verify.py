@@ -1,7 +1,6 @@
 """`verify`: is a packed output whole and consistent, and, with its source at hand, is it the source's?"""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from streamprune.checkpoint.manifest import read_manifest
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
@@ -19,6 +19,7 @@ from streamprune.checkpoint.packed import (
     PackedLayer,
     layer_from_tensors,
     open_packed,
+    structure_faults,
     tensor_names,
 )
 from streamprune.checkpoint.reader import (
@@ -29,7 +30,7 @@ from streamprune.checkpoint.reader import (
     read_about,
     tensor_digest,
 )
-from streamprune.checkpoint.untrusted import read_json
+from streamprune.checkpoint.untrusted import read_bounded
 from streamprune.checkpoint.writer import file_digest
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
@@ -135,8 +136,8 @@ def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, An
     """Compare the manifest with its digest file, and every file (`quick`: its size) with it; returns the manifest."""
     if not (folder / MANIFEST_DIGEST_FILE).is_file():
         raise CheckpointError(f"{folder}: is not a finished output of streamprune ({MANIFEST_DIGEST_FILE} is missing)")
-    digest_line = (folder / MANIFEST_DIGEST_FILE).read_bytes()
-    manifest = read_json(folder / MANIFEST_FILE)
+    digest_line = read_bounded(folder / MANIFEST_DIGEST_FILE, 1000)
+    manifest = read_manifest(folder / MANIFEST_FILE)
     if digest_line != f"{file_digest(folder / MANIFEST_FILE)}  {MANIFEST_FILE}\n".encode():
         raise CheckpointError(
             f"{MANIFEST_FILE}: its sha256 is not the one in {MANIFEST_DIGEST_FILE}; nothing else is checked"
@@ -157,7 +158,7 @@ def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, An
 
 def _contents(manifest: dict[str, Any], name: str) -> str:
     number = name.removeprefix("model-").partition("-of-")[0]
-    if number.isdigit() and 2 <= int(number) < len(manifest["blocks"]) + 2:
+    if number.isdecimal() and 2 <= int(number) < len(manifest["blocks"]) + 2:
         return f"it holds block {manifest['blocks'][int(number) - 2]['name']}"
     return "it holds no pruned layer"
 
@@ -184,7 +185,7 @@ def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
     bar = tqdm(output.layers.items(), unit="layer", desc="verify", disable=None if progress else True)
     for number, (name, pattern) in enumerate(bar):
         layer = layer_from_tensors(name, output.checkpoint.read(tensor_names(output.checkpoint, name)))
-        faults = list(_structure_faults(layer, pattern))
+        faults = list(structure_faults(layer, pattern))
         leader = leaders.get(name, name)
         if not _same(shared.setdefault(leader, layer.permutation), layer.permutation):
             faults.append(f"its input_permutation differs from that of {leader}, whose input it shares")
@@ -205,22 +206,6 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one, other)
-
-
-def _structure_faults(layer: PackedLayer, pattern: NMPattern) -> Iterator[str]:
-    keep = _unpack_mask(layer)
-    in_features = layer.values.shape[1] // pattern.kept * pattern.group_size
-    if keep[:, in_features:].any():
-        yield "padding bits of its mask are set"
-    counts = keep[:, :in_features].reshape(len(keep), -1, pattern.group_size).sum(axis=2)
-    wrong = numpy.argwhere(counts != pattern.kept)
-    if len(wrong):
-        row, group = (int(number) for number in wrong[0])
-        yield f"row {row}, group {group} keeps {int(counts[row, group])} of {pattern.group_size}, not {pattern.kept}"
-    if layer.permutation is not None:
-        identity = torch.arange(in_features, dtype=torch.int32)
-        if not torch.equal(layer.permutation.sort().values, identity):
-            yield "its input_permutation is not a permutation"
 
 
 def _unpack_mask(layer: PackedLayer) -> numpy.ndarray:
