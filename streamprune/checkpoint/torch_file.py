@@ -5,6 +5,8 @@ The pickle in it is run by torch's restricted reader, in time that grows with it
 where in the storages; what it says is held against the file's bytes.
 """
 
+import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -32,9 +34,12 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         is_archive = zipfile.is_zipfile(path)
         if is_archive:
             _check_archive(path)
-        state = torch.load(path, map_location="cpu", mmap=is_archive, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # that a kind of tensor is new, or old, or that it is none
+            state = torch.load(path, map_location="cpu", mmap=is_archive, weights_only=True)
     except Exception as error:  # torch raises many kinds here; each of them means the same to a user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # whose message says how to run the code all the same
+            reason = "its pickle is damaged, or holds more than tensors, which is not run"
         raise CheckpointError(f"{path}: is not a .bin of plain tensors ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: is not a state dict of tensors")

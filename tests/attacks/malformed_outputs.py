@@ -1,0 +1,3 @@
+from attacks.catalogue import Catalogue
+
+CATALOGUE = Catalogue()
