@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import streamprune
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
 
+# Of transformers errors alone are heard: what it warns of is of other uses, and errors are one line.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 EXIT_CODES = (
     "Exit codes: 0 done, 1 fault, 2 settings, 3 checkpoint, 4 text, 5 output folder, 6 NaN or infinity, 7 "
     "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on), "

@@ -39,9 +39,17 @@ def model_config(folder: Path, checkpoint: Checkpoint) -> tuple[PretrainedConfig
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
     values = read_json(path)
-    architecture = _architecture(path, values)
+    architecture = architecture_in(path, values)
     if fault := next(_faults(values, checkpoint, architecture), None):
         raise CheckpointError(f"{path}: {fault}; give a config.json that belongs to the weights")
+    return config_of(path, values), architecture
+
+
+def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
+    """What transformers makes of the fields of a config.json of a known model_type that concern its forward.
+
+    Raises CheckpointError where that is nothing.
+    """
     config_class = CONFIG_MAPPING[values["model_type"]]
     general = {field.name for field in dataclasses.fields(PretrainedConfig)}
     own = {field.name for field in dataclasses.fields(config_class)} - general
@@ -51,19 +59,21 @@ def model_config(folder: Path, checkpoint: Checkpoint) -> tuple[PretrainedConfig
         return name in own or not (name in general or name in FOREIGN or name[:1] == "_" or hasattr(config_class, name))
 
     try:
-        config = config_class.from_dict({name: value for name, value in values.items() if wanted(name)})
+        return config_class.from_dict({name: value for name, value in values.items() if wanted(name)})
     except Exception as error:  # transformers raises many kinds for a bad config
         raise CheckpointError(f"{path}: makes no model ({one_line(error)})") from error
-    return config, architecture
 
 
 def one_line(error: BaseException) -> str:
     """An error of another library's, shortened to a line."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # which says the key alone
+        text = f"there is no {text}"
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _architecture(path: Path, values: Mapping[str, Any]) -> Architecture:
+def architecture_in(path: Path, values: Mapping[str, Any]) -> Architecture:
+    """The row of the table for a config.json's model_type. Raises UnsupportedModelError where there is none."""
     name = values.get("model_type")
     if not isinstance(name, str):
         raise CheckpointError(f"{path}: has no model_type; give the folder of a transformers checkpoint")

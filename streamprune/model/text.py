@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, open_regular, parse_json, read_json
 from streamprune.errors import CalibrationError, CheckpointError
-from streamprune.model.configuration import one_line
+from streamprune.model.configuration import architecture_in, config_of, one_line
 
 SHIPPED_TEXT = "calibration.txt.gz"
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
@@ -25,11 +25,15 @@ def load_tokenizer(model: Path) -> Any:
     for pattern in TOKENIZER_FILES:
         for path in sorted(model.glob(pattern)):
             _check_size(path)
-    for name in TOKENIZER_CONFIGS:
-        if (model / name).exists():
-            read_json(model / name)
-    with _tokenizer_errors(f"{model}: its tokenizer cannot be loaded"):
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    configs = [read_json(model / name) for name in TOKENIZER_CONFIGS if (model / name).exists()]
+    coded = " without Python code of its own (auto_map), which is never run" * any("auto_map" in c for c in configs)
+    path = model / "config.json"
+    values = read_json(path)
+    architecture_in(path, values)
+    config = config_of(path, values)
+    config.name_or_path = str(model)
+    with _tokenizer_errors(f"{model}: its tokenizer cannot be loaded{coded}"):
+        return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:

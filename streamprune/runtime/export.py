@@ -67,7 +67,10 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
                 shutil.copyfile(path, partial / path.name)
         temporary.rmdir()
         partial.rename(out)
-    except OSError as error:
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(f"{out}: cannot be written ({error.strerror or error}); mend that and run again") from error
     stored = {name for name in layers if f"{name}.input_permutation" in checkpoint.tensors}
     in_order = [name for name in layers if name not in stored]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.manifest import read_manifest
-from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed
+from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed, packed_shape
 from streamprune.errors import CheckpointError
 
 
@@ -44,7 +44,7 @@ class Inspection:
 def inspect(folder: str | Path) -> Inspection:
     """List the layers of an output folder. Raises CheckpointError where it is not a finished one."""
     folder = Path(folder)
-    _, layers, _ = open_packed(folder)
+    checkpoint, layers, _ = open_packed(folder)
     manifest = read_manifest(folder / MANIFEST_FILE)
     fields = set(LayerRow.__dataclass_fields__)
     rows = [
@@ -52,9 +52,12 @@ def inspect(folder: str | Path) -> Inspection:
         for block in manifest["blocks"]
         for layer in block["layers"]
     ]
-    if different := sorted({row.name for row in rows} ^ layers.keys()):
+    recorded = {row.name: (row.pattern, tuple(row.shape)) for row in rows}
+    stored = {name: (str(pattern), packed_shape(checkpoint, name, pattern)) for name, pattern in layers.items()}
+    different = sorted(name for name in recorded | stored if recorded.get(name) != stored.get(name))
+    if different:
         raise CheckpointError(
-            f"{folder}: config.json and the manifest disagree on {different[0]}; run streamprune verify"
+            f"{folder}: manifest and headers disagree on layer {different[0]}; run streamprune verify"
         )
     return Inspection(
         rows,

@@ -1,5 +1,6 @@
 """`verify`: is a packed output whole and consistent, and, with its source at hand, is it the source's?"""
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from streamprune.checkpoint.reader import (
     read_about,
     tensor_digest,
 )
-from streamprune.checkpoint.untrusted import read_bounded
+from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, read_bounded
 from streamprune.checkpoint.writer import file_digest
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
@@ -127,9 +128,16 @@ def verify(
         findings.faults.append(str(error))
     except (KeyError, TypeError, AttributeError) as error:
         findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
-    digest = file_digest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else None
     about = compared, quick, reconstructed, validated
-    return Verification(not findings.faults, *about, findings.layers, findings.faults, digest)
+    return Verification(not findings.faults, *about, findings.layers, findings.faults, _digest(folder))
+
+
+def _digest(folder: Path) -> str | None:
+    """sha256 of the manifest, where it is one that can be read."""
+    try:
+        return hashlib.sha256(read_bounded(folder / MANIFEST_FILE, MAX_JSON_BYTES)).hexdigest()
+    except CheckpointError:
+        return None
 
 
 def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, Any]:

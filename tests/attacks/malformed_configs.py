@@ -155,7 +155,7 @@ def other_head(case: Path, shape: tuple[int, ...]) -> None:
 
 for command in ("compress", "evaluate"):
     CATALOGUE.put(
-        "a tied head of other values", "llama", command, 3, "tensor lm_head.weight differs from model.embed_tokens.weight",
+        "a tied head of other values", "llama", command, 3, "lm_head.weight differs from model.embed_tokens.weight",
         functools.partial(other_head, shape=(tiny.VOCABULARY, 64)), "transformers would not tie it",
     )  # fmt: skip
 CATALOGUE.put(

@@ -67,11 +67,9 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         "is not a parquet file",
     ),
 }
-for fault, (name, content, message) in FILES.items():
-    for command in ("evaluate", "compress"):
-        CATALOGUE.put(
-            f"text: {fault}", "llama", command, 4, message, text_of(name, content), "a text by itself", text=name
-        )
+for number, (fault, (name, content, message)) in enumerate(FILES.items()):
+    command = ("evaluate", "compress")[number % 2]
+    CATALOGUE.put(f"text: {fault}", "llama", command, 4, message, text_of(name, content), "a text by itself", text=name)
 
 
 def parquet(case: Path, columns: dict[str, list[Any]], harm: Callable[[bytes], bytes] = bytes) -> None:
@@ -129,9 +127,9 @@ def a_parquet_with_some_nulls(case: Path) -> None:
 
 
 @CATALOGUE.entry("llama", "evaluate", 0)
-def one_line_of_three_megabytes(case: Path) -> None:
+def one_line_of_a_megabyte(case: Path) -> None:
     """A text need not have lines."""
-    (case / "text.txt").write_text("word " * 600_000)
+    (case / "text.txt").write_text("word " * 200_000)
 
 
 # Tokenizers.
@@ -157,7 +155,6 @@ TOKENIZERS: dict[str, tuple[str, bytes]] = {
     "a config that is no JSON": ("tokenizer_config.json", b"{"),
     "a config of a list": ("tokenizer_config.json", b"[]"),
     "a deep config": ("tokenizer_config.json", b'{"a":' * 100_000),
-    "a class that is none": ("tokenizer_config.json", b'{"tokenizer_class": "NoSuchTokenizer"}'),
     "a class of a number": ("tokenizer_config.json", b'{"tokenizer_class": 7}'),
     "code of its own": (
         "tokenizer_config.json",
