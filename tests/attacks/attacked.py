@@ -83,6 +83,12 @@ class Campaign:
     def count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
 
+    def shown(self, seconds: float) -> str:
+        """One line, and one for each promise that was broken."""
+        how = ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
+        about = f"{self.attacks} attacks, {len(self.broken)} broken promises, {seconds:.0f} s"
+        return "\n  ".join([f"{self.name}: {about}" + (f" ({how})" if how else ""), *self.broken])
+
 
 @dataclass(frozen=True)
 class Attacked:

@@ -10,6 +10,7 @@ inputs whose names hold one of them, and what each of them ended with.
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,9 +193,9 @@ def main(words: Iterable[str]) -> int:
         warm(worker, materials)
         for kind, entries in CATALOGUE.items():
             if not words:
+                start = time.perf_counter()
                 campaign = feed_all(worker, Path(name), kind)
-                print(f"{campaign.name}: {campaign.attacks}, {len(campaign.broken)} broken ({campaign.counts})")
-                print("".join(f"  {line}\n" for line in campaign.broken), end="", flush=True)
+                print(campaign.shown(time.perf_counter() - start), flush=True)
                 failed += len(campaign.broken)
             for entry in (entry for entry in entries if any(word in entry.name for word in words)):
                 outcome = feed(worker, materials, entry, Path(name))
