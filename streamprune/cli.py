@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +17,14 @@ import streamprune
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
 
+# Of transformers errors alone are heard: what it warns of is of other uses, and errors are one line.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 EXIT_CODES = (
     "Exit codes: 0 done, 1 fault, 2 settings, 3 checkpoint, 4 text, 5 output folder, 6 NaN or infinity, 7 "
     "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on), "
     "130 ended by Ctrl-C."
 )
+MOST_CHARACTERS = 2000  # of a line that is printed
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 DTYPE = click.option(
     "--dtype", default="auto", show_default=True, help="Arithmetic: auto, float32, bfloat16, float16. Stored bits stay."
@@ -86,7 +90,7 @@ def _errors_in_one_line() -> Iterator[None]:
             raise
         expected = isinstance(error, StreampruneError)
         message = str(error) if expected else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-        click.echo(f"streamprune: {' '.join(message.split())}", err=True)
+        _say(f"streamprune: {' '.join(message.split())}", err=True)
         sys.exit(error.exit_code if isinstance(error, StreampruneError) else 1)
 
 
@@ -214,9 +218,9 @@ def show_compression(result: Any) -> None:
     if result.reconstructed:
         rows.append(("reconstructed", "kept weights were fitted: they are NOT the source's"))
     rows.append(("manifest sha256", result.manifest_sha256))
-    click.echo(f"{result.status}: {result.out}, {result.blocks} blocks")
+    _say(f"{result.status}: {result.out}, {result.blocks} blocks")
     for label, text in rows:
-        click.echo(f"  {label:17} {text}")
+        _say(f"  {label:17} {text}")
 
 
 @command(
@@ -276,7 +280,7 @@ def show_plan(result: Any) -> None:
     if len(result.dense_layers) > 10:
         rows.append(("stays dense", f"and {len(result.dense_layers) - 10} more; --json lists all"))
     for label, text in rows:
-        click.echo(f"  {label:17} {text}")
+        _say(f"  {label:17} {text}")
 
 
 @command(
@@ -298,19 +302,19 @@ def plan(**settings: Any) -> Any:
 def show_verification(result: Any) -> None:
     """Faults, then what was checked."""
     for fault in result.faults:
-        click.echo(f"FAULT  {fault}")
+        _say(f"FAULT  {fault}")
     if result.reconstructed:
-        click.echo("weights were reconstructed: kept values are not the source's, only masks are compared with it")
+        _say("weights were reconstructed: kept values are not the source's, only masks are compared with it")
     if result.ok and not result.validated:
-        click.echo("not validated: no text has passed the model, what pruning costs is unknown (evaluate measures it)")
+        _say("not validated: no text has passed the model, what pruning costs is unknown (evaluate measures it)")
     if result.quick:
-        click.echo("sizes and headers checked; no weight was read")
+        _say("sizes and headers checked; no weight was read")
     else:
         how = "against the source, position by position" if result.against_source else "by itself, without its source"
         worst = max((layer.relative_error for layer in result.layers if layer.relative_error is not None), default=0.0)
-        click.echo(f"{len(result.layers)} layers checked {how}; largest error of a sparse product {worst:.2g}")
-    click.echo(f"manifest sha256 {result.manifest_sha256}")
-    click.echo("ok" if result.ok else f"{len(result.faults)} fault{'s' if len(result.faults) > 1 else ''}")
+        _say(f"{len(result.layers)} layers checked {how}; largest error of a sparse product {worst:.2g}")
+    _say(f"manifest sha256 {result.manifest_sha256}")
+    _say("ok" if result.ok else f"{len(result.faults)} fault{'s' if len(result.faults) > 1 else ''}")
 
 
 @command(
@@ -327,7 +331,7 @@ def verify(quiet: bool, **settings: Any) -> Any:
 
 def show_evaluation(result: Any) -> None:
     """One line."""
-    click.echo(
+    _say(
         f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {result.sequence_length} "
         f"({result.seconds:.1f} s, peak memory {_size(result.peak_memory_bytes)})"
     )
@@ -356,9 +360,9 @@ def evaluate(quiet: bool, **settings: Any) -> Any:
 def show_export(result: Any) -> None:
     """What was written, and what of it is N:M in memory order."""
     in_order, regathered = len(result.in_memory_order), result.regathered
-    click.echo(f"{result.out}: {_size(result.output_bytes)}; {in_order} layers are N:M as they lie in the file")
+    _say(f"{result.out}: {_size(result.output_bytes)}; {in_order} layers are N:M as they lie in the file")
     if regathered:
-        click.echo(
+        _say(
             f"{len(regathered)} layers had a stored permutation undone: same function, but N:M only through it "
             f"(first {regathered[0]})"
         )
@@ -378,7 +382,7 @@ def show_inspection(result: Any) -> None:
     """The table of layers, then the sums."""
     width = max([len(row.name) for row in result.layers] + [5])
     names = ("selection", "shuffle", "refinement", "reconstruction")
-    click.echo(
+    _say(
         f"{'layer':{width}}  N:M   {'shape':>13}  {'packed':>10}  {'kept':>6}  kernel err  layer err  block err"
         f"  output error after {', '.join(names)}"
     )
@@ -387,20 +391,20 @@ def show_inspection(result: Any) -> None:
         first, last = row.steps[0]["retained_score"], row.steps[-1]["retained_score"]
         after = {step["name"]: step["output_error"] for step in row.steps}
         errors = "  ".join(f"{_figure(after.get(name), '.4f'):>6}" for name in names)
-        click.echo(
+        _say(
             f"{row.name:{width}}  {row.pattern:4}  {shape:>13}  {_size(row.packed_bytes):>10}"
             f"  {last / first if first else 1.0:6.3f}"
             f"  {_figure(row.kernel_error, '.1e'):>10}  {_figure(row.layer_error, '.4f'):>9}"
             f"  {_figure(row.block_error, '.4f'):>9}  {errors}"
         )
     for name, reason in result.dense_layers.items():
-        click.echo(f"{name:{width}}  dense: {reason}")
+        _say(f"{name:{width}}  dense: {reason}")
     share = result.packed_bytes / result.dense_bytes if result.dense_bytes else 0.0
-    click.echo(
+    _say(
         f"{len(result.layers)} pruned layers: {_size(result.dense_bytes)} dense, {_size(result.packed_bytes)} packed "
         f"({share:.2%}), and {_size(result.permutation_bytes)} of stored permutations"
     )
-    click.echo("kept: retained score after the last step over that of the plain selection")
+    _say("kept: retained score after the last step over that of the plain selection")
 
 
 @command(show_inspection, "inspect ./pruned", "inspect ./pruned --json")
@@ -425,6 +429,12 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for kind, handler in former.items():
             signal.signal(kind, handler)
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Print a line. It may hold names from files: what a terminal would obey is escaped, and no line is endless."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MOST_CHARACTERS + 1])
+    click.echo(shown if len(text) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}...", err=err)
 
 
 def _figure(value: float | None, form: str) -> str:

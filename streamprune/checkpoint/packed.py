@@ -1,13 +1,15 @@
 """The packed format, version 1: names and layout of a pruned layer's tensors. docs/format.md is its specification."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
-from streamprune.checkpoint.reader import Checkpoint, open_checkpoint, read_json
+from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import Pieces
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, SettingsError
@@ -20,6 +22,7 @@ STATISTICS_FILE = "streamprune_statistics.safetensors"
 MANIFEST_FILE = "streamprune_manifest.json"
 MANIFEST_DIGEST_FILE = "streamprune_manifest.sha256"
 TIMINGS_FILE = "timings.json"
+MASK_BITS_AT_ONCE = 1 << 24  # unpacked, a byte each
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,40 @@ def check_layer(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> None:
     permutation = tensors.get(f"{name}.input_permutation")
     if permutation is not None and (permutation.dtype != torch.int32 or permutation.shape != (in_features,)):
         raise CheckpointError(f"{checkpoint.folder}: layer {name}: input_permutation is not int32 [{in_features}]")
+
+
+def check_contents(name: str, layer: PackedLayer, pattern: NMPattern) -> None:
+    """Raise CheckpointError, naming the layer, where its mask or its permutation is none of the pattern's."""
+    if fault := next(structure_faults(layer, pattern), None):
+        raise CheckpointError(f"layer {name}: {fault}; the output is damaged, streamprune verify says more")
+
+
+def structure_faults(layer: PackedLayer, pattern: NMPattern) -> Iterator[str]:
+    """What in a layer's mask and permutation breaks the format, where dtypes and shapes are right (`check_layer`).
+
+    By numpy, written apart from the code that packs; some rows at a time.
+    """
+    in_features = layer.values.shape[1] // pattern.kept * pattern.group_size
+    mask = layer.mask.cpu().numpy()
+    at_once = max(1, MASK_BITS_AT_ONCE // (8 * mask.shape[1]))
+    padded = False
+    for first in range(0, len(mask), at_once):
+        keep = numpy.unpackbits(mask[first : first + at_once], axis=1, bitorder="little")
+        if not padded and keep[:, in_features:].any():
+            padded = True
+            yield "padding bits of its mask are set"
+        groups = keep[:, :in_features].reshape(len(keep), -1, pattern.group_size)
+        counts = groups.sum(axis=2, dtype=numpy.uint8)
+        wrong = numpy.argwhere(counts != pattern.kept)
+        if len(wrong):
+            row, group = (int(number) for number in wrong[0])
+            kept = int(counts[row, group])
+            yield f"row {first + row}, group {group} keeps {kept} of {pattern.group_size}, not {pattern.kept}"
+            break
+    if layer.permutation is not None:
+        identity = torch.arange(in_features, dtype=torch.int32)
+        if not torch.equal(layer.permutation.sort().values, identity):
+            yield "its input_permutation is not a permutation"
 
 
 def packed_shape(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> tuple[int, int]:

@@ -6,10 +6,8 @@ shard at a time, copied and released.
 """
 
 import hashlib
-import json
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,8 @@ from typing import Any, BinaryIO
 import torch
 
 from streamprune.checkpoint.safetensors_header import TensorEntry, read_header
+from streamprune.checkpoint.torch_file import load_bin
+from streamprune.checkpoint.untrusted import open_regular, parse_json, read_json
 from streamprune.errors import CheckpointError, NumericsError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -73,7 +73,7 @@ class Checkpoint:
     def row_reader(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function from row numbers int64 [n] to those rows [n, width] of a matrix, which itself is not read."""
         source = self.tensors[name]
-        matrix = _load_bin(source.path)[name] if source.entry is None else None
+        matrix = load_bin(source.path)[name] if source.entry is None else None
 
         def rows_of(rows: torch.Tensor) -> torch.Tensor:
             wanted, places = rows.unique(return_inverse=True)
@@ -98,7 +98,7 @@ class Checkpoint:
         if not source.shape or source.size_bytes <= PIECE_BYTES:
             yield self.read([name])[name]
             return
-        matrix = _load_bin(source.path)[name] if source.entry is None else None
+        matrix = load_bin(source.path)[name] if source.entry is None else None
         row_bytes = source.size_bytes // source.shape[0]
         rows = max(1, PIECE_BYTES // row_bytes)
         for first in range(0, source.shape[0], rows):
@@ -130,7 +130,7 @@ class Checkpoint:
         return result
 
     def _read_bin(self, path: Path, names: list[str]) -> dict[str, torch.Tensor]:
-        state = _load_bin(path)
+        state = load_bin(path)
         return {name: state[name].detach().clone(memory_format=torch.contiguous_format) for name in names}
 
     def fingerprint(self) -> str:
@@ -146,7 +146,7 @@ class Checkpoint:
                 with _opened(source.path) as file:
                     digest.update(os.pread(file.fileno(), min(SAMPLE_BYTES, source.size_bytes), start))
         for path in sorted({source.path for source in self.tensors.values() if source.entry is None}):
-            state = _load_bin(path)
+            state = load_bin(path)
             for name in sorted(state):
                 flat = state[name].detach().reshape(-1).view(torch.uint8)
                 start = max(0, flat.numel() - SAMPLE_BYTES) // 2
@@ -181,8 +181,8 @@ def read_about(path: Path) -> Any:
     """The plain data that `write_safetensors` kept in a file's metadata; None where there is none."""
     _, metadata = read_header(path)
     try:
-        return json.loads(metadata["streamprune"]) if "streamprune" in metadata else None
-    except (ValueError, TypeError, RecursionError) as error:
+        return parse_json(metadata["streamprune"].encode()) if "streamprune" in metadata else None
+    except ValueError as error:
         raise CheckpointError(f"{path}: its metadata is not valid JSON ({error})") from error
 
 
@@ -201,23 +201,13 @@ def read_into(descriptor: int, tensor: torch.Tensor, offset_bytes: int, path: Pa
     view = byte_view(tensor)
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset_bytes + done)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         if count == 0:
             raise CheckpointError(f"{path}: ends before byte {offset_bytes + len(view)}; the file is truncated")
         done += count
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError where it is missing or is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__} where a JSON object belongs")
-    return value
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
@@ -226,10 +216,7 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 
 def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    return open_regular(path)[0]
 
 
 def _entry_of(source: TensorSource) -> TensorEntry:
@@ -261,16 +248,4 @@ def _open_safetensors(path: Path) -> dict[str, TensorSource]:
 
 
 def _open_bin(path: Path) -> dict[str, TensorSource]:
-    return {name: TensorSource(path, t.dtype, tuple(t.shape), None) for name, t in _load_bin(path).items()}
-
-
-def _load_bin(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:  # torch raises many kinds here; each of them means the same to a user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: is not a .bin of plain tensors ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: is not a state dict of tensors")
-    return state
+    return {name: TensorSource(path, t.dtype, tuple(t.shape), None) for name, t in load_bin(path).items()}

@@ -3,7 +3,6 @@
 Layout of the format: 8 bytes little-endian length of the header, the header (JSON), the tensors' bytes without gaps.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 
+from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, open_regular, parse_json, read_exactly
 from streamprune.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_DIMENSIONS = 64  # of a torch tensor
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -44,33 +44,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
     Raises CheckpointError for anything that is not a well-formed file whose tensors fill its data exactly.
     """
+    file, file_bytes = open_regular(path)
+    with file:
+        header_bytes = int.from_bytes(read_exactly(file, min(8, file_bytes), path), "little")
+        if file_bytes < 8 or header_bytes > file_bytes - 8:
+            raise CheckpointError(f"{path}: truncated or not safetensors (header longer than the file)")
+        if header_bytes > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: its header has {header_bytes} bytes, at most {MAX_JSON_BYTES} are read")
+        text = read_exactly(file, header_bytes, path)
     try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if file_bytes < 8 or header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(f"{path}: truncated or not safetensors (header longer than the file)")
-            text = file.read(header_bytes)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+        header = parse_json(text)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are not strings")
         data_start = 8 + header_bytes
         entries = {name: _entry(name, value, data_start) for name, value in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: the safetensors header is malformed ({error})") from error
     _check_layout(path, entries, data_start, file_bytes)
     return entries, metadata
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) != len(pairs):
-        raise ValueError("a key stands twice")
-    return keys
 
 
 def _entry(name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
@@ -80,6 +72,8 @@ def _entry(name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
     begin, end = value["data_offsets"]
     if not isinstance(value["shape"], list):
         raise ValueError(f"tensor {name!r} has a shape that is no list")
+    if len(value["shape"]) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name!r} has {len(value['shape'])} dimensions")
     shape = tuple(value["shape"])
     numbers = (begin, end, *shape)
     if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63 for number in numbers):

@@ -3,6 +3,7 @@
 No memory map: a full disk under a map is SIGBUS. Every chunk has a checksum, so that a torn file is noticed.
 """
 
+import errno
 import os
 from pathlib import Path
 
@@ -27,11 +28,13 @@ class HiddenStates:
         self.checksums: list[int | None] = [None] * sequences
         file = None
         try:
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "rb+", buffering=0)
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "rb+", buffering=0)
             os.posix_fallocate(file.fileno(), 0, sequences * self.chunk_bytes)
         except OSError as error:
             if file is not None:
                 file.close()
+            if error.errno == errno.ELOOP:
+                raise OutputError(f"{path}: is a symbolic link where hidden states belong; remove it") from error
             raise OutputError(
                 f"{path}: no room for {sequences * self.chunk_bytes} bytes of hidden states ({error.strerror}); "
                 "free space or give --scratch a larger folder"

@@ -17,16 +17,18 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import Architecture, InputGroup, architecture_of
+from streamprune.model.architectures import Architecture, InputGroup
+from streamprune.model.configuration import model_config, one_line
 
 logger = logging.getLogger("streamprune")
 
 # Buffers that old checkpoints carry and current modules compute for themselves.
 OBSOLETE_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+UNKNOWN_LISTED = 10  # tensors that belong to no parameter
 
 
 @dataclass(frozen=True)
@@ -85,26 +87,19 @@ class Skeleton:
         return heads, kv_heads, head_dim
 
 
-def build_skeleton(folder: Path) -> Skeleton:
+def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     """Build a model's modules from its config.json, without weights and without remote code.
 
-    Raises CheckpointError for a config that makes no model, UnsupportedModelError for one that is not in the table.
+    Raises CheckpointError for a config that makes no model or one that the checkpoint's headers contradict,
+    UnsupportedModelError for one that is not in the table.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds for a bad config
-        raise CheckpointError(f"{folder}/config.json: makes no model ({_first_line(error)})") from error
-    architecture = architecture_of(config.model_type)
+    config, architecture = model_config(folder, checkpoint)
     config.use_cache = False
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     except Exception as error:
-        raise CheckpointError(f"{folder}/config.json: makes no model ({_first_line(error)})") from error
+        raise CheckpointError(f"{folder}/config.json: makes no model ({one_line(error)})") from error
     model.eval()
     try:
         count = len(list(model.get_submodule(architecture.blocks).children()))
@@ -138,19 +133,33 @@ def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
             names[parameter] = name
     for parameter, stored in tied.items():
         other = names.pop(parameter, None)
-        if other is not None:
-            names.setdefault(stored, other)
+        if other is not None and names.setdefault(stored, other) != other:
+            _check_shape(checkpoint, other, checkpoint.tensors[other], shapes[stored])
     missing = sorted(set(shapes) - set(names) - set(tied))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
     for parameter, name in names.items():
         _check_shape(checkpoint, name, checkpoint.tensors[name], shapes[parameter])
-    for name in unknown:
-        if not name.endswith(OBSOLETE_SUFFIXES):
-            logger.warning(
-                "%s: tensor %s belongs to no parameter of the model and is left out", checkpoint.folder, name
-            )
+    strange = [name for name in unknown if not name.endswith(OBSOLETE_SUFFIXES)]
+    if beyond := next((name for name in strange if _is_in_a_later_block(skeleton, name)), None):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {beyond} is of a block beyond the {len(skeleton.blocks)} of config.json; "
+            "give a config.json that belongs to the weights"
+        )
+    for name in strange[:UNKNOWN_LISTED]:
+        logger.warning("%s: tensor %s belongs to no parameter of the model and is left out", checkpoint.folder, name)
+    if len(strange) > UNKNOWN_LISTED:
+        logger.warning("%s: so do %d more tensors", checkpoint.folder, len(strange) - UNKNOWN_LISTED)
     return names
+
+
+def _is_in_a_later_block(skeleton: Skeleton, name: str) -> bool:
+    path = skeleton.architecture.blocks
+    for start in (f"{path}.", f"{path}.".removeprefix(f"{skeleton.model.base_model_prefix}.")):
+        number = name.removeprefix(start).partition(".")[0]
+        if name.startswith(start) and number.isdecimal():
+            return len(number) > 9 or int(number) >= len(skeleton.blocks)
+    return False
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, source: TensorSource, shape: tuple[int, ...]) -> None:
@@ -276,7 +285,3 @@ def _blocks_replaced(skeleton: Skeleton, substitutes: Sequence[nn.Module]) -> It
     finally:
         for name, module in zip(skeleton.blocks, originals, strict=True):
             skeleton.model.set_submodule(name, module)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,14 +11,21 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from streamprune.checkpoint.packed import packed_shape, tensor_names
+from streamprune.checkpoint.packed import check_contents, layer_from_tensors, packed_shape, tensor_names
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import packed_block, run_block
-from streamprune.model.skeleton import BlockInputs, Skeleton, arguments_equal, match_names, record_block_inputs
+from streamprune.model.skeleton import (
+    BlockInputs,
+    Skeleton,
+    arguments_equal,
+    match_names,
+    record_block_inputs,
+    tied_parameters,
+)
 from streamprune_kernels import FEW_ROWS
 
 BlockArguments = tuple[dict[str, Any], ...]
@@ -138,8 +145,12 @@ def load_block(
     names: Mapping[str, str],
     packed: Mapping[str, NMPattern],
     arithmetic: Arithmetic,
+    untrusted: bool = False,
 ) -> nn.Module:
-    """A block ready to run from a checkpoint: its layers in `packed` are sparse, everything else is dense."""
+    """A block ready to run from a checkpoint: its layers in `packed` are sparse, everything else is dense.
+
+    Of an `untrusted` checkpoint masks and permutations are checked, with CheckpointError for those that are none.
+    """
     prefix = f"{skeleton.blocks[index]}."
     layers = {name: pattern for name, pattern in packed.items() if name.startswith(prefix)}
     pruned = {f"{name}.weight" for name in layers}
@@ -147,7 +158,23 @@ def load_block(
     stored = [name for layer in layers for name in tensor_names(checkpoint, layer)]
     tensors = checkpoint.read([*dense.values(), *stored])
     by_parameter = {**{name: tensors[source] for name, source in dense.items()}, **{n: tensors[n] for n in stored}}
+    if untrusted:
+        for name, pattern in layers.items():
+            check_contents(name, layer_from_tensors(name, tensors), pattern)
     return packed_block(skeleton, index, by_parameter, layers, arithmetic.device, arithmetic.dtype)
+
+
+def check_tied(skeleton: Skeleton, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Raise CheckpointError where a tensor that config.json ties to another is there too, and is not the same."""
+    for parameter, stored in tied_parameters(skeleton.model).items():
+        if parameter not in checkpoint.tensors or names[stored] == parameter:
+            continue
+        pairs = zip(checkpoint.pieces(parameter), checkpoint.pieces(names[stored]), strict=False)
+        if not all(torch.equal(one, other) for one, other in pairs):
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {parameter} differs from {names[stored]}, which config.json ties it to; "
+                "set tie_word_embeddings to false where the weights are right"
+            )
 
 
 def output_names(skeleton: Skeleton, checkpoint: Checkpoint, packed: Mapping[str, NMPattern]) -> dict[str, str]:

@@ -2,31 +2,65 @@
 
 import gzip
 import importlib.resources
-import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, open_regular, parse_json, read_json
 from streamprune.errors import CalibrationError, CheckpointError
+from streamprune.model.configuration import architecture_in, config_of, one_line
 
 SHIPPED_TEXT = "calibration.txt.gz"
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PARQUET_ROWS = 256  # made text at once
 BATCH_CHARACTERS = 1 << 20  # read and tokenised at once
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The checkpoint's own tokenizer, without remote code."""
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{model}: its tokenizer cannot be loaded ({reason})") from error
+    """The checkpoint's own tokenizer, without remote code. Raises CheckpointError where it is none."""
+    for pattern in TOKENIZER_FILES:
+        for path in sorted(model.glob(pattern)):
+            _check_size(path)
+    configs = [read_json(model / name) for name in TOKENIZER_CONFIGS if (model / name).exists()]
+    coded = " without Python code of its own (auto_map), which is never run" * any("auto_map" in c for c in configs)
+    path = model / "config.json"
+    values = read_json(path)
+    architecture_in(path, values)
+    config = config_of(path, values)
+    config.name_or_path = str(model)
+    with _tokenizer_errors(f"{model}: its tokenizer cannot be loaded{coded}"):
+        return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text without special tokens; no warning about the model's length, windows are cut afterwards."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Ids of a text without special tokens; no warning about the model's length, windows are cut afterwards.
+
+    Raises CheckpointError where the tokenizer does not work.
+    """
+    with _tokenizer_errors(f"{tokenizer.name_or_path}: its tokenizer fails on the text"):
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _check_size(path: Path) -> None:
+    file, size_bytes = open_regular(path)
+    file.close()
+    if size_bytes > MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{path}: has {size_bytes} bytes where at most {MAX_TOKENIZER_BYTES} are read")
+
+
+@contextmanager
+def _tokenizer_errors(what: str) -> Iterator[None]:
+    """Raise what the libraries raise, of many kinds, as CheckpointError; a panic of Rust code is no Exception there."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what} ({one_line(error)}); give a folder whose tokenizer loads") from error
 
 
 def documents(calibration: str | None) -> Iterator[str]:
@@ -47,7 +81,7 @@ def documents(calibration: str | None) -> Iterator[str]:
         try:
             yield from readers[path.suffix](path)
         except OSError as error:
-            raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from error
+            raise CalibrationError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     elif path.suffix in readers:
@@ -60,7 +94,9 @@ def _read_text(path: Path) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     with path.open(encoding="utf-8") as file:
-        for line in file:
+        while line := file.readline(BATCH_CHARACTERS):  # a file may be one line
+            if "\0" in line:
+                raise CalibrationError(f"{path}: is not text (it holds zero bytes); give UTF-8 text")
             lines.append(line)
             size += len(line)
             if size >= BATCH_CHARACTERS:
@@ -70,12 +106,18 @@ def _read_text(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    number = 0
+    with path.open("rb") as file:
+        while line := file.readline(MAX_JSON_BYTES + 1):
+            number += 1
             if not line.strip():
                 continue
             try:
-                yield _text_of(json.loads(line))
+                if len(line) > MAX_JSON_BYTES:
+                    raise ValueError(f"at most {MAX_JSON_BYTES} bytes are read")
+                yield _text_of(parse_json(line))
+            except UnicodeDecodeError:
+                raise
             except (ValueError, TypeError, KeyError) as error:
                 raise CalibrationError(f"{path}: line {number} is not a JSON object with a string 'text'") from error
 
@@ -85,10 +127,15 @@ def _read_parquet(path: Path) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from (text for text in batch.column("text").to_pylist() if text)
-    except (pyarrow.ArrowException, KeyError) as error:
-        raise CalibrationError(f"{path}: is not a parquet file with a column 'text' ({error})") from error
+        with pyarrow.parquet.ParquetFile(path) as file:
+            kind = file.schema_arrow.field("text").type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise CalibrationError(f"{path}: its column 'text' is of {kind}; give one of strings")
+            for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
+                yield from (text for text in batch.column("text").to_pylist() if text)
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        reason = one_line(error)
+        raise CalibrationError(f"{path}: is not a parquet file with a column 'text' ({reason})") from error
 
 
 def _read_dataset(name: str) -> Iterator[str]:
@@ -103,8 +150,9 @@ def _read_dataset(name: str) -> Iterator[str]:
     except CalibrationError:
         raise
     except Exception as error:  # the library's errors are many: network, names, formats
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CalibrationError(f"{name}: is neither a file nor a data set that can be loaded ({reason})") from error
+        raise CalibrationError(
+            f"{name}: is neither a file nor a data set that can be loaded ({one_line(error)})"
+        ) from error
 
 
 def _text_of(row: Any) -> str:

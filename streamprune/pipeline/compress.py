@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from streamprune.checkpoint.manifest import TIMINGS, read_checked, read_manifest
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
@@ -24,8 +25,9 @@ from streamprune.checkpoint.packed import (
     TIMINGS_FILE,
     quantization_config,
 )
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, byte_view, open_file, read_about, read_json
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, byte_view, open_file, read_about
 from streamprune.checkpoint.safetensors_header import read_header
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import (
     Pieces,
     file_digest,
@@ -166,10 +168,10 @@ def compress(
 
 def _already_finished(job: Job, out: Path) -> CompressResult:
     """The result of this job as finished before. Raises JobMismatchError where it was another."""
-    manifest = read_json(out / MANIFEST_FILE)
+    manifest = read_manifest(out / MANIFEST_FILE)
     check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
     check_outcomes(job.config, manifest["blocks"])
-    return _result("already finished", out, manifest, read_json(out / TIMINGS_FILE))
+    return _result("already finished", out, manifest, read_checked(out / TIMINGS_FILE, TIMINGS))
 
 
 def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
@@ -184,6 +186,8 @@ def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
 def _own_folder(journal: Journal, scratch: str | Path) -> Path:
     name = hashlib.sha256(str(journal.out.resolve()).encode()).hexdigest()[:16]
     folder = Path(scratch) / f"streamprune-{name}"
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: is a symbolic link where hidden states belong; remove it and run again")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

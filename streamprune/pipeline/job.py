@@ -14,6 +14,7 @@ from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, SettingsError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
+from streamprune.model.streaming import check_tied
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 from streamprune.pipeline.plan import Plan, make_plan
 
@@ -70,6 +71,7 @@ def resolve_job(
     if longest is not None and sequence_length > longest:
         raise SettingsError(f"sequence length {sequence_length} is beyond the model's {longest} positions")
     arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
+    check_tied(skeleton, checkpoint, names)
     asked = config.moments_width
     plan, config = make_plan(skeleton, checkpoint, names, config, samples, sequence_length, arithmetic, **resources)
     if config.moments_width < asked:
@@ -99,8 +101,8 @@ def open_model(model: Path) -> tuple[Skeleton, Checkpoint, dict[str, str]]:
     """A dense model's modules, what lies where in its files, and each parameter's name there."""
     if is_packed(model):
         raise CheckpointError(f"{model}: is already an output of streamprune; give the dense model")
-    skeleton = build_skeleton(model)
     checkpoint = open_checkpoint(model)
+    skeleton = build_skeleton(model, checkpoint)
     return skeleton, checkpoint, match_names(skeleton, checkpoint)
 
 

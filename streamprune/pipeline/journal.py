@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, read_json
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import canonical_json, file_digest, write_json
 from streamprune.errors import CheckpointError, JobMismatchError, OutputError
 from streamprune.pipeline.lease import Lease, leased
@@ -114,10 +115,20 @@ def output_leased(out: Path, should_stop: Callable[[], bool] = lambda: False) ->
         foreign = not is_finished(out) and any(not path.name.startswith(WORK_FOLDER) for path in out.iterdir())
         if foreign and not (out / WORK_FOLDER).exists():
             raise OutputError(f"{out}: is not empty and not an output of streamprune; choose another --out")
+        _refuse_links(out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be used as output ({error.strerror})") from error
     with leased(out / WORK_FOLDER, should_stop) as lease:
         yield Journal(out, lease)
+
+
+def _refuse_links(out: Path) -> None:
+    """Raise OutputError for a link in an output folder: what is written or removed behind it would be another's."""
+    work = out / WORK_FOLDER
+    inside = [] if work.is_symlink() or not work.is_dir() else work.iterdir()
+    link = next((path for path in (*out.iterdir(), *inside) if path.is_symlink()), None)
+    if link is not None:
+        raise OutputError(f"{link}: is a symbolic link in an output folder, which holds none; remove it and run again")
 
 
 def remove_output(journal: Journal) -> None:

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import output_errors
-from streamprune.errors import Interrupted, OutputError
+from streamprune.errors import CheckpointError, Interrupted, OutputError
 
 HEARTBEAT_SECONDS = 5.0
 FRESH_SECONDS = 15.0  # three heartbeats: the holder lives
@@ -173,10 +174,12 @@ def _write_holder(folder: Path) -> None:
 def _holder(folder: Path) -> dict[str, Any] | None:
     """Who holds an epoch; None where it was given back, or nothing can be read of it."""
     try:
-        value = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return read_json(folder / HOLDER_FILE)
+    except CheckpointError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise cause from None  # a file system that is away for a moment says nothing about the holder
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _age_seconds(folder: Path) -> float:

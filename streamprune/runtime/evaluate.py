@@ -17,7 +17,7 @@ from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import CalibrationError, CheckpointError, SettingsError
 from streamprune.model.arithmetic import Arithmetic, peak_memory_bytes, resolve_arithmetic, warn_without_kernels
 from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
-from streamprune.model.streaming import advance, embed, load_block, output_names, read_outer, text_inputs
+from streamprune.model.streaming import advance, check_tied, embed, load_block, output_names, read_outer, text_inputs
 from streamprune.model.text import documents, load_tokenizer, tokenize
 
 LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabulary of 49,152
@@ -58,10 +58,11 @@ def evaluate(
         raise SettingsError(f"scratch {scratch}: no such folder")
     warn_without_kernels()
     folder = Path(model)
-    skeleton = build_skeleton(folder)
     packed = is_packed(folder)
     checkpoint, layers, _ = open_packed(folder) if packed else (open_checkpoint(folder), {}, {})
+    skeleton = build_skeleton(folder, checkpoint)
     names = output_names(skeleton, checkpoint, layers)
+    check_tied(skeleton, checkpoint, names)
     windows = _windows(folder, text, sequence_length, max_tokens)
     _check_fits(skeleton, windows)
     source_dtype = checkpoint.tensors[names[skeleton.outer_parameters()[0]]].dtype
@@ -82,7 +83,7 @@ def evaluate(
             open_files.callback(file.close)
         arguments = embed(skeleton, text_inputs(skeleton, checkpoint, names), windows, arithmetic, files[0], tick)
         for index, name in enumerate(skeleton.blocks):
-            block = load_block(skeleton, index, checkpoint, names, layers, arithmetic)
+            block = load_block(skeleton, index, checkpoint, names, layers, arithmetic, untrusted=True)
             advance(block, name, arguments[index], files[0], files[1], arithmetic, tick)
             files.reverse()
         tail = read_outer(skeleton, checkpoint, names, skeleton.outer_parameters())

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from streamprune.checkpoint.packed import layer_from_tensors, open_packed, packed_shape, tensor_names
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint, read_json
+from streamprune.checkpoint.packed import check_contents, layer_from_tensors, open_packed, packed_shape, tensor_names
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import write_json, write_safetensors
 from streamprune.config import NMPattern
 from streamprune.errors import OutputError, SettingsError
@@ -38,9 +39,11 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
         raise SettingsError(f"cannot export to {to!r}; the one format is dense")
     folder, out = Path(folder), Path(out)
     checkpoint, layers, _ = open_packed(folder)
-    if out.exists():
-        raise OutputError(f"{out}: exists already; choose another --out")
     partial = out.parent / f".{out.name}.partial"
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"{out}: exists already; choose another --out")
+    if partial.is_symlink():
+        raise OutputError(f"{partial}: is a symbolic link where the export is made; remove it and run again")
     temporary = partial / ".temporary"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +67,10 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
                 shutil.copyfile(path, partial / path.name)
         temporary.rmdir()
         partial.rename(out)
-    except OSError as error:
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(f"{out}: cannot be written ({error.strerror or error}); mend that and run again") from error
     stored = {name for name in layers if f"{name}.input_permutation" in checkpoint.tensors}
     in_order = [name for name in layers if name not in stored]
@@ -85,6 +91,7 @@ def _dense_tensors(checkpoint: Checkpoint, names: list[str], layers: dict[str, N
     tensors = checkpoint.read(name for name in names if name not in parts)
     for name in packed:
         layer = layer_from_tensors(name, checkpoint.read(tensor_names(checkpoint, name)))
+        check_contents(name, layer, layers[name])
         _, in_features = packed_shape(checkpoint, name, layers[name])
         tensors[f"{name}.weight"] = expand(layer.values, layer.mask, in_features, layer.permutation)
     return tensors

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed
-from streamprune.checkpoint.reader import read_json
+from streamprune.checkpoint.manifest import read_manifest
+from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed, packed_shape
 from streamprune.errors import CheckpointError
 
 
@@ -44,21 +44,24 @@ class Inspection:
 def inspect(folder: str | Path) -> Inspection:
     """List the layers of an output folder. Raises CheckpointError where it is not a finished one."""
     folder = Path(folder)
-    open_packed(folder)
-    manifest = read_json(folder / MANIFEST_FILE)
+    checkpoint, layers, _ = open_packed(folder)
+    manifest = read_manifest(folder / MANIFEST_FILE)
     fields = set(LayerRow.__dataclass_fields__)
-    try:
-        rows = [
-            LayerRow(**{k: v for k, v in layer.items() if k in fields}, block_error=block["block_error"])
-            for block in manifest["blocks"]
-            for layer in block["layers"]
-        ]
-        dense_layers = dict(manifest["dense_layers"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST_FILE}: is malformed ({error}); run streamprune verify") from error
+    rows = [
+        LayerRow(**{k: v for k, v in layer.items() if k in fields}, block_error=block["block_error"])
+        for block in manifest["blocks"]
+        for layer in block["layers"]
+    ]
+    recorded = {row.name: (row.pattern, tuple(row.shape)) for row in rows}
+    stored = {name: (str(pattern), packed_shape(checkpoint, name, pattern)) for name, pattern in layers.items()}
+    different = sorted(name for name in recorded | stored if recorded.get(name) != stored.get(name))
+    if different:
+        raise CheckpointError(
+            f"{folder}: manifest and headers disagree on layer {different[0]}; run streamprune verify"
+        )
     return Inspection(
         rows,
-        dense_layers,
+        dict(manifest["dense_layers"]),
         sum(row.packed_bytes for row in rows),
         sum(row.dense_bytes for row in rows),
         sum(row.permutation_bytes for row in rows),

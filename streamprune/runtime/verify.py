@@ -1,7 +1,7 @@
 """`verify`: is a packed output whole and consistent, and, with its source at hand, is it the source's?"""
 
+import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from streamprune.checkpoint.manifest import read_manifest
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
@@ -19,6 +20,7 @@ from streamprune.checkpoint.packed import (
     PackedLayer,
     layer_from_tensors,
     open_packed,
+    structure_faults,
     tensor_names,
 )
 from streamprune.checkpoint.reader import (
@@ -27,9 +29,9 @@ from streamprune.checkpoint.reader import (
     open_checkpoint,
     open_file,
     read_about,
-    read_json,
     tensor_digest,
 )
+from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, read_bounded
 from streamprune.checkpoint.writer import file_digest
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
@@ -126,17 +128,24 @@ def verify(
         findings.faults.append(str(error))
     except (KeyError, TypeError, AttributeError) as error:
         findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
-    digest = file_digest(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else None
     about = compared, quick, reconstructed, validated
-    return Verification(not findings.faults, *about, findings.layers, findings.faults, digest)
+    return Verification(not findings.faults, *about, findings.layers, findings.faults, _digest(folder))
+
+
+def _digest(folder: Path) -> str | None:
+    """sha256 of the manifest, where it is one that can be read."""
+    try:
+        return hashlib.sha256(read_bounded(folder / MANIFEST_FILE, MAX_JSON_BYTES)).hexdigest()
+    except CheckpointError:
+        return None
 
 
 def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, Any]:
     """Compare the manifest with its digest file, and every file (`quick`: its size) with it; returns the manifest."""
     if not (folder / MANIFEST_DIGEST_FILE).is_file():
         raise CheckpointError(f"{folder}: is not a finished output of streamprune ({MANIFEST_DIGEST_FILE} is missing)")
-    digest_line = (folder / MANIFEST_DIGEST_FILE).read_bytes()
-    manifest = read_json(folder / MANIFEST_FILE)
+    digest_line = read_bounded(folder / MANIFEST_DIGEST_FILE, 1000)
+    manifest = read_manifest(folder / MANIFEST_FILE)
     if digest_line != f"{file_digest(folder / MANIFEST_FILE)}  {MANIFEST_FILE}\n".encode():
         raise CheckpointError(
             f"{MANIFEST_FILE}: its sha256 is not the one in {MANIFEST_DIGEST_FILE}; nothing else is checked"
@@ -157,14 +166,14 @@ def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, An
 
 def _contents(manifest: dict[str, Any], name: str) -> str:
     number = name.removeprefix("model-").partition("-of-")[0]
-    if number.isdigit() and 2 <= int(number) < len(manifest["blocks"]) + 2:
+    if number.isdecimal() and 2 <= int(number) < len(manifest["blocks"]) + 2:
         return f"it holds block {manifest['blocks'][int(number) - 2]['name']}"
     return "it holds no pruned layer"
 
 
 def _open_output(folder: Path, manifest: dict[str, Any]) -> _Output:
     checkpoint, layers, _ = open_packed(folder)
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, checkpoint)
     output_names(skeleton, checkpoint, layers)
     recorded = {layer["name"]: layer for block in manifest["blocks"] for layer in block["layers"]}
     different = sorted(set(recorded) ^ set(layers))
@@ -184,7 +193,7 @@ def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
     bar = tqdm(output.layers.items(), unit="layer", desc="verify", disable=None if progress else True)
     for number, (name, pattern) in enumerate(bar):
         layer = layer_from_tensors(name, output.checkpoint.read(tensor_names(output.checkpoint, name)))
-        faults = list(_structure_faults(layer, pattern))
+        faults = list(structure_faults(layer, pattern))
         leader = leaders.get(name, name)
         if not _same(shared.setdefault(leader, layer.permutation), layer.permutation):
             faults.append(f"its input_permutation differs from that of {leader}, whose input it shares")
@@ -205,22 +214,6 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one, other)
-
-
-def _structure_faults(layer: PackedLayer, pattern: NMPattern) -> Iterator[str]:
-    keep = _unpack_mask(layer)
-    in_features = layer.values.shape[1] // pattern.kept * pattern.group_size
-    if keep[:, in_features:].any():
-        yield "padding bits of its mask are set"
-    counts = keep[:, :in_features].reshape(len(keep), -1, pattern.group_size).sum(axis=2)
-    wrong = numpy.argwhere(counts != pattern.kept)
-    if len(wrong):
-        row, group = (int(number) for number in wrong[0])
-        yield f"row {row}, group {group} keeps {int(counts[row, group])} of {pattern.group_size}, not {pattern.kept}"
-    if layer.permutation is not None:
-        identity = torch.arange(in_features, dtype=torch.int32)
-        if not torch.equal(layer.permutation.sort().values, identity):
-            yield "its input_permutation is not a permutation"
 
 
 def _unpack_mask(layer: PackedLayer) -> numpy.ndarray:

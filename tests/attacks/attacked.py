@@ -23,14 +23,16 @@ TIMINGS = "timings.json"
 
 
 class Worker:
-    """A process that runs compressions in forked children (worker.py), with the library of faults.c preloaded."""
+    """A process that runs jobs in forked children (worker.py); the library of faults.c, made in `folder`, preloaded."""
 
-    def __init__(self, folder: Path) -> None:
-        library = folder / "faults.so"
-        command = ["gcc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(HERE / "faults.c")]
-        subprocess.run([*command, "-ldl"], check=True)
-        environment = {**os.environ, "LD_PRELOAD": str(library), "TOKENIZERS_PARALLELISM": "false"}
+    def __init__(self, folder: Path | None = None) -> None:
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         environment.update(HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="passive")
+        if folder is not None:
+            library = folder / "faults.so"
+            command = ["gcc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library), str(HERE / "faults.c")]
+            subprocess.run([*command, "-ldl"], check=True)
+            environment["LD_PRELOAD"] = str(library)
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py")],
             stdin=subprocess.PIPE,
@@ -46,8 +48,11 @@ class Worker:
 
     def start(self, job: dict[str, Any], **order: Any) -> None:
         """Begin a job; `ended` waits for its end."""
+        self._send({"job": job, **order})
+
+    def _send(self, order: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"job": job, **order}) + "\n")
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
 
     def ended(self) -> dict[str, Any]:
@@ -58,6 +63,11 @@ class Worker:
 
     def run(self, job: dict[str, Any], **order: Any) -> dict[str, Any]:
         self.start(job, **order)
+        return self.ended()
+
+    def command(self, arguments: list[str], *, warm: bool = False, kill_after: float | None = None) -> dict[str, Any]:
+        """Run the command line in a child, or in the worker itself, whose imports then are there for every child."""
+        self._send({"warm": arguments} if warm else {"command": arguments, "kill_after": kill_after})
         return self.ended()
 
 
@@ -72,6 +82,12 @@ class Campaign:
 
     def count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
+
+    def shown(self, seconds: float) -> str:
+        """One line, and one for each promise that was broken."""
+        how = ", ".join(f"{count} {what}" for what, count in sorted(self.counts.items()))
+        about = f"{self.attacks} attacks, {len(self.broken)} broken promises, {seconds:.0f} s"
+        return "\n  ".join([f"{self.name}: {about}" + (f" ({how})" if how else ""), *self.broken])
 
 
 @dataclass(frozen=True)

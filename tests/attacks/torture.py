@@ -3,11 +3,12 @@
     python tests/attacks/torture.py [--json]
 
 Kills at every persistent operation and at 200 random times, a full disk at every operation that needs room, power
-losses, writers woken after they were taken over, 1,000 flipped bits and 50 intact outputs. Prints one line a campaign;
-exits with 1 where a promise of docs/reliability.md was broken.
+losses, writers woken after they were taken over, 1,000 flipped bits, 50 intact outputs, and the catalogue of malformed
+inputs. Prints one line a campaign; exits with 1 where a promise of docs/reliability.md was broken.
 """
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -32,6 +33,7 @@ from attacks.attacked import (
     lose_power,
     wake_at,
 )
+from attacks.malformed import CATALOGUE, feed_all
 from streamprune.runtime.verify import verify
 
 INTACT_RUNS = 50
@@ -58,18 +60,26 @@ def campaigns(attacked: Attacked, successor: Worker) -> list[Callable[[], Campai
         lambda: wake_at(attacked, successor, range(attacked.renames)),
         lambda: flip_bits(attacked.folder / "0", 1000, seed=0),
         lambda: intact(attacked),
+        *(functools.partial(malformed, attacked.folder / "malformed", kind) for kind in CATALOGUE),
     ]
+
+
+def malformed(folder: Path, kind: str) -> Campaign:
+    """All malformed inputs of a kind."""
+    worker = Worker()
+    try:
+        folder.mkdir()
+        return feed_all(worker, folder, kind)
+    finally:
+        worker.close()
+        shutil.rmtree(folder)
 
 
 def show(campaign: Campaign, seconds: float, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**vars(campaign), "seconds": seconds}), flush=True)
         return
-    how = ", ".join(f"{count} {what}" for what, count in sorted(campaign.counts.items()))
-    about = f"{campaign.attacks} attacks, {len(campaign.broken)} broken promises, {seconds:.0f} s"
-    print(f"{campaign.name}: {about}" + (f" ({how})" if how else ""), flush=True)
-    for line in campaign.broken:
-        print(f"  {line}", flush=True)
+    print(campaign.shown(seconds), flush=True)
 
 
 def main() -> int:

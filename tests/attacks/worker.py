@@ -1,8 +1,9 @@
-"""A warmed process that runs compressions in forked children, each with a fault armed: `python worker.py FOLDER`.
+"""A warmed process that runs jobs in forked children: `python worker.py`.
 
-One JSON object a line on standard input: keyword arguments of `compress` under "job", and under "fault" what faults_arm
-takes; or "kill_after", seconds until SIGKILL. One a line on standard output: how the child ended. Started with the
-library of faults.c preloaded. One thread: a child cannot use its parent's.
+One JSON object a line on standard input, one a line on standard output: how the child ended. An order holds either
+keyword arguments of `compress` under "job", and under "fault" what faults_arm takes (the library of faults.c is then
+preloaded); or arguments of the command line under "command", or, to be run in this process and not in a child, under
+"warm". "kill_after" are seconds until SIGKILL. One thread: a child cannot use its parent's.
 """
 
 import ctypes
@@ -13,15 +14,19 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from streamprune.cli import cli
 from streamprune.errors import StreampruneError
 from streamprune.pipeline import scheduler
 from streamprune.pipeline.compress import compress
 
 ACTIONS = {"count": 0, "kill": 1, "full": 2, "stop": 3}
+MOST_PRINTED = 1 << 20
 KINDS = {"write": 1, "sync": 2, "rename": 4, "remove": 8, "create": 16, "mode": 32}
 
 
@@ -54,13 +59,56 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     return {**ended, "pruned": pruned, "operations": library.faults_counted()}
 
 
+def command(arguments: list[str]) -> int:
+    """Run the command line as `python -m streamprune` does, tracebacks of what it does not catch included."""
+    try:
+        cli(arguments, prog_name="streamprune")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def commanded(order: dict[str, Any]) -> dict[str, Any]:
+    """In the child: the command's exit code, what it printed, and its peak memory above what the imports take.
+
+    It starts with a copy of those. Pages of files, such as libraries, come on demand and do not count.
+    """
+    printed = {number: os.memfd_create(str(number)) for number in (1, 2)}
+    for number, file in printed.items():
+        os.dup2(file, number)
+    Path("/proc/self/clear_refs").write_text("5")  # a child inherits the peak of its parent
+    resident, of_files = memory_bytes("VmRSS"), memory_bytes("RssFile")
+    code = command(order["command"])
+    above = memory_bytes("VmHWM") - resident - (memory_bytes("RssFile") - of_files)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    texts = {}
+    for number, file in printed.items():
+        texts[number] = os.pread(file, MOST_PRINTED, 0).decode(errors="backslashreplace")
+    return {"exit_code": code, "stdout": texts[1], "stderr": texts[2], "memory_bytes": above}
+
+
+def memory_bytes(field: str) -> int:
+    return int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0]) * 1024
+
+
+def warmed(order: dict[str, Any]) -> dict[str, Any]:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return {"exit_code": command(order["warm"])}
+
+
 def forked(order: dict[str, Any]) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.close(reading)
-        os.write(writing, json.dumps(run(order)).encode())
+        ended = commanded(order) if "command" in order else run(order)
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(json.dumps(ended).encode())
         os._exit(0)
     os.close(writing)
     started, said = time.monotonic(), b""
@@ -81,7 +129,8 @@ def forked(order: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
-        print(json.dumps(forked(json.loads(line))), flush=True)
+        order = json.loads(line)
+        print(json.dumps(warmed(order) if "warm" in order else forked(order)), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from streamprune.checkpoint.reader import (
     open_checkpoint,
     open_file,
     read_about,
-    read_json,
     tensor_digest,
 )
 from streamprune.checkpoint.safetensors_header import DTYPES
+from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError, NumericsError
 
 BIN_INDEX = "pytorch_model.bin.index.json"

@@ -69,7 +69,7 @@ def states_like(skeleton: Skeleton) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_packed_block_equals_the_masked_dense_block(name: str, permuted: bool, models: Models) -> None:
     folder = models(name)
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     layers = [layer for _, names in skeleton.group_layers(1) for layer in names]
     shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 1), layers, permuted)
     packed = packed_block(skeleton, 1, shard, dict.fromkeys(layers, PATTERN), CPU, torch.float32)
@@ -84,7 +84,7 @@ def test_packed_block_equals_the_masked_dense_block(name: str, permuted: bool, m
 
 def test_layers_that_are_not_packed_stay_dense(models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     layers = ["model.layers.0.mlp.down_proj"]
     shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 0), layers, permuted=False)
     packed = packed_block(skeleton, 0, shard, dict.fromkeys(layers, PATTERN), CPU, torch.float32)
@@ -100,7 +100,7 @@ def test_layers_that_are_not_packed_stay_dense(models: Models) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_compute_in_the_arithmetics_dtype(dtype: torch.dtype, models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     tensors = block_tensors(skeleton, folder, 0)
     layers = ["model.layers.0.self_attn.q_proj"]
     shard, _ = prune_by_magnitude(tensors, layers, permuted=True)
@@ -118,7 +118,7 @@ def test_blocks_compute_in_the_arithmetics_dtype(dtype: torch.dtype, models: Mod
 
 def test_missing_tensor_of_a_block_is_an_error_not_a_silent_zero(models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     tensors = block_tensors(skeleton, folder, 0)
     del tensors["model.layers.0.input_layernorm.weight"]
     for make in (
@@ -148,7 +148,7 @@ def test_packed_linear_gathers_adds_bias_and_takes_any_batch() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
     states = states_like(skeleton)
     states[0, 3, 5] = value
@@ -158,7 +158,7 @@ def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, 
 
 def test_layers_are_observed_as_tokens_by_channels_while_open(models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
     arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton)
     seen: dict[str, list[torch.Tensor]] = {"self_attn.q_proj": [], "self_attn.v_proj": [], "mlp.down_proj": []}
@@ -179,7 +179,7 @@ def test_layers_are_observed_as_tokens_by_channels_while_open(models: Models) ->
 
 def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
     with pytest.raises(RuntimeError, match="a fault"), layers_observed(block, {"mlp.up_proj": lambda x, y: None}, 4):
         raise RuntimeError("a fault")
@@ -189,7 +189,7 @@ def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
 def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, models: Models, tmp_path: Path) -> None:
     folder = models(name)
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     checkpoint = open_checkpoint(folder)
     names = match_names(skeleton, checkpoint)
     samples, length = TOKENS.shape
@@ -222,7 +222,7 @@ def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, mode
 
 def test_packed_block_is_loaded_from_its_shard(models: Models, tmp_path: Path) -> None:
     folder = models("opt")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     layers = ["model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"]
     shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 0), layers, permuted=False)
     save_file(shard, tmp_path / "block.safetensors")
@@ -238,7 +238,7 @@ def test_packed_block_is_loaded_from_its_shard(models: Models, tmp_path: Path) -
 
 def test_embed_runs_one_sequence_where_nothing_is_kept(models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     ticks: list[int] = []
     checkpoint = open_checkpoint(folder)
     inputs = text_inputs(skeleton, checkpoint, match_names(skeleton, checkpoint))
@@ -253,7 +253,7 @@ def test_blocks_whose_arguments_depend_on_the_text_are_refused(
     from streamprune.model import streaming
 
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     checkpoint = open_checkpoint(folder)
     inputs = text_inputs(skeleton, checkpoint, match_names(skeleton, checkpoint))
     monkeypatch.setattr(streaming, "arguments_equal", lambda one, other: False)
@@ -265,7 +265,7 @@ def test_blocks_whose_arguments_depend_on_the_text_are_refused(
 
 def test_names_of_an_output_are_its_dense_parameters(models: Models, tmp_path: Path) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     layer = "model.layers.0.mlp.down_proj"
     tensors = tiny.read_tensors(folder)
     packed = pack_layer(tensors[f"{layer}.weight"], select(tensors[f"{layer}.weight"].abs().float(), PATTERN), None)

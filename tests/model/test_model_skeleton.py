@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
@@ -67,13 +67,13 @@ def copy_with(source: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> P
 
 
 def names_in(folder: Path) -> dict[str, str]:
-    return match_names(build_skeleton(folder), open_checkpoint(folder))
+    return match_names(build_skeleton(folder, open_checkpoint(folder)), open_checkpoint(folder))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_called_as_recorded_give_transformers_hidden_states_and_logits(name: str, models: Models) -> None:
     folder = models(name)
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     inputs = recorded(skeleton, folder)
     with torch.inference_mode():
         expected = plain_model(folder)(TOKENS, output_hidden_states=True, use_cache=False)
@@ -91,7 +91,7 @@ def test_blocks_called_as_recorded_give_transformers_hidden_states_and_logits(na
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_tail_computes_the_positions_asked_for(name: str, models: Models) -> None:
     folder = models(name)
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     outer = outer_tensors(skeleton, folder)
     states = torch.randn(1, 12, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
     every = run_tail(skeleton, outer, states, torch.arange(12))
@@ -102,7 +102,7 @@ def test_tail_computes_the_positions_asked_for(name: str, models: Models) -> Non
 
 def test_blocks_of_mixed_layer_types_are_called_with_their_own_masks(models: Models) -> None:
     folder = models("qwen2")
-    arguments = recorded(build_skeleton(folder), folder).arguments
+    arguments = recorded(build_skeleton(folder, open_checkpoint(folder)), folder).arguments
     assert arguments_equal(arguments[0], arguments[1])
     assert arguments_equal(arguments[2], arguments[3])
     assert not arguments_equal(arguments[1], arguments[2])
@@ -111,7 +111,7 @@ def test_blocks_of_mixed_layer_types_are_called_with_their_own_masks(models: Mod
 def test_sliding_window_reaches_the_blocks(models: Models) -> None:
     """Changing a token more than two windows back leaves a two-block model's last state as it was."""
     folder = models("mistral")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     changed = TOKENS.clone()
     changed[0, 3] = 7
     lasts = []
@@ -128,14 +128,14 @@ def test_sliding_window_reaches_the_blocks(models: Models) -> None:
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_no_cache_reaches_a_block(name: str, models: Models) -> None:
     folder = models(name)
-    for arguments in recorded(build_skeleton(folder), folder).arguments:
+    for arguments in recorded(build_skeleton(folder, open_checkpoint(folder)), folder).arguments:
         assert not arguments.get("use_cache")
         assert all(arguments.get(key) is None for key in ("past_key_values", "past_key_value"))
 
 
 def test_recording_leaves_the_skeleton_as_it_was(models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     before = {name: id(module) for name, module in skeleton.model.named_modules()}
     one, other = recorded(skeleton, folder), recorded(skeleton, folder)
     assert {name: id(module) for name, module in skeleton.model.named_modules()} == before
@@ -145,7 +145,7 @@ def test_recording_leaves_the_skeleton_as_it_was(models: Models) -> None:
 
 def test_skeleton_is_put_back_when_the_forward_fails(models: Models) -> None:
     folder = models("llama")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     before = {name: id(module) for name, module in skeleton.model.named_modules()}
     outer = outer_tensors(skeleton, folder)
     with pytest.raises(IndexError):
@@ -155,7 +155,7 @@ def test_skeleton_is_put_back_when_the_forward_fails(models: Models) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_skeleton_holds_no_weights_but_real_buffers_and_is_in_evaluation_mode(name: str, models: Models) -> None:
-    skeleton = build_skeleton(models(name))
+    skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
     assert not any(buffer.is_meta for buffer in skeleton.model.buffers())
     assert not any(module.training for module in skeleton.model.modules())
@@ -164,7 +164,7 @@ def test_skeleton_holds_no_weights_but_real_buffers_and_is_in_evaluation_mode(na
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_blocks_and_the_outer_ones(name: str, models: Models) -> None:
-    skeleton = build_skeleton(models(name))
+    skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
     inside = [p for index in range(len(skeleton.blocks)) for p in skeleton.block_parameters(index)]
     outer, tied = skeleton.outer_parameters(), tied_parameters(skeleton.model)
     every = [parameter for parameter, _ in skeleton.model.named_parameters(remove_duplicate=False)]
@@ -176,7 +176,7 @@ def test_parameters_are_those_of_the_blocks_and_the_outer_ones(name: str, models
     ("name", "heads"), [("llama", (4, 2, 16)), ("llama-plain", (4, 4, 16)), ("opt", (4, 4, 16)), ("qwen3", (4, 2, 16))]
 )
 def test_heads(name: str, heads: tuple[int, int, int], models: Models) -> None:
-    skeleton = build_skeleton(models(name))
+    skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
     assert skeleton.heads() == heads
     query_heads, kv_heads, head_dim = heads
     attention = dict(skeleton.block(0).named_parameters())
@@ -186,7 +186,7 @@ def test_heads(name: str, heads: tuple[int, int, int], models: Models) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_input_groups_name_every_linear_layer_of_a_block_once(name: str, models: Models) -> None:
-    skeleton = build_skeleton(models(name))
+    skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
     linears = [n for n, m in skeleton.block(1).named_modules() if isinstance(m, torch.nn.Linear)]
     grouped = [layer for _, layers in skeleton.group_layers(1) for layer in layers]
     assert sorted(grouped) == sorted(f"{skeleton.blocks[1]}.{linear}" for linear in linears)
@@ -286,24 +286,56 @@ def write_config(folder: Path, source: Path, **changes: Any) -> Path:
 def test_model_type_outside_the_table_is_refused_naming_the_supported_ones(models: Models, tmp_path: Path) -> None:
     folder = write_config(tmp_path, models("llama"), model_type="gpt2", architectures=["GPT2LMHeadModel"])
     with pytest.raises(UnsupportedModelError) as caught:
-        build_skeleton(folder)
+        build_skeleton(folder, open_checkpoint(models("llama")))
     assert "'gpt2' is not supported" in str(caught.value)
     assert all(name in str(caught.value) for name in ARCHITECTURES)
     assert set(ARCHITECTURES) >= {"llama", "mistral", "qwen2", "qwen3", "opt"}
 
 
-def test_configs_that_make_no_model_are_refused_in_one_line(models: Models, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
-        build_skeleton(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json: makes no model") as caught:
-        build_skeleton(tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "no such model"}, "'no such model' is not supported"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide', no whole number"),
+        ({"num_attention_heads": 7}, "num_attention_heads 7 is not a multiple of num_key_value_heads 2"),
+        (
+            {"num_attention_heads": 6, "head_dim": None},
+            "hidden_size 64 is not a multiple of num_attention_heads 6",
+        ),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, no whole number from 1 to 2"),
+        ({"num_hidden_layers": 900}, "num_hidden_layers is 900, for which the checkpoint's .* tensors are too few"),
+        ({"head_dim": 10**8}, "head_dim is 100000000, beyond the largest dimension of any tensor, 160"),
+        ({"partial_rotary_factor": 1e9}, "partial_rotary_factor is 1000000000.0, no share"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "factor is nan"),
+        ({"hidden_act": "none such"}, "makes no model"),
+        ({"attention_bias": "yes"}, "makes no model"),
+    ],
+    ids=str,
+)
+def test_configs_that_make_no_model_are_refused_in_one_line(
+    changes: dict[str, Any], message: str, models: Models, tmp_path: Path
+) -> None:
+    folder = write_config(tmp_path, models("llama"), **changes)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}") as caught:
+        build_skeleton(folder, open_checkpoint(models("llama")))
     assert "\n" not in str(caught.value)
-    for changes in ({"model_type": "no such model"}, {"hidden_size": "wide"}, {"num_attention_heads": 7}):
-        folder = write_config(tmp_path, models("llama"), **changes)
-        with pytest.raises(CheckpointError, match=r"config\.json: makes no model") as caught:
-            build_skeleton(folder)
-        assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_missing_or_no_json(models: Models, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(models("llama"))
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        build_skeleton(tmp_path, checkpoint)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json: is not valid JSON"):
+        build_skeleton(tmp_path, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-plain", "opt", "mistral", "qwen2", "qwen3"])
+def test_a_config_is_what_transformers_makes_of_it(name: str, models: Models) -> None:
+    ours = build_skeleton(models(name), open_checkpoint(models(name))).model.config.to_dict()
+    theirs = AutoConfig.from_pretrained(models(name)).to_dict()
+    general = {"architectures", "dtype", "transformers_version", "use_cache", "_name_or_path"}
+    assert {k: v for k, v in ours.items() if k not in general} == {k: v for k, v in theirs.items() if k not in general}
 
 
 def test_code_that_comes_with_a_checkpoint_is_not_run(models: Models, tmp_path: Path) -> None:
@@ -314,14 +346,18 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(models: Models, tmp_path: 
         auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"},
     )
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
-    with pytest.raises(CheckpointError, match="makes no model"):
-        build_skeleton(folder)
+    with pytest.raises(UnsupportedModelError, match=r"code of its own \(auto_map\), which is never run"):
+        build_skeleton(folder, open_checkpoint(models("llama")))
     assert not (tmp_path / "ran").exists()
 
 
 def test_quantization_entry_of_an_output_does_not_reach_transformers(models: Models, tmp_path: Path) -> None:
     folder = write_config(tmp_path, models("llama"), quantization_config={"quant_method": "streamprune"})
-    assert build_skeleton(folder).blocks == ("model.layers.0", "model.layers.1", "model.layers.2")
+    assert build_skeleton(folder, open_checkpoint(models("llama"))).blocks == (
+        "model.layers.0",
+        "model.layers.1",
+        "model.layers.2",
+    )
 
 
 def test_arguments_equal_compares_tensors_by_value() -> None:
@@ -337,7 +373,7 @@ def test_arguments_equal_compares_tensors_by_value() -> None:
 def test_outer_tensors_alone_run_what_comes_before_the_blocks(models: Models) -> None:
     """The embeddings of OPT are tokens plus learned positions, two places further on."""
     folder = models("opt")
-    skeleton = build_skeleton(folder)
+    skeleton = build_skeleton(folder, open_checkpoint(folder))
     outer = outer_tensors(skeleton, folder)
     positions = torch.arange(TOKENS.shape[1]) + 2
     expected = functional_call(

@@ -9,6 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.model.skeleton import build_skeleton
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
@@ -45,7 +46,7 @@ def statistics_of(model: Any, layers: list[str], config: PruneConfig) -> dict[st
 
 
 def prune_all(folder: Path, config: PruneConfig) -> list[PrunedBlock]:
-    skeleton, tensors = build_skeleton(folder), tiny.read_tensors(folder)
+    skeleton, tensors = build_skeleton(folder, open_checkpoint(folder)), tiny.read_tensors(folder)
     groups = [skeleton.group_layers(index) for index in range(len(skeleton.blocks))]
     layers = [[name for _, names in block for name in names] for block in groups]
     statistics = statistics_of(load(folder), [name for block in layers for name in block], config)

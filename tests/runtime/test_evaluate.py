@@ -76,7 +76,7 @@ def test_refusals(sources: Callable[[str], Path], held_out: Path, tmp_path: Path
     for kind, message, settings in refused:
         with pytest.raises(kind, match=message):
             evaluate(llama, **{"text": held_out, "sequence_length": 100, **settings})
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors"):
         evaluate(tmp_path, text=held_out)
     with pytest.raises(CheckpointError):
         evaluate(tmp_path / "nowhere", text=held_out)
