@@ -51,7 +51,9 @@ class NMPattern:
         """Read "N:M". Raises SettingsError for anything else."""
         match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text.strip())
         if match is None:
-            raise SettingsError(f"pattern {text!r} is not N:M; write for example 2:4 (2 of every 4 weights are kept)")
+            raise SettingsError(
+                f"pattern {text[:80]!r} is not N:M; write for example 2:4 (2 of every 4 weights are kept)"
+            )
         return cls(int(match[1]), int(match[2]))
 
 

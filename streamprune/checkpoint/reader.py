@@ -17,7 +17,7 @@ import torch
 
 from streamprune.checkpoint.safetensors_header import TensorEntry, read_header
 from streamprune.checkpoint.torch_file import load_bin
-from streamprune.checkpoint.untrusted import open_regular, parse_json, read_json
+from streamprune.checkpoint.untrusted import MAX_KEY_CHARACTERS, open_regular, parse_json, read_json
 from streamprune.errors import CheckpointError, NumericsError
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -232,8 +232,13 @@ def _open_sharded(folder: Path, index_path: Path, opener: Any) -> dict[str, Tens
     shards: dict[str, dict[str, TensorSource]] = {}
     tensors: dict[str, TensorSource] = {}
     for name, file_name in weight_map.items():
-        if file_name != Path(file_name).name or file_name.startswith(".") or not file_name.isprintable():
-            raise CheckpointError(f"{index_path}: {file_name!r} is not the name of a file in the folder")
+        if (
+            len(file_name) > MAX_KEY_CHARACTERS
+            or file_name != Path(file_name).name
+            or file_name.startswith(".")
+            or not file_name.isprintable()
+        ):
+            raise CheckpointError(f"{index_path}: {file_name[:80]!r} is not the name of a file in the folder")
         if file_name not in shards:
             shards[file_name] = opener(folder / file_name)
         if name not in shards[file_name]:

@@ -66,8 +66,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 
 def _entry(name: str, value: dict[str, Any], data_start: int) -> TensorEntry:
-    if value["dtype"] not in DTYPES:
-        raise ValueError(f"tensor {name!r} has the unsupported dtype {value['dtype']}")
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPES:
+        raise ValueError(f"tensor {name!r} has the unsupported dtype {value['dtype']!r:.20}")
     dtype = DTYPES[value["dtype"]]
     begin, end = value["data_offsets"]
     if not isinstance(value["shape"], list):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from streamprune.checkpoint.safetensors_header import DTYPES
-from streamprune.checkpoint.untrusted import open_regular
+from streamprune.checkpoint.untrusted import MAX_KEY_CHARACTERS, open_regular
 from streamprune.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 2 << 20  # a state dict takes 250 bytes a tensor
@@ -45,7 +45,7 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: is not a state dict of tensors")
     for name, tensor in state.items():
         if fault := _fault(name, tensor):
-            raise CheckpointError(f"{path}: tensor {name!r} {fault}")
+            raise CheckpointError(f"{path}: tensor {name!r:.80} {fault}")
     claimed = sum(tensor.numel() * tensor.itemsize for tensor in state.values())
     if claimed > max(LISTED_TWICE * file_bytes, FEW_BYTES):
         raise CheckpointError(f"{path}: its tensors claim {claimed} bytes, the file has {file_bytes}")
@@ -67,7 +67,7 @@ def _check_archive(path: Path) -> None:
 
 def _fault(name: object, tensor: torch.Tensor) -> str | None:
     """What makes a tensor none of a checkpoint's."""
-    if not isinstance(name, str) or not name.isascii():
+    if not isinstance(name, str) or len(name) > MAX_KEY_CHARACTERS or not name.isascii():
         return "has no name of plain text"
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
         return f"is {tensor.dtype} on {tensor.device}, {tensor.layout}; only plain numbers are read"

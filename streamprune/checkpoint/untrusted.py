@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 
 from streamprune.errors import CheckpointError
 
-MAX_JSON_BYTES = 16 << 20  # the index of a model with 100,000 tensors has 10 MB
-MAX_JSON_VALUES = 1_000_000  # each takes at most some 70 bytes
+MAX_JSON_BYTES = 8 << 20  # the index of a model with 1,000 tensors has 100 KB; a wide character quadruples a text
+MAX_JSON_VALUES = 200_000  # in an object each takes some 200 bytes, while it is parsed
 MAX_JSON_DEPTH = 64
+MAX_KEY_CHARACTERS = 1000
 TOO_DEEP = f"it is nested more than {MAX_JSON_DEPTH} deep"
 MAX_TOKENIZER_BYTES = 64 << 20  # of each of its files; large vocabularies take 35 MB
 
@@ -67,8 +68,8 @@ def parse_json(content: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
     Raises ValueError, with what is wrong in one line, for anything else: also where a key stands twice, which readers
-    take differently, where the text holds more than MAX_JSON_VALUES values or nests them more than MAX_JSON_DEPTH deep,
-    and where a string is no text (half a surrogate pair).
+    take differently, or is longer than MAX_KEY_CHARACTERS, where the text holds more than MAX_JSON_VALUES values or
+    nests them more than MAX_JSON_DEPTH deep, and where a string is no text (half a surrogate pair).
     """
     marks = sum(content.count(mark) for mark in (b",", b"[", b"{"))  # a value needs one, but for the first
     if marks > MAX_JSON_VALUES:
@@ -92,6 +93,9 @@ def parse_json(content: bytes) -> Any:
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
+    longest = max(map(len, keys), default=0)
+    if longest > MAX_KEY_CHARACTERS:
+        raise ValueError(f"a key has {longest} characters where at most {MAX_KEY_CHARACTERS} are read")
     if len(keys) != len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice!r:.80} stands twice")

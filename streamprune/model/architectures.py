@@ -117,5 +117,5 @@ def architecture_of(model_type: str) -> Architecture:
     """The row of a config's `model_type`. Raises UnsupportedModelError naming the known ones."""
     if model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModelError(f"model type {model_type!r} is not supported; these are: {known}")
+        raise UnsupportedModelError(f"model type {model_type[:80]!r} is not supported; these are: {known}")
     return ARCHITECTURES[model_type]

@@ -110,16 +110,18 @@ def _read_jsonl(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         while line := file.readline(MAX_JSON_BYTES + 1):
             number += 1
-            if not line.strip():
-                continue
             try:
                 if len(line) > MAX_JSON_BYTES:
                     raise ValueError(f"at most {MAX_JSON_BYTES} bytes are read")
+                if not line.strip():
+                    continue
                 yield _text_of(parse_json(line))
             except UnicodeDecodeError:
                 raise
             except (ValueError, TypeError, KeyError) as error:
-                raise CalibrationError(f"{path}: line {number} is not a JSON object with a string 'text'") from error
+                raise CalibrationError(
+                    f"{path}: line {number} is not a JSON object with a string 'text' ({error})"
+                ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[str]:

@@ -57,6 +57,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "jsonl not UTF-8": ("text.jsonl", b'{"text": "\xff"}\n', "is not UTF-8 text"),
     "jsonl of many values": ("text.jsonl", b'{"text": [' + b"[]," * 2_000_000 + b"0]}\n", "line 1 is not"),
     "a jsonl line of 17 MB": ("text.jsonl", b'{"text": "' + b"x" * (17 << 20), "line 1 is not"),
+    "a jsonl line of nothing": ("text.jsonl", b"\x20" * (40 << 20), "line 1 is not"),
     "an empty parquet": ("text.parquet", b"", "is not a parquet file"),
     "parquet of text": ("text.parquet", b"hello", "is not a parquet file"),
     "parquet of its marks alone": ("text.parquet", b"PAR1PAR1", "is not a parquet file"),

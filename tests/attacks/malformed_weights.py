@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from attacks.catalogue import Catalogue, Make
 from attacks.malformed_headers import MALFORMED
+from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, MAX_JSON_VALUES
 
 CATALOGUE = Catalogue()
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -157,7 +158,7 @@ def a_name_that_a_terminal_obeys(case: Path) -> None:
     save_file(tensors, case / "model" / SINGLE)
 
 
-@CATALOGUE.entry("llama", "plan", 3, "...")
+@CATALOGUE.entry("llama", "plan", 3, "a key has 1000015 characters where at most 1000 are read")
 def a_name_of_a_megabyte(case: Path) -> None:
     """One line need not be a long one."""
     tensors = load_file(case / "model" / SINGLE)
@@ -237,8 +238,19 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "deep": (b'{"a":' * 100_000, "it is nested more than 64 deep"),
     "65 deep": (b"[" * 65 + b"]" * 65, "it is nested more than 64 deep"),
     "a number of 5,000 digits": (b'{"weight_map": %s}' % (b"9" * 5000), "is not valid JSON"),
-    "two million values": (b'{"a": [' + b"[]," * 2_000_000 + b"0]}", "values where at most 1000000 are read"),
-    "17 megabytes": (b'{"a": "' + b"x" * (17 << 20) + b'"}', "bytes where at most 16777216 are read"),
+    "two million values": (
+        b'{"a": [' + b"[]," * 2_000_000 + b"0]}",
+        f"values where at most {MAX_JSON_VALUES} are read",
+    ),
+    "a byte too many": (b'{"a": "' + b"x" * MAX_JSON_BYTES + b'"}', f"bytes where at most {MAX_JSON_BYTES} are read"),
+    "as many keys as are read": (
+        b'{"weight_map": {' + b",".join(b'"%d": ""' % i for i in range(MAX_JSON_VALUES - 3)) + b"}}",
+        "",
+    ),
+    "as many bytes as are read, one a wide character": (
+        b'{"model_type": "' + b"x" * (MAX_JSON_BYTES - 100) + "\N{PILE OF POO}".encode() + b'"}',
+        "",
+    ),
 }
 for fault, (content_bytes, message) in TEXTS.items():
     for base, file in (("llama-sharded", INDEX), ("llama", "config.json"), ("opt-bin", BIN_INDEX)):

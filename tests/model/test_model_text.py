@@ -1,6 +1,7 @@
 """Texts: every kind of file, the shipped text, and what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def test_tokenizer_is_the_checkpoints_and_adds_nothing(models: Callable[[str], P
     assert tokenize(tokenizer, "") == []
 
 
-def test_absent_tokenizer_is_a_checkpoint_error_in_one_line(tmp_path: Path) -> None:
+def test_absent_tokenizer_is_a_checkpoint_error_in_one_line(models: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copy(models("llama") / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
