@@ -300,7 +300,10 @@ def main() -> None:
     chosen = given.part or list(PARTS)
     if "ratio" in chosen and not (given.directory / "smollm2-135m").is_dir():
         sys.exit(f"{given.directory} holds no inputs: run python examples/real_inputs.py {given.directory} first")
-    parts = {**PARTS, "ratio": functools.partial(ratio, dtype=given.dtype, methods=given.method or tuple(METHODS))}
+    parts: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+        **PARTS,
+        "ratio": functools.partial(ratio, dtype=given.dtype, methods=given.method or tuple(METHODS)),
+    }
     found = {name: parts[name](given.directory, given.rounds) for name in chosen}
     if given.plot is not None:
         plot(found, given.plot)
