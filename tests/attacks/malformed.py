@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tiny
 
-from attacks import malformed_configs, malformed_outputs, malformed_texts, malformed_weights
+from attacks import malformed_bins, malformed_configs, malformed_outputs, malformed_texts, malformed_weights
 from attacks.attacked import Campaign, Worker
 from attacks.catalogue import Malformed
 from streamprune.pipeline.compress import compress
@@ -31,7 +31,7 @@ ATTEMPTS = 3  # where one took too long: the machine may be busy
 AMOUNT = ["--sequence-length", "48", "--dtype", "float32", "--quiet"]
 
 CATALOGUE: dict[str, tuple[Malformed, ...]] = {
-    "weights": tuple(malformed_weights.CATALOGUE),
+    "weights": (*malformed_weights.CATALOGUE, *malformed_bins.CATALOGUE),
     "configs": tuple(malformed_configs.CATALOGUE),
     "texts and tokenizers": tuple(malformed_texts.CATALOGUE),
     "outputs": tuple(malformed_outputs.CATALOGUE),
