@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from streamprune.checkpoint.reader import byte_view, read_into
+from streamprune.checkpoint.writer import output_errors
 from streamprune.errors import CheckpointError, OutputError
 
 
@@ -52,11 +53,9 @@ class HiddenStates:
             raise ValueError(f"hidden states of shape {tuple(chunk.shape)} where {self.shape} belongs")
         view = byte_view(chunk)
         done = 0
-        try:
+        with output_errors(self.path):
             while done < len(view):
                 done += os.pwrite(self._file.fileno(), view[done:], index * self.chunk_bytes + done)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); mend that and run again") from error
         self.checksums[index] = xxhash.xxh3_64_intdigest(view)
 
     def read(self, index: int) -> torch.Tensor:
@@ -68,8 +67,9 @@ class HiddenStates:
         return chunk
 
     def sync(self) -> None:
-        """Make what was written last through a power loss."""
-        os.fsync(self._file.fileno())
+        """Make what was written last through a power loss. Raises OutputError where the disk does not."""
+        with output_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file, once or more often; it stays, for a resumed job or a later block."""

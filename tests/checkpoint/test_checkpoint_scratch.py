@@ -149,3 +149,21 @@ def test_full_disk_is_told_at_once_with_the_bytes_needed(tmp_path: Path, monkeyp
 def test_absent_folder_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file or directory"):
         HiddenStates(tmp_path / "absent" / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
+def test_a_sync_that_fails_is_an_error_of_the_output(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system may find only then that there is no room."""
+
+    def fails(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    states = HiddenStates(tmp_path / "hidden.bin", 1, 2, 4, torch.float32)
+    states.write(0, torch.ones(1, 2, 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(OutputError, match=rf"hidden.bin: cannot be written \({os.strerror(number)}\)"):
+            states.sync()
+    states.close()
