@@ -43,17 +43,19 @@ def packed_product(
     """x W^T, float32 [rows, out], of x [rows, in] and a packed W as in reference.py, all on the processor.
 
     values bfloat16, float16 or float32 [out, kept]; mask uint8 [out, ceil(in/8)]; permutation int32 [in], the column of
-    x that each place of the mask belongs to. bfloat16 x and values go in pairs of columns, by
-    instructions for bfloat16, where the processor has them. `path`, one of `paths()`, `many` and `pairs` choose what
-    runs instead.
-    Raises ValueError where a row of the mask does not keep as many as there are values.
+    x that each place of the mask belongs to. Where x and values are bfloat16 and the processor has instructions for it,
+    columns are multiplied in pairs, and subnormal numbers are taken for zero. `path`, one of `paths()`, `many` and
+    `pairs` choose what runs instead. Raises ValueError where a row of the mask does not keep as many as there are
+    values, and for a path or pairs that are not there.
     """
     compiled = library()
     if compiled is None or (path is not None and path not in paths()):
         raise ValueError(f"no compiled path {path or ''} here; there are: {', '.join(paths()) or 'none'}")
     many = len(x) > FEW_ROWS if many is None else many
-    if pairs is None:
-        pairs = path is None and x.dtype == values.dtype == torch.bfloat16 and has_pairs()
+    have_pairs = path is None and x.dtype == values.dtype == torch.bfloat16 and has_pairs()
+    if pairs and not have_pairs:
+        raise ValueError(f"no pairs here: they take bfloat16, not {x.dtype} by {values.dtype}, and AVX-512 BF16")
+    pairs = have_pairs if pairs is None else pairs
     # held until the end, so that their pointers stay valid
     x, values, mask = x.to(torch.float32).contiguous(), values.contiguous(), mask.contiguous()
     place = None if permutation is None else permutation.contiguous()

@@ -205,6 +205,17 @@ def test_no_rows_give_no_rows() -> None:
     assert tuple(product(inputs(0, 16), values, mask).shape) == (0, 8)
 
 
+def test_pairs_are_refused_where_they_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, mask, _ = packed(8, 4, (2, 4), torch.bfloat16)
+    x = inputs(1, 16)
+    for one, other in ((x, values), (x.to(torch.bfloat16), values.float())):
+        with pytest.raises(ValueError, match=r"no pairs here: they take bfloat16, not torch\.\w+ by torch\.\w+"):
+            product(one, other, mask, pairs=True)
+    monkeypatch.setattr(packed_product, "has_pairs", lambda: False)
+    with pytest.raises(ValueError, match="no pairs here"):
+        product(x.to(torch.bfloat16), values, mask, pairs=True)
+
+
 def test_paths_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     values, mask, _ = packed(8, 4, (2, 4), torch.float32)
     with pytest.raises(ValueError, match="no compiled path avx1024 here; there are: portable"):
@@ -233,11 +244,13 @@ for in_features, rows in ((4, 1), (4, 3), (36, 1), (36, 2), (100, 5), (1000, 3))
     values = at_the_end(torch.ones(rows, in_features // 2).to(torch.bfloat16))
     mask = torch.full((rows, -(-in_features // 8)), 0b00110011, dtype=torch.uint8)
     x = at_the_end(torch.ones(3, in_features))
+    words = at_the_end(torch.ones(3, in_features).to(torch.bfloat16))
     for bits in (mask, mask | 0xFF):
         ways = [{"path": path, "many": many} for path in packed_product.paths() for many in (False, True)]
         for way in [*ways, *[{"pairs": True, "many": many} for many in (False, True) if packed_product.has_pairs()]]:
             try:
-                y = packed_product.packed_product(x, values, at_the_end(bits), **way)
+                given = words if "pairs" in way else x
+                y = packed_product.packed_product(given, values, at_the_end(bits), **way)
                 assert (y == in_features // 2).all()
             except ValueError:
                 assert bits is not mask

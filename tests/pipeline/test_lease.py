@@ -214,6 +214,7 @@ def test_a_torn_holder_file_holds_nothing(work: Path) -> None:
     for content in ("", "{", "[1]"):
         (folder / HOLDER_FILE).write_text(content)
         with leased(work) as taken:
+            assert taken.folder != folder
             folder = taken.folder
         (folder / HOLDER_FILE).touch()
 
