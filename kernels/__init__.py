@@ -5,6 +5,7 @@ Importing it needs neither CuPy nor a driver nor a GPU.
 
 from streamprune_kernels.cpu import (
     add_range,
+    all_finite,
     count_values,
     excess_sums,
     kept_sums,
@@ -12,6 +13,7 @@ from streamprune_kernels.cpu import (
     local_swaps,
     refine_rows,
     select_groups,
+    select_weights,
     squared_distances,
     weighted_squares,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "NMWeight",
     "SparseWeight",
     "add_range",
+    "all_finite",
     "count_values",
     "excess_sums",
     "expand",
@@ -55,6 +58,7 @@ __all__ = [
     "packed_metadata",
     "refine_rows",
     "select_groups",
+    "select_weights",
     "sparse_linear",
     "sparse_linear_with_error",
     "sparse_unsuitable",

@@ -10,27 +10,7 @@
 #include <vector>
 
 #include "parts.h"
-
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float Vector __attribute__((vector_size(64)));
-typedef float HalfVector __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint8_t Bytes __attribute__((vector_size(8)));
-static const int LANES = 16, DOUBLES = 8;
-
-#define LOAD(pointer) \
-    ({ Vector loaded_; std::memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
-#define WIDEN(type, pointer) \
-    ({ type narrow_; std::memcpy(&narrow_, (pointer), sizeof narrow_); __builtin_convertvector(narrow_, Doubles); })
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#include "vectors.h"
 
 // Rows of scores that stay in the first-level cache while a tile is computed.
 static const int64_t ROWS_AT_ONCE = 1024;
@@ -291,67 +271,10 @@ CLONES static void count_values_part(const float* x, int64_t tokens, int64_t cha
     }
 }
 
-// The `kept` greatest of every m scores in rows [begin, end) of scores [rows, width]; of equal ones the first.
-template <int M>
-INLINE void select_rows(const float* scores, int64_t begin, int64_t end, int64_t width, int64_t group_size,
-                        int64_t kept, uint8_t* keep) {
-    const int m = M ? M : (int)group_size;
-    for (int64_t at = begin * width; at < end * width; at += m)
-        for (int i = 0; i < m; i++) {
-            int rank = 0;
-            for (int j = 0; j < i; j++) rank += scores[at + j] >= scores[at + i];
-            for (int j = i + 1; j < m; j++) rank += scores[at + j] > scores[at + i];
-            keep[at + i] = rank < kept;
-        }
-}
-
-CLONES static void select_part(const float* scores, int64_t begin, int64_t end, int64_t width, int64_t m, int64_t kept,
-                               uint8_t* keep) {
-    if (m == 4) return select_rows<4>(scores, begin, end, width, m, kept, keep);
-    if (m == 8) return select_rows<8>(scores, begin, end, width, m, kept, keep);
-    select_rows<0>(scores, begin, end, width, m, kept, keep);
-}
-
 INLINE double total_of(Doubles lanes) {
     double sum = 0;
     for (int lane = 0; lane < DOUBLES; lane++) sum += lanes[lane];
     return sum;
-}
-
-// Sums of the kept values of rows [begin, end); x, keep [rows, width].
-CLONES static void kept_sums_part(const float* x, const uint8_t* keep, int64_t begin, int64_t end, int64_t width,
-                                  double* out) {
-    for (int64_t row = begin; row < end; row++) {
-        const float* value = x + row * width;
-        const uint8_t* kept = keep + row * width;
-        Doubles lanes = {};
-        int64_t c = 0;
-        for (; c + DOUBLES <= width; c += DOUBLES) lanes += WIDEN(HalfVector, value + c) * WIDEN(Bytes, kept + c);
-        out[row] = total_of(lanes);
-        for (; c < width; c++) out[row] += kept[c] ? (double)value[c] : 0;
-    }
-}
-
-// Sums of the squares of x * scale, over the dropped columns and over all, of rows [begin, end); scale [width].
-CLONES static void weighted_squares_part(const float* x, const uint8_t* keep, const float* scale, int64_t begin,
-                                         int64_t end, int64_t width, double* dropped, double* all) {
-    for (int64_t row = begin; row < end; row++) {
-        const float* value = x + row * width;
-        const uint8_t* kept = keep + row * width;
-        Doubles lost = {}, whole = {};
-        int64_t c = 0;
-        for (; c + DOUBLES <= width; c += DOUBLES) {
-            Doubles weighted = WIDEN(HalfVector, value + c) * WIDEN(HalfVector, scale + c);
-            whole += weighted * weighted;
-            lost += weighted * weighted * (1 - WIDEN(Bytes, kept + c));
-        }
-        dropped[row] = total_of(lost), all[row] = total_of(whole);
-        for (; c < width; c++) {
-            double weighted = (double)value[c] * scale[c];
-            all[row] += weighted * weighted;
-            dropped[row] += kept[c] ? 0 : weighted * weighted;
-        }
-    }
 }
 
 // Squared distances of rows [begin, end) of x and y [rows, width].
@@ -543,7 +466,7 @@ CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float
 extern "C" {
 
 // What cpu.py calls must be what was compiled: raised with every change of a signature or of its meaning.
-int64_t interface_number() { return 9; }
+int64_t interface_number() { return 11; }
 
 void sum_of_maxima(const float* s, int64_t n_s, const float* t, int64_t n_t, int64_t rows, float* out,
                    int64_t threads) {
@@ -572,23 +495,6 @@ void count_values(const float* x, int64_t tokens, int64_t channels, const float*
         std::vector<int32_t> moved(bins);
         count_values_part(x, tokens, channels, begin, end, low, high, exponent, first, counts, bins, stride,
                           moved.data());
-    });
-}
-
-void select_groups(const float* scores, int64_t rows, int64_t width, int64_t m, int64_t kept, uint8_t* keep,
-            int64_t threads) {
-    in_parts(rows, 1, threads,
-             [=](int64_t begin, int64_t end) { select_part(scores, begin, end, width, m, kept, keep); });
-}
-
-void kept_sums(const float* x, const uint8_t* keep, int64_t rows, int64_t width, double* out, int64_t threads) {
-    in_parts(rows, 1, threads, [=](int64_t begin, int64_t end) { kept_sums_part(x, keep, begin, end, width, out); });
-}
-
-void weighted_squares(const float* x, const uint8_t* keep, const float* scale, int64_t rows, int64_t width,
-                      double* dropped, double* all, int64_t threads) {
-    in_parts(rows, 1, threads, [=](int64_t begin, int64_t end) {
-        weighted_squares_part(x, keep, scale, begin, end, width, dropped, all);
     });
 }
 

@@ -16,9 +16,11 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 9  # of the compiled functions; this and cpu.cpp's number are raised together
+INTERFACE = 11  # of the compiled functions; this and cpu.cpp's number are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
+FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by their numbers in selection.cpp
+INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "sum_of_maxima": [POINTER, INT64, POINTER, INT64, INT64, POINTER, INT64],
@@ -26,8 +28,10 @@ SIGNATURES = {
     "count_values": [POINTER, INT64, INT64, *[POINTER] * 5, INT64, INT64, INT64],
     "local_swaps": [POINTER, *[INT64] * 6, FLOAT, POINTER, INT64],
     "select_groups": [POINTER, *[INT64] * 4, POINTER, INT64],
+    "select_weights": [POINTER, INT64, POINTER, *[INT64] * 4, POINTER, POINTER, INT64],
     "kept_sums": [POINTER, POINTER, INT64, INT64, POINTER, INT64],
-    "weighted_squares": [*[POINTER] * 3, INT64, INT64, POINTER, POINTER, INT64],
+    "weighted_squares": [POINTER, INT64, POINTER, POINTER, INT64, INT64, POINTER, POINTER, INT64],
+    "count_not_finite": [POINTER, *[INT64] * 4],
     "squared_distances": [POINTER, POINTER, INT64, INT64, POINTER, INT64],
     "pack_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, INT64],
     "expand_rows": [*[POINTER] * 3, *[INT64] * 4, POINTER, INT64],
@@ -129,6 +133,26 @@ def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Ten
     return keep
 
 
+def select_weights(
+    weight: torch.Tensor, factor: torch.Tensor, kept: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_groups` by the scores |weight| * factor, which are never in memory, and their `kept_sums`.
+
+    weight [out, in] finite; factor float32 [in], not negative. Returns the mask and the sums, float64 [out].
+    """
+    compiled = _library_for(weight)
+    if compiled is None or weight.dtype not in FLOATS:
+        return reference.select_weights(weight, factor, kept, group_size)
+    if factor.shape != weight.shape[1:] or factor.dtype != torch.float32 or weight.shape[1] % group_size:
+        raise ValueError(f"{factor.dtype} factors {list(factor.shape)} do not fit a weight {list(weight.shape)}")
+    weight, factor = weight.contiguous(), factor.contiguous()
+    keep, sums = torch.empty(weight.shape, dtype=torch.bool), torch.empty(len(weight), dtype=torch.float64)
+    sizes = *weight.shape, group_size, kept
+    result = keep.data_ptr(), sums.data_ptr()
+    compiled.select_weights(weight.data_ptr(), FLOATS[weight.dtype], factor.data_ptr(), *sizes, *result, _threads())
+    return keep, sums
+
+
 def kept_sums(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Sum of the kept values of each row, float64 [rows]; x float32 [rows, width] finite, keep bool of its shape."""
     compiled = _library_for(x)
@@ -142,16 +166,25 @@ def kept_sums(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
 def weighted_squares(x: torch.Tensor, keep: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of (x * scale)^2 of each row, float64 [rows]: over the dropped columns, and over all.
 
-    x float32 [rows, width] finite, keep bool of its shape, scale float32 [width].
+    x [rows, width] finite, keep bool of its shape, scale float32 [width].
     """
     compiled = _library_for(x)
-    if compiled is None:
+    if compiled is None or x.dtype not in FLOATS:
         return reference.weighted_squares(x, keep, scale)
     x, keep, scale = x.contiguous(), keep.contiguous(), scale.contiguous()
     dropped, whole = torch.empty(2, len(x), dtype=torch.float64)
-    sums = dropped.data_ptr(), whole.data_ptr()
-    compiled.weighted_squares(x.data_ptr(), keep.data_ptr(), scale.data_ptr(), *x.shape, *sums, _threads())
+    tensors = x.data_ptr(), FLOATS[x.dtype], keep.data_ptr(), scale.data_ptr()
+    compiled.weighted_squares(*tensors, *x.shape, dropped.data_ptr(), whole.data_ptr(), _threads())
     return dropped, whole
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    compiled = _library_for(x)
+    if compiled is None or x.dtype not in FLOATS:
+        return reference.all_finite(x)
+    x = x.contiguous()
+    return not compiled.count_not_finite(x.data_ptr(), x.numel(), x.itemsize, INFINITY[x.dtype], _threads())
 
 
 def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,14 @@ Packed layer (docs/format.md): `values` [out, in*N/M] in ascending input channel
 the bit j % 8, little end first, of byte j // 8 set where channel j is kept.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
 
 CHANNELS_AT_ONCE = 1024  # bounds the memory of moving counts
+ROWS_AT_ONCE = 256  # bounds that of float64 copies
 LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
 
 
@@ -231,6 +233,18 @@ def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Ten
     return torch.stack([rank < kept for rank in ranks], dim=2).view(scores.shape)
 
 
+def select_weights(
+    weight: torch.Tensor, factor: torch.Tensor, kept: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_groups` by the float32 scores |weight| * factor, and their `kept_sums`.
+
+    weight [out, in]; factor float32 [in].
+    """
+    scores = weight.to(torch.float32, copy=True).abs_().mul_(factor)
+    keep = select_groups(scores, kept, group_size)
+    return keep, kept_sums(scores, keep)
+
+
 def kept_sums(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Sum of the kept values of each row, float64 [rows]; x [rows, width], keep bool of its shape."""
     return torch.where(keep, x, 0).sum(dim=1, dtype=torch.float64)
@@ -241,9 +255,18 @@ def weighted_squares(x: torch.Tensor, keep: torch.Tensor, scale: torch.Tensor) -
 
     x [rows, width], keep bool of its shape, scale [width].
     """
-    squares = (x.to(torch.float64) * scale.to(torch.float64)).square_()
-    whole = squares.sum(dim=1)
-    return squares.masked_fill_(keep, 0).sum(dim=1), whole
+    sums = []
+    for values, kept in zip(x.split(ROWS_AT_ONCE), keep.split(ROWS_AT_ONCE), strict=True):
+        squares = (values.to(torch.float64) * scale.to(torch.float64)).square_()
+        whole = squares.sum(dim=1)
+        sums.append((squares.masked_fill_(kept, 0).sum(dim=1), whole))
+    dropped, whole = (torch.cat(part) for part in zip(*sums, strict=True))
+    return dropped, whole
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: extremes show both, at a tenth of isfinite's time."""
+    return not x.numel() or math.isfinite(float(x.amax()) - float(x.amin()))
 
 
 def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from streamprune import compress, evaluate, export, verify
 from streamprune.config import PruneConfig
 from streamprune.errors import Interrupted
 from streamprune.pipeline.calibration import calibration_tokens
-from streamprune.pruning.metrics import esparse_score, score
+from streamprune.pruning.metrics import esparse_factor, score
 from streamprune.pruning.statistics import StatisticsAccumulator
 
 DEMO = Path(__file__).parent.parent / "demo"
@@ -203,7 +203,7 @@ def test_esparse_scores_are_those_of_numpy_on_real_activations(
     entropy, norm = numpy_entropy(x, bins=100), numpy.sqrt((x**2).sum(axis=0))
     expected = numpy.abs(weight.double().numpy()) * (entropy + 1.0 * norm)
 
-    exact = esparse_score(weight.double(), torch.from_numpy(entropy), torch.from_numpy(norm), 1.0)
+    exact = weight.double().abs() * esparse_factor(torch.from_numpy(entropy), torch.from_numpy(norm), 1.0)
     numpy.testing.assert_allclose(exact.numpy(), expected, rtol=1e-12)
 
     accumulator = StatisticsAccumulator(x.shape[1], PruneConfig(refine=False), torch.device("cpu"))

@@ -19,6 +19,7 @@ from streamprune.checkpoint.safetensors_header import TensorEntry, read_header
 from streamprune.checkpoint.torch_file import load_bin
 from streamprune.checkpoint.untrusted import MAX_KEY_CHARACTERS, open_regular, parse_json, read_json
 from streamprune.errors import CheckpointError, NumericsError
+from streamprune_kernels import all_finite
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
@@ -184,11 +185,6 @@ def read_about(path: Path) -> Any:
         return parse_json(metadata["streamprune"].encode()) if "streamprune" in metadata else None
     except ValueError as error:
         raise CheckpointError(f"{path}: its metadata is not valid JSON ({error})") from error
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: extremes show both, at a tenth of isfinite's time."""
-    return not tensor.numel() or math.isfinite(float(tensor.amax()) - float(tensor.amin()))
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from streamprune.checkpoint.packed import layer_from_tensors
-from streamprune.checkpoint.reader import all_finite
 from streamprune.config import NMPattern
 from streamprune.errors import NumericsError
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.skeleton import Skeleton
+from streamprune_kernels import all_finite
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]  # of a layer's inputs [tokens, in] and outputs [tokens, out]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamprune.checkpoint.reader import all_finite
 from streamprune.config import MOST_GROUP_SIZE, NMPattern
 from streamprune.model.arithmetic import warn_without_kernels
 from streamprune_kernels import (
+    all_finite,
     expand,
     pack_mask,
     pack_values,

@@ -14,13 +14,13 @@ import torch
 
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import NumericsError
-from streamprune.pruning.metrics import score
+from streamprune.pruning.metrics import channel_factor, check_scores, score
 from streamprune.pruning.reconstruction import reconstruct_weight
 from streamprune.pruning.refinement import SHRINKAGE_ROWS, choose_shrinkage, quadratic_form, refine_mask
 from streamprune.pruning.selection import select, stable_product, stable_sum
 from streamprune.pruning.shuffle import search_in_heads, search_permutation
 from streamprune.pruning.statistics import ChannelStatistics, SecondMoments
-from streamprune_kernels import kept_sums
+from streamprune_kernels import kept_sums, select_weights
 
 Timed = Callable[[str], AbstractContextManager[None]]
 Heads = tuple[int, int, int]  # query heads, KV heads, size of a head
@@ -122,6 +122,9 @@ def prune_group(
     `heads`: the permutation stays inside heads. `fixed`: the order of channels is not this group's to choose. Raises
     NumericsError where scores or fitted weights are not finite.
     """
+    factor = channel_factor(statistics, config)
+    if factor is not None and statistics.moments is None and (fixed or not config.search_stages):
+        return _select_alone(weights, factor, config, timed)
     counts = [len(weight) for weight in weights.values()]
     with timed("select"):
         each = [score(weight, statistics, config) for weight in weights.values()]
@@ -150,6 +153,19 @@ def prune_group(
             written[name] = torch.cat([piece.written for piece in pieces if piece.written is not None])
         steps[name] = _steps(pieces)
     return PrunedGroup(permutation, keep, written, steps, shrinkage)
+
+
+def _select_alone(
+    weights: Mapping[str, torch.Tensor], factor: torch.Tensor, config: PruneConfig, timed: Timed
+) -> PrunedGroup:
+    """Where nothing follows on selection no score |W_ij| * factor_j need be in memory."""
+    keep, steps = {}, {}
+    with timed("select"):
+        for name, weight in weights.items():
+            keep[name], retained = select_weights(weight, factor, config.pattern.kept, config.pattern.group_size)
+            check_scores(float(retained.sum()), config)
+            steps[name] = (Step("selection", stable_sum(retained), None, None),)
+    return PrunedGroup(None, keep, {}, steps, ())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from streamprune.config import NMPattern
 from streamprune_kernels import select_groups, weighted_squares
 
 INNER_AT_ONCE = 512
-ROWS_AT_ONCE = 256  # a float32 copy of them stays in the caches
 
 
 def select(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
@@ -24,10 +23,7 @@ def weighted_error(weight: torch.Tensor, keep: torch.Tensor, rms: torch.Tensor) 
 
     weight [out, in], keep bool [out, in], rms [in], all in one channel order. 0 for a weight of zeros.
     """
-    sums = []
-    for rows, kept in zip(weight.split(ROWS_AT_ONCE), keep.split(ROWS_AT_ONCE), strict=True):
-        sums.append(weighted_squares(rows.to(torch.float32), kept, rms))
-    dropped, whole = (stable_sum(torch.cat(part)) for part in zip(*sums, strict=True))
+    dropped, whole = map(stable_sum, weighted_squares(weight, keep, rms))
     return math.sqrt(dropped / whole) if whole > 0 else 0.0
 
 

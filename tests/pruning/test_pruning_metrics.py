@@ -11,11 +11,10 @@ from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.metrics import (
     amplitude,
-    esparse_score,
-    magnitude_score,
+    channel_factor,
+    esparse_factor,
     ria_score,
     score,
-    wanda_score,
 )
 from streamprune.pruning.selection import select
 from streamprune.pruning.statistics import ChannelStatistics
@@ -97,10 +96,8 @@ def test_plain_functions_in_float64_are_exact_to_rounding() -> None:
     n, entropy = torch.from_numpy(norm()), statistics().entropy
     assert entropy is not None
     for computed, metric in (
-        (magnitude_score(w), "magnitude"),
-        (wanda_score(w, n), "wanda"),
         (ria_score(w, n), "ria"),
-        (esparse_score(w, entropy, n, 1.0), "esparse"),
+        (w.abs() * esparse_factor(entropy, n, 1.0), "esparse"),
     ):
         numpy.testing.assert_allclose(computed.numpy(), REFERENCES[metric](w.numpy()), rtol=1e-14)
 
@@ -108,12 +105,22 @@ def test_plain_functions_in_float64_are_exact_to_rounding() -> None:
 def test_scores_by_hand() -> None:
     w = torch.tensor([[3.0, -4.0], [-1.0, 0.0]])
     n = torch.tensor([4.0, 9.0])
-    assert magnitude_score(w).tolist() == [[3, 4], [1, 0]]
-    assert wanda_score(w, n).tolist() == [[12, 36], [4, 0]]
+    seen = ChannelStatistics(n.double().square(), None, None, 4, 1)
+    assert score(w, seen, PruneConfig(metric="magnitude")).tolist() == [[3, 4], [1, 0]]
+    assert score(w, seen, PruneConfig(metric="wanda")).tolist() == [[12, 36], [4, 0]]
     # Rows sum to 7 and 1, columns to 4 and 4; square roots of the norms are 2 and 3.
     expected = [[(3 / 7 + 3 / 4) * 2, (4 / 7 + 4 / 4) * 3], [(1 / 1 + 1 / 4) * 2, 0]]
     numpy.testing.assert_allclose(ria_score(w, n).numpy(), expected, rtol=1e-6)
-    assert esparse_score(w, torch.tensor([1.0, 2.0]), n, 0.5).tolist() == [[9, 26], [3, 0]]
+    assert (w.abs() * esparse_factor(torch.tensor([1.0, 2.0]), n, 0.5)).tolist() == [[9, 26], [3, 0]]
+
+
+@pytest.mark.parametrize("metric", ["magnitude", "wanda", "esparse"])
+def test_a_score_is_the_magnitude_times_the_channels_factor(metric: Any) -> None:
+    config = PruneConfig(metric=metric)
+    factor = channel_factor(statistics(), config)
+    assert factor is not None
+    assert torch.equal(score(weight(), statistics(), config), weight().to(torch.float32).abs() * factor)
+    assert channel_factor(statistics(), PruneConfig(metric="ria")) is None
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 4.0])
@@ -197,7 +204,7 @@ def test_relative_terms_are_divided_by_their_means(alpha: float) -> None:
 
 
 def test_relative_terms_that_are_zero_stay_zero() -> None:
-    w, zeros = torch.ones(2, 4), torch.zeros(4)
+    zeros = torch.zeros(4)
     n = torch.tensor([1.0, 2.0, 3.0, 2.0])
-    assert esparse_score(w, zeros, n, 2.0, relative=True).tolist() == [[1.0, 2.0, 3.0, 2.0]] * 2
-    assert esparse_score(w, zeros, zeros, 2.0, relative=True).count_nonzero() == 0
+    assert esparse_factor(zeros, n, 2.0, relative=True).tolist() == [1.0, 2.0, 3.0, 2.0]
+    assert esparse_factor(zeros, zeros, 2.0, relative=True).count_nonzero() == 0

@@ -1,0 +1,26 @@
+// Vectors of 16 lanes for cpu.cpp and selection.cpp: one AVX-512 register, two of AVX2.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef float HalfVector __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+static const int LANES = 16, DOUBLES = 8;
+
+#define LOAD(pointer) \
+    ({ Vector loaded_; std::memcpy(&loaded_, (pointer), sizeof loaded_); loaded_; })
+#define WIDEN(type, pointer) \
+    ({ type narrow_; std::memcpy(&narrow_, (pointer), sizeof narrow_); __builtin_convertvector(narrow_, Doubles); })
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
