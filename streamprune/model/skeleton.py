@@ -18,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.errors import CheckpointError, UnsupportedModelError
@@ -96,8 +97,9 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     config, architecture = model_config(folder, checkpoint)
     config.use_cache = False
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model.tie_weights()
     except Exception as error:
         raise CheckpointError(f"{folder}/config.json: makes no model ({one_line(error)})") from error
     model.eval()
