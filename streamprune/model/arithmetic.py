@@ -4,6 +4,8 @@ import ctypes
 import logging
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,6 +95,19 @@ def warn_without_kernels() -> None:
             "streamprune was built without its compiled kernels: search, refinement and packed products take "
             "several times longer; install a C++ compiler and then streamprune again"
         )
+
+
+@contextmanager
+def threads_left(others: int) -> Iterator[None]:
+    """Compute with as many threads as leave processors to `others`: threads of a pool wait for each other busily, and
+    where one has no processor all are late.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - others))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def peak_memory_bytes() -> int:

@@ -39,6 +39,7 @@ from streamprune.checkpoint.writer import (
 from streamprune.config import NMPattern, PruneConfig, parse_bytes
 from streamprune.errors import OutputError
 from streamprune.model.arithmetic import peak_memory_bytes
+from streamprune.pipeline.entries import about_permutation
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
     WORK_FOLDER,
@@ -53,7 +54,7 @@ from streamprune.pipeline.plan import check_disk
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.residual import reordered, residual_permutation
 from streamprune.pipeline.run import Run
-from streamprune.pipeline.scheduler import about_permutation, check_outcomes, compress_blocks
+from streamprune.pipeline.scheduler import check_outcomes, compress_blocks
 
 COPIED_FILES = (
     "generation_config.json",

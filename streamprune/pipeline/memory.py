@@ -180,8 +180,8 @@ def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> 
     mask_bytes = (2 if has_metadata else 1) / 8  # of each weight
     packed, packed_largest = (int(count * (itemsize * share + mask_bytes)) for count in (kept, largest))
     dense = block - kept * sizes.dtype.itemsize  # what of the block is not packed
-    if not config.validate:  # no pass at all
-        return 0, source + max(pruning + written, results), 0
+    if not config.validate:  # no pass at all; a block is written while the next is pruned
+        return 0, source + max(pruning + written, results) + (results if pace.blocks_ahead else 0), 0
     return (
         source + block + sum(moments) + histograms + activations,
         source + max(pruning + written, results),
@@ -202,6 +202,8 @@ def _moment_bytes(shapes: Sequence[Shape], unit: int, config: PruneConfig) -> in
 
 def _search_bytes(shapes: Sequence[Shape], config: PruneConfig) -> int:
     """Scores of one input's layers, and beside them the search's copies or what a piece of the rows takes."""
+    if not config.search_stages and not config.needs_moments and config.metric != "ria":
+        return 0
     rows, in_features = sum(shape[0] for shape in shapes), shapes[0][1]
     scores, piece = rows * in_features, min(max(shape[0] for shape in shapes), ROWS_AT_ONCE) * in_features
     copies = 2 * scores if config.search_stages else scores

@@ -34,6 +34,10 @@ class Run:
     def tick(self) -> None:
         """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
         self.progress.sample_done()
+        self.check()
+
+    def check(self) -> None:
+        """Raise Interrupted when asked to stop, OutputError where the output is another's by now."""
         self.journal.lease.check()
         if self.should_stop():
             raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")

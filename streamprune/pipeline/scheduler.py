@@ -7,38 +7,33 @@ Where refinement corrects for the error of earlier blocks, pass 1 also carries s
 blocks alone (the reference), and compares each layer's inputs there with those that it will have.
 """
 
-import dataclasses
 import logging
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from streamprune.checkpoint.packed import layer_from_tensors, packed_tensors, tensor_names
+from streamprune.checkpoint.packed import layer_from_tensors, tensor_names
 from streamprune.checkpoint.reader import Checkpoint, open_file
 from streamprune.checkpoint.scratch import HiddenStates
-from streamprune.checkpoint.writer import Pieces, Staged, stage_safetensors
 from streamprune.config import PruneConfig
 from streamprune.errors import BlockErrorExceeded, JobMismatchError
 from streamprune.model.arithmetic import peak_memory_bytes, return_free_memory
 from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.streaming import BlockArguments, load_block
-from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, PrunedLayer, prune_block
-from streamprune.pipeline.job import Job
+from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
+from streamprune.pipeline.entries import about_layer, about_moments, digests_of, stage_block
 from streamprune.pipeline.observation import BlockObservation
 from streamprune.pipeline.progress import StageTimes
-from streamprune.pipeline.residual import source_order
 from streamprune.pipeline.run import Run
 from streamprune.pipeline.source import SourceBlock, parameters_of, read_source, source_blocks
 from streamprune.pipeline.streams import Streams, inputs_of_next_block
+from streamprune.pipeline.unseen import unseen_blocks
 from streamprune.pipeline.validation import (
     BlockErrorSum,
     InputSample,
-    LayerErrors,
     check_bits,
     check_packed_bits,
     layer_errors,
@@ -55,27 +50,25 @@ def compress_blocks(run: Run, entries: list[dict[str, Any]]) -> list[dict[str, A
     if len(entries) == len(blocks):
         return entries
     run.progress.start(len(blocks), len(entries), len(run.job.tokens))
-    sources = source_blocks(run.job, range(len(entries), len(blocks)))
-    run.open_files.callback(sources.close)
     left = range(len(entries), len(blocks))
-    if run.job.config.validate:
-        following = _pruned_blocks(run, tuple(entries), sources)
-    else:
-        following = _pruned_unseen(run, left, sources)
+    following = _pruned_blocks(run, tuple(entries)) if run.job.config.validate else unseen_blocks(run, left)
+    run.open_files.callback(following.close)
     for index, entry in zip(left, following, strict=True):
         run.journal.record(index, entry)
         entries.append(entry)
-        return_free_memory()
+        if run.job.config.validate:  # without passes a block's memory is the next one's; to fetch it anew takes long
+            return_free_memory()
         run.progress.block_done(blocks[index], entry)
     return entries
 
 
-def _pruned_blocks(
-    run: Run, finished: Sequence[dict[str, Any]], sources: Iterator[SourceBlock]
-) -> Iterator[dict[str, Any]]:
+def _pruned_blocks(run: Run, finished: Sequence[dict[str, Any]]) -> Generator[dict[str, Any], None, None]:
     """The entries of the blocks that follow; each is to be in the journal before the next is asked for."""
+    left = range(len(finished), len(run.job.skeleton.blocks))
+    sources = source_blocks(run.job, left)
+    run.open_files.callback(sources.close)
     arguments, streams = inputs_of_next_block(run, finished)
-    for index in range(len(finished), len(run.job.skeleton.blocks)):
+    for index in left:
         entry, following = _compress_block(run, index, sources, arguments, streams)
         yield entry
         streams.close()
@@ -108,7 +101,7 @@ def _compress_block(
     timed = StageTimes()
     with timed("read"):
         source = next(sources)
-        digests, tensors = source.digests, parameters_of(job, index, source, run.residual)
+        digests, tensors = source.digests, parameters_of(job, source, run.residual)
         del source
     dense = run.hidden_states("dense", len(job.tokens))
     reference = None
@@ -116,11 +109,11 @@ def _compress_block(
         reference = run.inputs_of(index + 1, "reference", len(streams.reference))
     run.progress.stage(f"{name} dense")
     statistics = _dense_pass(run, index, tensors, arguments, streams, dense, reference, timed)
-    moments = _about_moments(statistics)
+    moments = about_moments(statistics)
     pruned = prune_block(job.skeleton, index, tensors, statistics, set(job.plan.blocks[index]), job.config, timed)
     del tensors, statistics
     with timed("write"):
-        staged = _stage_block(run, index, pruned)
+        staged = stage_block(run, index, pruned)
     run.progress.stage(f"{name} sparse")
     following = run.inputs_of(index + 1, "hidden", len(job.tokens))
     synced = [run.background.submit(file.sync) for file in staged]
@@ -140,8 +133,8 @@ def _compress_block(
         )
     if outcome == "kept dense":
         with timed("write"):
-            tensors = parameters_of(job, index, read_source(job, index), run.residual)
-            staged = _stage_block(run, index, PrunedBlock({}, tensors, ()))
+            tensors = parameters_of(job, read_source(job, index), run.residual)
+            staged = stage_block(run, index, PrunedBlock({}, tensors, ()))
         for sequence in range(len(dense)):
             following.write(sequence, dense.read(sequence))
         synced += [run.background.submit(file.sync) for file in (*staged, following)]
@@ -160,86 +153,13 @@ def _compress_block(
         "block_error": error,
         "layers": layers,
         "source_tensors": digests,
-        "files": _digests(run, staged),
+        "files": digests_of(run, staged),
         "hidden_states": following.checksums,
         "reference_states": None if reference is None else reference.checksums,
         "moments": moments,
         "timings": {"seconds": timed.seconds, "peak_memory_bytes": peak_memory_bytes()},
     }
     return entry, Streams(following, reference)
-
-
-def _pruned_unseen(run: Run, left: Iterable[int], sources: Iterator[SourceBlock]) -> Iterator[dict[str, Any]]:
-    """The entries of blocks pruned by their weights alone; one is synced while the next is worked on."""
-
-    def publish(staged: Sequence[Staged]) -> None:
-        for file in staged:
-            file.sync()
-            file.publish()
-
-    waiting: deque[tuple[dict[str, Any], Future[None]]] = deque()
-    for index in left:
-        entry, staged = _prune_unseen(run, index, sources)
-        waiting.append((entry, run.background.submit(publish, staged)))
-        if len(waiting) > 1:
-            entry, published = waiting.popleft()
-            published.result()
-            yield entry
-    for entry, published in waiting:
-        published.result()
-        yield entry
-
-
-def _prune_unseen(run: Run, index: int, sources: Iterator[SourceBlock]) -> tuple[dict[str, Any], Sequence[Staged]]:
-    """A block pruned by its weights alone: no text passes it, and nothing is known of its error."""
-    job = run.job
-    timed = StageTimes()
-    with timed("read"):
-        source = next(sources)
-        digests, tensors = source.digests, parameters_of(job, index, source, run.residual)
-        del source
-    plans = job.plan.blocks[index]
-    statistics = {layer: ChannelStatistics.unseen(plan.shape[1]) for layer, plan in plans.items()}
-    pruned = prune_block(job.skeleton, index, tensors, statistics, set(plans), job.config, timed)
-    del tensors
-    with timed("write"):
-        staged = _stage_block(run, index, pruned)
-    entry = {
-        "name": job.skeleton.blocks[index],
-        "outcome": "pruned",
-        "block_error": None,
-        "layers": [_about_layer(job, index, layer, result, None) for layer, result in pruned.layers.items()],
-        "source_tensors": digests,
-        "files": _digests(run, staged),
-        "moments": _about_moments({}),
-        "timings": {"seconds": timed.seconds, "peak_memory_bytes": peak_memory_bytes()},
-    }
-    return entry, staged
-
-
-def _about_moments(statistics: Mapping[str, ChannelStatistics]) -> dict[str, Any]:
-    """Memory of all second moments of a block, and the layers whose inputs were too wide for one matrix of them."""
-    each = {id(shared): shared for shared in statistics.values()}.values()
-    split = [name for name, s in statistics.items() if s.moments is not None and len(s.moments.bounds) > 1]
-    return {"bytes": sum(shared.moments_bytes for shared in each), "layers_in_blocks": sorted(split)}
-
-
-def _about_layer(job: Job, index: int, name: str, pruned: PrunedLayer, errors: LayerErrors | None) -> dict[str, Any]:
-    """A layer's entry in the manifest."""
-    plan = job.plan.blocks[index][name]
-    return {
-        "name": name,
-        "pattern": str(job.config.pattern),
-        "shape": list(plan.shape),
-        "dense_bytes": plan.dense_bytes,
-        "packed_bytes": plan.packed_bytes,
-        "permutation_bytes": 0 if pruned.gather is None else 4 * len(pruned.gather),
-        "steps": [dataclasses.asdict(step) for step in pruned.steps],
-        "shrinkage": list(pruned.shrinkage),
-        "weighted_error": pruned.weighted_error,
-        "kernel_error": None if errors is None else errors.kernel_error,
-        "layer_error": None if errors is None else errors.layer_error,
-    }
 
 
 def _dense_pass(
@@ -272,31 +192,6 @@ def _dense_pass(
     with timed("dense pass"), layers_observed(block, observation.observers, job.tokens.shape[1]):
         run.advance(block, index, arguments, streams.hidden, dense, observe)
     return observation.result()
-
-
-def _stage_block(run: Run, index: int, pruned: PrunedBlock) -> tuple[Staged, Staged]:
-    """Write a block's folded permutations and input RMS, which lie beside the journal until the end, and its shard.
-
-    Layers are packed one tensor at a time while the shard is written.
-    """
-    tensors: dict[str, torch.Tensor | Pieces] = {**pruned.others}
-    evidence: dict[str, torch.Tensor] = {fold.name: fold.permutation.cpu().to(torch.int32) for fold in pruned.folded}
-    for name, layer in pruned.layers.items():
-        tensors.update(packed_tensors(name, layer.written, layer.keep, layer.gather, run.job.config.pattern))
-        evidence[f"{name}.input_rms"] = source_order(layer.rms.cpu(), f"{name}.weight", run.residual)
-    about = [about_permutation(fold) for fold in pruned.folded]
-    beside, shard = run.journal.evidence_path(index), run.journal.out / run.job.shard_name(index)
-    temporary = run.journal.temporary
-    return stage_safetensors(beside, evidence, temporary, about), stage_safetensors(shard, tensors, temporary)
-
-
-def _digests(run: Run, staged: Iterable[Staged]) -> dict[str, str]:
-    return {str(file.path.relative_to(run.journal.out)): file.digest for file in staged}
-
-
-def about_permutation(fold: FoldedPermutation) -> dict[str, Any]:
-    """A folded permutation's entry in the list of reordered tensors (docs/format.md)."""
-    return {"permutation": fold.name, "reorders": [list(item) for item in fold.reorders]}
 
 
 def _sparse_pass(
@@ -344,7 +239,7 @@ def _validated(
         assert isinstance(written, PackedLinear)
         bias = pruned.others.get(f"{layer}.bias")
         errors = layer_errors(layer, written, result, bias, samples[layer].tokens, job.arithmetic)
-        layers.append(_about_layer(job, index, layer, result, errors))
+        layers.append(about_layer(job, index, layer, result, errors))
         check_packed_bits(layer, result, layer_from_tensors(layer, shard.read(tensor_names(shard, layer))))
     for parameter, tensor in pruned.others.items():
         check_bits(parameter, tensor, shard.read([parameter])[parameter])

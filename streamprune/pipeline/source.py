@@ -1,13 +1,14 @@
 """The source's blocks, read ahead of the one that is worked on."""
 
-from collections import deque
+import time
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from streamprune.checkpoint.reader import tensor_digest
+from streamprune.pipeline.ahead import ahead
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.residual import reordered
@@ -15,10 +16,12 @@ from streamprune.pipeline.residual import reordered
 
 @dataclass(frozen=True)
 class SourceBlock:
-    """A block's parameters as the source stores them, by its names, and their digests."""
+    """A block's parameters as the source stores them, by its names, their digests, and the seconds that both took."""
 
+    index: int
     tensors: dict[str, torch.Tensor]
     digests: dict[str, str]
+    seconds: float
 
 
 def source_blocks(job: Job, indices: Iterable[int]) -> Generator[SourceBlock, None, None]:
@@ -26,33 +29,20 @@ def source_blocks(job: Job, indices: Iterable[int]) -> Generator[SourceBlock, No
 
     The thread that reads makes no arithmetic but checksums.
     """
-    ahead = job.plan.memory.blocks_ahead
-    if not ahead:
-        yield from (read_source(job, index) for index in indices)
-        return
-    left = deque(indices)
-    upcoming: deque[Future[SourceBlock]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-        try:
-            while left or upcoming:
-                while left and len(upcoming) <= ahead:
-                    upcoming.append(reader.submit(read_source, job, left.popleft()))
-                yield upcoming.popleft().result()  # no name here holds it longer than the one who asked
-        finally:
-            reader.shutdown(cancel_futures=True)
+    return ahead(map(partial(read_source, job), indices), job.plan.memory.blocks_ahead, "read-ahead")
 
 
 def read_source(job: Job, index: int) -> SourceBlock:
     """One block, its digests taken, its values not looked at."""
+    start = time.perf_counter()
     tensors = job.checkpoint.read_unchecked(job.names[name] for name in job.skeleton.block_parameters(index))
-    return SourceBlock(tensors, {name: tensor_digest(tensor) for name, tensor in tensors.items()})
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    return SourceBlock(index, tensors, digests, time.perf_counter() - start)
 
 
-def parameters_of(
-    job: Job, index: int, source: SourceBlock, residual: FoldedPermutation | None
-) -> dict[str, torch.Tensor]:
+def parameters_of(job: Job, source: SourceBlock, residual: FoldedPermutation | None) -> dict[str, torch.Tensor]:
     """A block's parameters by name, checked, on the job's device, the residual stream in the job's order."""
     job.checkpoint.check_finite(source.tensors)
     device = job.arithmetic.device
-    names = job.skeleton.block_parameters(index)
+    names = job.skeleton.block_parameters(source.index)
     return reordered({name: source.tensors[job.names[name]].to(device) for name in names}, residual)

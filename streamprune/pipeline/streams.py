@@ -79,7 +79,7 @@ def _written_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
 
 def _source_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
     job = run.job
-    tensors = parameters_of(job, index, read_source(job, index), run.residual)
+    tensors = parameters_of(job, read_source(job, index), run.residual)
     return dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
 
 

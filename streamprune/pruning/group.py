@@ -159,7 +159,8 @@ def _select_alone(
     weights: Mapping[str, torch.Tensor], factor: torch.Tensor, config: PruneConfig, timed: Timed
 ) -> PrunedGroup:
     """Where nothing follows on selection no score |W_ij| * factor_j need be in memory."""
-    keep, steps = {}, {}
+    keep: dict[str, torch.Tensor] = {}
+    steps: dict[str, tuple[Step, ...]] = {}
     with timed("select"):
         for name, weight in weights.items():
             keep[name], retained = select_weights(weight, factor, config.pattern.kept, config.pattern.group_size)

@@ -13,7 +13,7 @@ import torch
 from streamprune.checkpoint import packed
 from streamprune.checkpoint.writer import Pieces, Staged
 from streamprune.errors import BlockErrorExceeded, KernelFault
-from streamprune.pipeline import scheduler
+from streamprune.pipeline import entries, scheduler
 from streamprune.pipeline.compress import CompressResult
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
@@ -212,7 +212,7 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
     tmp_path: Path,
 ) -> None:
     expected = tiny.digests(outputs("llama"))
-    original = scheduler.stage_safetensors
+    original = entries.stage_safetensors
     written: list[str] = []
 
     def corrupt(path: Path, tensors: Tensors, *rest: Any) -> Staged:
@@ -222,7 +222,7 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
             edit(tensors[f"{layer}.{part}"])
         return original(path, tensors, *rest)
 
-    monkeypatch.setattr(scheduler, "stage_safetensors", corrupt)
+    monkeypatch.setattr(entries, "stage_safetensors", corrupt)
     with pytest.raises(KernelFault, match=rf"{layer}: kernel_error \S+ is beyond") as fault:
         prune("llama", tmp_path / "out")
     assert fault.value.exit_code == 7
@@ -237,7 +237,7 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
 
 def test_one_low_bit_of_one_weight_is_stopped(prune: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of the smallest weight: no product on a sample sees it; the comparison of the bits does."""
-    layer, original = "model.layers.0.mlp.down_proj", scheduler.stage_safetensors
+    layer, original = "model.layers.0.mlp.down_proj", entries.stage_safetensors
 
     def flip(path: Path, tensors: Tensors, *rest: Any) -> Staged:
         name = f"{layer}.weight_values"
@@ -247,7 +247,7 @@ def test_one_low_bit_of_one_weight_is_stopped(prune: Prune, monkeypatch: pytest.
             tensors = {**tensors, name: values}
         return original(path, tensors, *rest)
 
-    monkeypatch.setattr(scheduler, "stage_safetensors", flip)
+    monkeypatch.setattr(entries, "stage_safetensors", flip)
     with pytest.raises(KernelFault, match=rf"^{layer}\.weight_values: came back from disk changed"):
         prune("llama", tmp_path / "out")
     assert list((tmp_path / "out" / ".work").glob("block-*.json")) == []

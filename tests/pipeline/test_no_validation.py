@@ -1,6 +1,8 @@
 """--no-validate: blocks pruned by their weights alone, without a forward pass."""
 
 import json
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 
 import streamprune
 from streamprune.cli import cli
-from streamprune.errors import Interrupted, SettingsError
+from streamprune.errors import Interrupted, NumericsError, SettingsError
 from streamprune.model import blocks
 from streamprune.pipeline import calibration
 from streamprune.pipeline.compress import CompressResult
@@ -107,6 +109,36 @@ def test_it_goes_on_where_it_was_stopped(prune: Prune, monkeypatch: pytest.Monke
     monkeypatch.undo()
     prune("llama", tmp_path / "out", **UNSEEN)
     assert tiny.digests(tmp_path / "out") == tiny.digests(tmp_path / "whole")
+
+
+def test_asked_to_stop_it_keeps_what_is_finished(prune: Prune, tmp_path: Path) -> None:
+    asked = iter([False, True])
+    with pytest.raises(Interrupted, match="run again to go on"):
+        prune("llama", tmp_path / "out", should_stop=lambda: next(asked), **UNSEEN)
+    assert len(list((tmp_path / "out" / ".work").glob("block-*.json"))) == 2
+    prune("llama", tmp_path / "whole", **UNSEEN)
+    prune("llama", tmp_path / "out", **UNSEEN)
+    assert tiny.digests(tmp_path / "out") == tiny.digests(tmp_path / "whole")
+
+
+def test_a_fault_leaves_the_blocks_before_it(sources: Callable[[str], Path], prune: Prune, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(sources("llama-sharded"), tmp_path / "source"))
+    name = "model.layers.2.self_attn.v_proj.weight"
+    tiny.edit_tensor(tiny.shard_of(source, name), name, lambda tensor: tensor[0].fill_(float("nan")))
+    threads = torch.get_num_threads()
+    with pytest.raises(NumericsError, match=rf"tensor {name} holds NaN or infinity"):
+        prune(source, tmp_path / "out", **UNSEEN)
+    assert len(list((tmp_path / "out" / ".work").glob("block-*.json"))) == 2
+    assert torch.get_num_threads() == threads
+    stages = ("read-ahead", "prune", "write", "sync")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(stages)]
+
+
+def test_bytes_are_the_same_however_many_blocks_are_under_way(prune: Prune, tmp_path: Path) -> None:
+    for prefetch in (0, 1, 3):
+        prune("llama", tmp_path / str(prefetch), prefetch=prefetch, **UNSEEN)
+    first, *others = (tiny.digests(tmp_path / str(prefetch)) for prefetch in (0, 1, 3))
+    assert all(other == first for other in others)
 
 
 @pytest.mark.parametrize(

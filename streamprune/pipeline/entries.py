@@ -1,0 +1,66 @@
+"""What a finished block leaves: its shard, the evidence of its permutations, and its entry in journal and manifest."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from streamprune.checkpoint.packed import packed_tensors
+from streamprune.checkpoint.writer import Pieces, Staged, stage_safetensors
+from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, PrunedLayer
+from streamprune.pipeline.job import Job
+from streamprune.pipeline.residual import source_order
+from streamprune.pipeline.run import Run
+from streamprune.pipeline.validation import LayerErrors
+from streamprune.pruning.statistics import ChannelStatistics
+
+
+def stage_block(run: Run, index: int, pruned: PrunedBlock) -> tuple[Staged, Staged]:
+    """Write a block's folded permutations and input RMS, which lie beside the journal until the end, and its shard.
+
+    Layers are packed one tensor at a time while the shard is written.
+    """
+    tensors: dict[str, torch.Tensor | Pieces] = {**pruned.others}
+    evidence: dict[str, torch.Tensor] = {fold.name: fold.permutation.cpu().to(torch.int32) for fold in pruned.folded}
+    for name, layer in pruned.layers.items():
+        tensors.update(packed_tensors(name, layer.written, layer.keep, layer.gather, run.job.config.pattern))
+        evidence[f"{name}.input_rms"] = source_order(layer.rms.cpu(), f"{name}.weight", run.residual)
+    about = [about_permutation(fold) for fold in pruned.folded]
+    beside, shard = run.journal.evidence_path(index), run.journal.out / run.job.shard_name(index)
+    temporary = run.journal.temporary
+    return stage_safetensors(beside, evidence, temporary, about), stage_safetensors(shard, tensors, temporary)
+
+
+def digests_of(run: Run, staged: Iterable[Staged]) -> dict[str, str]:
+    return {str(file.path.relative_to(run.journal.out)): file.digest for file in staged}
+
+
+def about_permutation(fold: FoldedPermutation) -> dict[str, Any]:
+    """A folded permutation's entry in the list of reordered tensors (docs/format.md)."""
+    return {"permutation": fold.name, "reorders": [list(item) for item in fold.reorders]}
+
+
+def about_moments(statistics: Mapping[str, ChannelStatistics]) -> dict[str, Any]:
+    """Memory of all second moments of a block, and the layers whose inputs were too wide for one matrix of them."""
+    each = {id(shared): shared for shared in statistics.values()}.values()
+    split = [name for name, s in statistics.items() if s.moments is not None and len(s.moments.bounds) > 1]
+    return {"bytes": sum(shared.moments_bytes for shared in each), "layers_in_blocks": sorted(split)}
+
+
+def about_layer(job: Job, index: int, name: str, pruned: PrunedLayer, errors: LayerErrors | None) -> dict[str, Any]:
+    """A layer's entry in the manifest."""
+    plan = job.plan.blocks[index][name]
+    return {
+        "name": name,
+        "pattern": str(job.config.pattern),
+        "shape": list(plan.shape),
+        "dense_bytes": plan.dense_bytes,
+        "packed_bytes": plan.packed_bytes,
+        "permutation_bytes": 0 if pruned.gather is None else 4 * len(pruned.gather),
+        "steps": [dataclasses.asdict(step) for step in pruned.steps],
+        "shrinkage": list(pruned.shrinkage),
+        "weighted_error": pruned.weighted_error,
+        "kernel_error": None if errors is None else errors.kernel_error,
+        "layer_error": None if errors is None else errors.layer_error,
+    }
