@@ -22,6 +22,7 @@ STATISTICS_FILE = "streamprune_statistics.safetensors"
 MANIFEST_FILE = "streamprune_manifest.json"
 MANIFEST_DIGEST_FILE = "streamprune_manifest.sha256"
 TIMINGS_FILE = "timings.json"
+PACKED_AT_ONCE = 1 << 22  # bytes of a weight: what comes of them is still in the caches when it is written
 MASK_BITS_AT_ONCE = 1 << 24  # unpacked, a byte each
 
 
@@ -57,12 +58,22 @@ def pack_layer(weight: torch.Tensor, keep: torch.Tensor, permutation: torch.Tens
 def packed_tensors(
     name: str, weight: torch.Tensor, keep: torch.Tensor, permutation: torch.Tensor | None, pattern: NMPattern
 ) -> dict[str, Pieces | torch.Tensor]:
-    """The tensors of `pack_layer` under their names in a shard, each packed when it is written."""
+    """The tensors of `pack_layer` under their names in a shard, packed some rows at a time while they are written."""
     rows, channels = weight.shape
     kept = channels // pattern.group_size * pattern.kept
+    at_once = max(1, PACKED_AT_ONCE // (weight.itemsize * channels))
+
+    def values() -> Iterator[torch.Tensor]:
+        for some, keeps in zip(weight.split(at_once), keep.split(at_once), strict=True):
+            yield pack_values(some, keeps).cpu()
+
+    def mask() -> Iterator[torch.Tensor]:
+        for keeps in keep.split(at_once):
+            yield pack_mask(keeps).cpu()
+
     tensors: dict[str, Pieces | torch.Tensor] = {
-        f"{name}.weight_values": Pieces(weight.dtype, (rows, kept), lambda: [pack_values(weight, keep).cpu()]),
-        f"{name}.weight_mask": Pieces(torch.uint8, (rows, -(-channels // 8)), lambda: [pack_mask(keep).cpu()]),
+        f"{name}.weight_values": Pieces(weight.dtype, (rows, kept), values),
+        f"{name}.weight_mask": Pieces(torch.uint8, (rows, -(-channels // 8)), mask),
     }
     if permutation is not None:
         tensors[f"{name}.input_permutation"] = permutation.to(torch.int32)

@@ -23,7 +23,13 @@ from streamprune_kernels import all_finite
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
-PIECE_BYTES = 1 << 26  # of a large tensor that is copied
+Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]  # a tensor of a shape and dtype, uninitialised
+PIECE_BYTES = 1 << 24  # of a large tensor that is copied: allocators keep such pieces, larger ones are new memory each
+
+
+def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """In memory of its own."""
+    return torch.empty(shape, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,11 @@ class Checkpoint:
         self.check_finite(tensors)
         return tensors
 
-    def read_unchecked(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """As `read`, without looking at the values: no arithmetic, so that another thread's is not disturbed."""
+    def read_unchecked(self, names: Iterable[str], empty: Empty = new_tensor) -> dict[str, torch.Tensor]:
+        """As `read`, without looking at the values: no arithmetic, so that another thread's is not disturbed.
+
+        `empty` makes the tensors that are read into.
+        """
         wanted = list(names)
         for name in wanted:
             if name not in self.tensors:
@@ -68,7 +77,8 @@ class Checkpoint:
             by_file.setdefault(self.tensors[name].path, []).append(name)
         for path, in_file in by_file.items():
             first = self.tensors[in_file[0]]
-            result.update(self._read_bin(path, in_file) if first.entry is None else self._read_raw(path, in_file))
+            read = self._read_bin if first.entry is None else self._read_raw
+            result.update(read(path, in_file, empty))
         return {name: result[name] for name in wanted}
 
     def row_reader(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -120,19 +130,19 @@ class Checkpoint:
             if tensor.is_floating_point() and not all_finite(tensor):
                 raise NumericsError(f"{self.folder}: tensor {name} holds NaN or infinity; it cannot be pruned")
 
-    def _read_raw(self, path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    def _read_raw(self, path: Path, names: list[str], empty: Empty) -> dict[str, torch.Tensor]:
         result = {}
         with _opened(path) as file:
             for name in sorted(names, key=lambda name: _entry_of(self.tensors[name]).offset_bytes):
                 entry = _entry_of(self.tensors[name])
-                tensor = torch.empty(entry.shape, dtype=entry.dtype)
+                tensor = empty(entry.shape, entry.dtype)
                 read_into(file.fileno(), tensor, entry.offset_bytes, path)
                 result[name] = tensor
         return result
 
-    def _read_bin(self, path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    def _read_bin(self, path: Path, names: list[str], empty: Empty) -> dict[str, torch.Tensor]:
         state = load_bin(path)
-        return {name: state[name].detach().clone(memory_format=torch.contiguous_format) for name in names}
+        return {name: empty(tuple(state[name].shape), state[name].dtype).copy_(state[name].detach()) for name in names}
 
     def fingerprint(self) -> str:
         """sha256 over names, dtypes, shapes and 64 KiB from the middle of each tensor.

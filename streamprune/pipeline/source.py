@@ -7,7 +7,8 @@ from functools import partial
 
 import torch
 
-from streamprune.checkpoint.reader import tensor_digest
+from streamprune.checkpoint.buffers import Buffers
+from streamprune.checkpoint.reader import Empty, new_tensor, tensor_digest
 from streamprune.pipeline.ahead import ahead
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.job import Job
@@ -27,15 +28,19 @@ class SourceBlock:
 def source_blocks(job: Job, indices: Iterable[int]) -> Generator[SourceBlock, None, None]:
     """The blocks of `indices` in order; while one is worked on, as many as the plan allows are read.
 
-    The thread that reads makes no arithmetic but checksums.
+    The thread that reads makes no arithmetic but checksums. Its memory is used again where a block soon leaves it, for
+    a GPU or for the disk; between two passes over a text it would lie idle.
     """
-    return ahead(map(partial(read_source, job), indices), job.plan.memory.blocks_ahead, "read-ahead")
+    on_gpu = job.arithmetic.device.type == "cuda"
+    empty = Buffers(pinned=on_gpu).empty if on_gpu or not job.config.validate else new_tensor
+    return ahead(map(partial(read_source, job, empty=empty), indices), job.plan.memory.blocks_ahead, "read-ahead")
 
 
-def read_source(job: Job, index: int) -> SourceBlock:
-    """One block, its digests taken, its values not looked at."""
+def read_source(job: Job, index: int, empty: Empty = new_tensor) -> SourceBlock:
+    """One block, its digests taken, its values not looked at; `empty` makes the tensors that are read into."""
     start = time.perf_counter()
-    tensors = job.checkpoint.read_unchecked(job.names[name] for name in job.skeleton.block_parameters(index))
+    names = [job.names[name] for name in job.skeleton.block_parameters(index)]
+    tensors = job.checkpoint.read_unchecked(names, empty)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     return SourceBlock(index, tensors, digests, time.perf_counter() - start)
 
