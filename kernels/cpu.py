@@ -1,4 +1,4 @@
-"""Launchers of the compiled CPU kernels of cpu.cpp and packing.cpp, and which runs: a compiled or the plain one beside it.
+"""Launchers of the compiled CPU kernels of cpu.cpp and packing.cpp, or of the plain version beside each.
 
 The library is built with the package where a C++ compiler is there. Without it every function here is its plain version
 of reference.py: the same numbers up to rounding, several times slower. Threads are as many as torch's; results do not
@@ -64,7 +64,6 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-@cache
 def paths() -> tuple[str, ...]:
     """Sets of instructions that this processor has, the best last; none where the package was built without kernels."""
     compiled = library()
@@ -185,7 +184,8 @@ def pack_mask(keep: torch.Tensor, *, path: str | None = None) -> torch.Tensor:
         return reference.pack_mask(keep)
     (rows, width), keep = keep.shape, keep.contiguous()
     mask = torch.empty(rows, -(-width // 8), dtype=torch.uint8)
-    compiled.pack_mask(keep.data_ptr(), rows, width, mask.data_ptr(), _path(path), _threads())
+    how = path_number(compiled, path), _threads()
+    compiled.pack_mask(keep.data_ptr(), rows, width, mask.data_ptr(), *how)
     return mask
 
 
@@ -196,7 +196,8 @@ def unpack_mask(mask: torch.Tensor, in_features: int, *, path: str | None = None
     if compiled is None or not fits or not mask.numel():
         return reference.unpack_mask(mask, in_features)
     mask, keep = mask.contiguous(), torch.empty(len(mask), in_features, dtype=torch.bool)
-    compiled.unpack_mask(mask.data_ptr(), *keep.shape, keep.data_ptr(), _path(path), _threads())
+    how = path_number(compiled, path), _threads()
+    compiled.unpack_mask(mask.data_ptr(), *keep.shape, keep.data_ptr(), *how)
     return keep
 
 
@@ -213,8 +214,8 @@ def pack_values(weight: torch.Tensor, keep: torch.Tensor, *, path: str | None = 
     if compiled is None or not kept or weight.itemsize not in VALUE_BYTES:
         return reference.pack_values(weight, keep)
     weight, keep, values = weight.contiguous(), keep.contiguous(), torch.empty(rows, kept, dtype=weight.dtype)
-    sizes = rows, width, kept, weight.itemsize
-    if compiled.pack_rows(weight.data_ptr(), keep.data_ptr(), *sizes, values.data_ptr(), _path(path), _threads()):
+    sizes, how = (rows, width, kept, weight.itemsize), (path_number(compiled, path), _threads())
+    if compiled.pack_rows(weight.data_ptr(), keep.data_ptr(), *sizes, values.data_ptr(), *how):
         raise ValueError(f"rows of a mask do not all keep the {kept} values that the first does")
     return values
 
@@ -241,9 +242,9 @@ def expand(
     values, mask, dense = values.contiguous(), mask.contiguous(), torch.empty(rows, in_features, dtype=values.dtype)
     place = None if permutation is None else permutation.to(torch.int32).contiguous()
     pointers = values.data_ptr(), mask.data_ptr(), None if place is None else place.data_ptr()
-    sizes = rows, in_features, kept, values.itemsize
+    sizes, how = (rows, in_features, kept, values.itemsize), (path_number(compiled, path), _threads())
     fits = place is None or place.shape == (in_features,)
-    wrong = compiled.expand_rows(*pointers, *sizes, dense.data_ptr(), _path(path), _threads()) if fits else -1
+    wrong = compiled.expand_rows(*pointers, *sizes, dense.data_ptr(), *how) if fits else -1
     if wrong < 0:
         raise ValueError("the permutation of a packed layer is not one")
     if wrong:
@@ -302,8 +303,11 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _path(path: str | None) -> int:
+def path_number(compiled: ctypes.CDLL, path: str | None) -> int:
     """Number of a set of instructions, of the best without a name. Raises ValueError for one that is not here."""
-    if path is not None and path not in paths():
-        raise ValueError(f"no compiled path {path} here; there are: {', '.join(paths())}")
-    return PATHS.index(path or paths()[-1])
+    best: int = compiled.best_path()
+    if path is None:
+        return best
+    if path not in PATHS[: best + 1]:
+        raise ValueError(f"no compiled path {path} here; there are: {', '.join(PATHS[: best + 1])}")
+    return PATHS.index(path)

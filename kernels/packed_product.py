@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from streamprune_kernels.cpu import PATHS, library, paths
+from streamprune_kernels.cpu import library, path_number
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of values, as packed_product.cpp numbers them
 FEW_ROWS = 24  # up to here the kernel for few is the faster; measured: docs/benchmarks.md
@@ -38,11 +38,12 @@ def packed_product(
     x that each place of the mask belongs to. Where x and values are bfloat16 and the processor has instructions for it,
     columns are multiplied in pairs, and subnormal numbers are taken for zero. `path`, one of `cpu.paths()`, `many` and
     `pairs` choose what runs instead. Raises ValueError where a row of the mask does not keep as many as there are
-    values, and for a path or pairs that are not there.
+    values, for a path or pairs that are not there, and where nothing was compiled.
     """
     compiled = library()
-    if compiled is None or (path is not None and path not in paths()):
-        raise ValueError(f"no compiled path {path or ''} here; there are: {', '.join(paths()) or 'none'}")
+    if compiled is None:
+        raise ValueError("no compiled kernels here: the package was built without a C++ compiler")
+    number = path_number(compiled, path)
     many = len(x) > FEW_ROWS if many is None else many
     have_pairs = path is None and x.dtype == values.dtype == torch.bfloat16 and has_pairs()
     if pairs and not have_pairs:
@@ -58,7 +59,7 @@ def packed_product(
     if pairs:
         wrong = compiled.product_pairs(*packed, *sizes, *inputs, many, torch.get_num_threads())
     else:
-        how = many, PATHS.index(path or paths()[-1]), torch.get_num_threads()
+        how = many, number, torch.get_num_threads()
         wrong = compiled.product_rows(*packed, TYPES[values.dtype], *sizes, *inputs, *how)
     if wrong:
         raise ValueError(f"a mask does not keep {kept} values in every row")
