@@ -293,56 +293,6 @@ CLONES static void squared_distances_part(const float* x, const float* y, int64_
     }
 }
 
-// The kept values of rows [begin, end) of x [rows, width], `kept` of them in each row of out. Returns how many rows keep
-// another number; theirs are not written.
-template <typename T>
-static int64_t pack_part(const T* x, const uint8_t* keep, int64_t begin, int64_t end, int64_t width, int64_t kept,
-                         T* out) {
-    int64_t wrong = 0;
-    std::vector<T> room(width + 1);
-    for (int64_t row = begin; row < end; row++) {
-        const T* value = x + row * width;
-        const uint8_t* place = keep + row * width;
-        int64_t count = 0;
-        for (int64_t c = 0; c < width; c++) room[count] = value[c], count += place[c];
-        if (count == kept)
-            std::memcpy(out + row * kept, room.data(), sizeof(T) * kept);
-        else
-            wrong++;
-    }
-    return wrong;
-}
-
-// The inverse: rows [begin, end) of out [rows, width], the values where the mask's bits are set and 0 elsewhere; column c
-// at place[c] (null: at c). Returns how many rows' masks do not keep `kept` values.
-template <typename T>
-static int64_t expand_part(const T* values, const uint8_t* mask, const int32_t* place, int64_t begin, int64_t end,
-                           int64_t width, int64_t kept, T* out) {
-    int64_t wrong = 0, mask_bytes = (width + 7) / 8;
-    for (int64_t row = begin; row < end; row++) {
-        const T* value = values + row * kept;
-        const uint8_t* bits = mask + row * mask_bytes;
-        T* dense = out + row * width;
-        int64_t count = 0;
-        for (int64_t c = 0; c < width; c++) {
-            bool bit = bits[c / 8] >> (c % 8) & 1;
-            T found = value[MIN(count, kept - 1)];
-            dense[place ? place[c] : c] = bit ? found : 0;
-            count += bit;
-        }
-        wrong += count != kept;
-    }
-    return wrong;
-}
-
-// Calls work(T{}) for the unsigned integer T of `bytes` bytes: values are moved, never computed with.
-template <typename Work>
-static int64_t of_size(int64_t bytes, Work work) {
-    if (bytes == 1) return work(uint8_t{});
-    if (bytes == 2) return work(uint16_t{});
-    return bytes == 4 ? work(uint32_t{}) : work(uint64_t{});
-}
-
 // Cost of the pattern that costs least, and the places that it keeps.
 INLINE float cheapest_pattern(const float* term, int count, const float* terms, int64_t lanes, int64_t patterns, int m,
                               const uint8_t* kept_places, uint8_t* wanted) {
@@ -466,7 +416,22 @@ CLONES static int64_t refine_rows_part(const float* weight, uint8_t* keep, float
 extern "C" {
 
 // What cpu.py calls must be what was compiled: raised with every change of a signature or of its meaning.
-int64_t interface_number() { return 11; }
+int64_t interface_number() { return 12; }
+
+int64_t best_path() {
+#if HAS_X86
+    __builtin_cpu_init();
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                __builtin_cpu_supports("popcnt");
+    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
+    return avx2 && avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
+#else
+    return PORTABLE;
+#endif
+}
 
 void sum_of_maxima(const float* s, int64_t n_s, const float* t, int64_t n_t, int64_t rows, float* out,
                    int64_t threads) {
@@ -501,30 +466,6 @@ void count_values(const float* x, int64_t tokens, int64_t channels, const float*
 void squared_distances(const float* x, const float* y, int64_t rows, int64_t width, double* out, int64_t threads) {
     in_parts(rows, 1, threads, [=](int64_t begin, int64_t end) {
         squared_distances_part(x, y, begin, end, width, out);
-    });
-}
-
-int64_t pack_rows(const void* x, const uint8_t* keep, int64_t rows, int64_t width, int64_t kept, int64_t bytes,
-                  void* out, int64_t threads) {
-    return of_size(bytes, [=](auto kind) {
-        using T = decltype(kind);
-        std::atomic<int64_t> wrong{0};
-        in_parts(rows, 1, threads, [&](int64_t begin, int64_t end) {
-            wrong += pack_part((const T*)x, keep, begin, end, width, kept, (T*)out);
-        });
-        return wrong.load();
-    });
-}
-
-int64_t expand_rows(const void* values, const uint8_t* mask, const int32_t* place, int64_t rows, int64_t width,
-                    int64_t kept, int64_t bytes, void* out, int64_t threads) {
-    return of_size(bytes, [=](auto kind) {
-        using T = decltype(kind);
-        std::atomic<int64_t> wrong{0};
-        in_parts(rows, 1, threads, [&](int64_t begin, int64_t end) {
-            wrong += expand_part((const T*)values, mask, place, begin, end, width, kept, (T*)out);
-        });
-        return wrong.load();
     });
 }
 

@@ -1,4 +1,4 @@
-"""Launchers of the compiled CPU kernels (cpu.cpp), and which of them runs: the compiled one or the plain one beside it.
+"""Launchers of the compiled CPU kernels of cpu.cpp and packing.cpp, or of the plain version beside each.
 
 The library is built with the package where a C++ compiler is there. Without it every function here is its plain version
 of reference.py: the same numbers up to rounding, several times slower. Threads are as many as torch's; results do not
@@ -16,11 +16,13 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 11  # of the compiled functions; this and cpu.cpp's number are raised together
+INTERFACE = 12  # of the compiled functions; this and cpu.cpp's number are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by their numbers in selection.cpp
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits
+PATHS = ("portable", "avx2", "avx512")  # sets of instructions, as instructions.h numbers them
+VALUE_BYTES = (1, 2, 4, 8)  # that packing moves
 POINTER, INT64, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "sum_of_maxima": [POINTER, INT64, POINTER, INT64, INT64, POINTER, INT64],
@@ -33,10 +35,12 @@ SIGNATURES = {
     "weighted_squares": [POINTER, INT64, POINTER, POINTER, INT64, INT64, POINTER, POINTER, INT64],
     "count_not_finite": [POINTER, *[INT64] * 4],
     "squared_distances": [POINTER, POINTER, INT64, INT64, POINTER, INT64],
-    "pack_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, INT64],
-    "expand_rows": [*[POINTER] * 3, *[INT64] * 4, POINTER, INT64],
+    "pack_mask": [POINTER, INT64, INT64, POINTER, INT64, INT64],
+    "unpack_mask": [POINTER, INT64, INT64, POINTER, INT64, INT64],
+    "pack_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, INT64, INT64],
+    "expand_rows": [*[POINTER] * 3, *[INT64] * 4, POINTER, INT64, INT64],
     "refine_rows": [*[POINTER] * 4, *[INT64] * 4, POINTER, POINTER, INT64, FLOAT, FLOAT, INT64],
-    "best_product_path": [],
+    "best_path": [],
     "product_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, POINTER, INT64, POINTER, *[INT64] * 3],
     "has_product_pairs": [],
     "product_pairs": [POINTER, POINTER, *[INT64] * 3, POINTER, POINTER, INT64, POINTER, INT64, INT64],
@@ -62,6 +66,12 @@ def library() -> ctypes.CDLL | None:
                 function.argtypes, function.restype = arguments, INT64  # nothing reads that of a void one
             return loaded
     return None
+
+
+def paths() -> tuple[str, ...]:
+    """Sets of instructions that this processor has, the best last; none where the package was built without kernels."""
+    compiled = library()
+    return PATHS[: compiled.best_path() + 1] if compiled is not None else ()
 
 
 def excess_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -197,7 +207,34 @@ def squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def pack_mask(keep: torch.Tensor, *, path: str | None = None) -> torch.Tensor:
+    """bool [out, in] to uint8 [out, ceil(in/8)], little end first; padding bits are 0.
+
+    `path`, here and in the functions below, is one of `paths()` to run instead of the best.
+    """
+    compiled = _library_for(keep)
+    if compiled is None or keep.dim() != 2 or keep.dtype != torch.bool or not keep.numel():
+        return reference.pack_mask(keep)
+    (rows, width), keep = keep.shape, keep.contiguous()
+    mask = torch.empty(rows, -(-width // 8), dtype=torch.uint8)
+    how = path_number(compiled, path), _threads()
+    compiled.pack_mask(keep.data_ptr(), rows, width, mask.data_ptr(), *how)
+    return mask
+
+
+def unpack_mask(mask: torch.Tensor, in_features: int, *, path: str | None = None) -> torch.Tensor:
+    """uint8 [out, ceil(in/8)] to bool [out, in]; a mask that does not fit is left to reference.unpack_mask."""
+    compiled = _library_for(mask)
+    fits = mask.dim() == 2 and mask.dtype == torch.uint8 and mask.shape[1] == -(-in_features // 8)
+    if compiled is None or not fits or not mask.numel():
+        return reference.unpack_mask(mask, in_features)
+    mask, keep = mask.contiguous(), torch.empty(len(mask), in_features, dtype=torch.bool)
+    how = path_number(compiled, path), _threads()
+    compiled.unpack_mask(mask.data_ptr(), *keep.shape, keep.data_ptr(), *how)
+    return keep
+
+
+def pack_values(weight: torch.Tensor, keep: torch.Tensor, *, path: str | None = None) -> torch.Tensor:
     """Kept values of a weight [out, in] in ascending channel, bits untouched.
 
     Raises ValueError where rows keep different numbers of them.
@@ -207,35 +244,43 @@ def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"a mask {list(keep.shape)} does not fit a weight {list(weight.shape)}")
     kept = int(keep[0].sum()) if rows else 0
     compiled = _library_for(weight)
-    if compiled is None or not kept:
+    if compiled is None or not kept or weight.itemsize not in VALUE_BYTES:
         return reference.pack_values(weight, keep)
     weight, keep, values = weight.contiguous(), keep.contiguous(), torch.empty(rows, kept, dtype=weight.dtype)
-    sizes = rows, width, kept, weight.itemsize
-    if compiled.pack_rows(weight.data_ptr(), keep.data_ptr(), *sizes, values.data_ptr(), _threads()):
+    sizes, how = (rows, width, kept, weight.itemsize), (path_number(compiled, path), _threads())
+    if compiled.pack_rows(weight.data_ptr(), keep.data_ptr(), *sizes, values.data_ptr(), *how):
         raise ValueError(f"rows of a mask do not all keep the {kept} values that the first does")
     return values
 
 
 def expand(
-    values: torch.Tensor, mask: torch.Tensor, in_features: int, permutation: torch.Tensor | None = None
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    in_features: int,
+    permutation: torch.Tensor | None = None,
+    *,
+    path: str | None = None,
 ) -> torch.Tensor:
     """Dense weight [out, in] in the values' dtype, zeros where nothing is kept; reference.expand is the definition.
 
-    Raises ValueError where a row of the mask does not keep as many as there are values.
+    Raises ValueError where a row of the mask does not keep as many as there are values, and for a permutation that is
+    none.
     """
     compiled = _library_for(values)
-    if compiled is None or not values.numel():
+    if compiled is None or not values.numel() or values.itemsize not in VALUE_BYTES:
         return reference.expand(values, mask, in_features, permutation)
     rows, kept = values.shape
     if mask.shape != (rows, -(-in_features // 8)) or mask.dtype != torch.uint8:
         raise ValueError(f"a mask {list(mask.shape)} does not fit {rows} rows of {in_features} channels")
     values, mask, dense = values.contiguous(), mask.contiguous(), torch.empty(rows, in_features, dtype=values.dtype)
     place = None if permutation is None else permutation.to(torch.int32).contiguous()
-    if place is not None and not torch.equal(place.sort().values, torch.arange(in_features, dtype=torch.int32)):
-        raise ValueError("the permutation of a packed layer is not one")
     pointers = values.data_ptr(), mask.data_ptr(), None if place is None else place.data_ptr()
-    sizes = rows, in_features, kept, values.itemsize
-    if compiled.expand_rows(*pointers, *sizes, dense.data_ptr(), _threads()):
+    sizes, how = (rows, in_features, kept, values.itemsize), (path_number(compiled, path), _threads())
+    fits = place is None or place.shape == (in_features,)
+    wrong = compiled.expand_rows(*pointers, *sizes, dense.data_ptr(), *how) if fits else -1
+    if wrong < 0:
+        raise ValueError("the permutation of a packed layer is not one")
+    if wrong:
         raise ValueError(f"a mask does not keep {kept} values in every row")
     return dense
 
@@ -289,3 +334,13 @@ def _library_for(x: torch.Tensor) -> ctypes.CDLL | None:
 
 def _threads() -> int:
     return torch.get_num_threads()
+
+
+def path_number(compiled: ctypes.CDLL, path: str | None) -> int:
+    """Number of a set of instructions, of the best without a name. Raises ValueError for one that is not here."""
+    best: int = compiled.best_path()
+    if path is None:
+        return best
+    if path not in PATHS[: best + 1]:
+        raise ValueError(f"no compiled path {path} here; there are: {', '.join(PATHS[: best + 1])}")
+    return PATHS.index(path)

@@ -13,17 +13,12 @@
 #include <memory>
 #include <vector>
 
+#include "instructions.h"
 #include "parts.h"
 
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if HAS_X86
 #include <immintrin.h>
-#define HAS_X86 1
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define HAS_X86 0
-#define CLONES
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 namespace {
 
@@ -268,23 +263,6 @@ namespace avx512_bf16 {
 }  // namespace avx512_bf16
 #endif
 
-enum Path { PORTABLE, AVX2, AVX512 };
-
-// The best set of instructions that this processor has.
-int64_t best_path() {
-#if HAS_X86
-    __builtin_cpu_init();
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                __builtin_cpu_supports("popcnt");
-    bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vbmi2");
-    return avx2 && avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
-#else
-    return PORTABLE;
-#endif
-}
-
 typedef int64_t Words __attribute__((vector_size(64)));
 const int64_t READ_STREAMS = 4;
 
@@ -330,8 +308,6 @@ int64_t of_type(int64_t type, Work work) {
 #endif
 
 extern "C" {
-
-int64_t best_product_path() { return best_path(); }
 
 // y [count, rows] of x [count, columns]; place int32 [columns] or null: the column of x that each column of the matrix
 // belongs to. `panels`: by packed_panels.h, else by packed_rows.h. Returns how many masks are wrong.

@@ -9,18 +9,10 @@ from functools import cache
 
 import torch
 
-from streamprune_kernels.cpu import library
+from streamprune_kernels.cpu import library, path_number
 
-PATHS = ("portable", "avx2", "avx512")  # sets of instructions, as packed_product.cpp numbers them
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of values, likewise
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of values, as packed_product.cpp numbers them
 FEW_ROWS = 24  # up to here the kernel for few is the faster; measured: docs/benchmarks.md
-
-
-@cache
-def paths() -> tuple[str, ...]:
-    """Sets of instructions that this processor has, the best last; none where the package was built without kernels."""
-    compiled = library()
-    return PATHS[: compiled.best_product_path() + 1] if compiled is not None else ()
 
 
 @cache
@@ -44,13 +36,14 @@ def packed_product(
 
     values bfloat16, float16 or float32 [out, kept]; mask uint8 [out, ceil(in/8)]; permutation int32 [in], the column of
     x that each place of the mask belongs to. Where x and values are bfloat16 and the processor has instructions for it,
-    columns are multiplied in pairs, and subnormal numbers are taken for zero. `path`, one of `paths()`, `many` and
+    columns are multiplied in pairs, and subnormal numbers are taken for zero. `path`, one of `cpu.paths()`, `many` and
     `pairs` choose what runs instead. Raises ValueError where a row of the mask does not keep as many as there are
-    values, and for a path or pairs that are not there.
+    values, for a path or pairs that are not there, and where nothing was compiled.
     """
     compiled = library()
-    if compiled is None or (path is not None and path not in paths()):
-        raise ValueError(f"no compiled path {path or ''} here; there are: {', '.join(paths()) or 'none'}")
+    if compiled is None:
+        raise ValueError("no compiled kernels here: the package was built without a C++ compiler")
+    number = path_number(compiled, path)
     many = len(x) > FEW_ROWS if many is None else many
     have_pairs = path is None and x.dtype == values.dtype == torch.bfloat16 and has_pairs()
     if pairs and not have_pairs:
@@ -66,7 +59,7 @@ def packed_product(
     if pairs:
         wrong = compiled.product_pairs(*packed, *sizes, *inputs, many, torch.get_num_threads())
     else:
-        how = many, PATHS.index(path or paths()[-1]), torch.get_num_threads()
+        how = many, number, torch.get_num_threads()
         wrong = compiled.product_rows(*packed, TYPES[values.dtype], *sizes, *inputs, *how)
     if wrong:
         raise ValueError(f"a mask does not keep {kept} values in every row")

@@ -7,7 +7,7 @@ there.
 
 import torch
 
-from streamprune_kernels import cpu, reference
+from streamprune_kernels import cpu
 from streamprune_kernels.launch import Argument, Launch, Run, on_device, runner_for
 
 THREADS = 256
@@ -18,14 +18,14 @@ VALUE_BYTES = (2, 4)
 def pack_mask(keep: torch.Tensor) -> torch.Tensor:
     """bool [out, in] to uint8 [out, ceil(in/8)], little end first; padding bits are 0."""
     run = _runner(keep)
-    return reference.pack_mask(keep) if run is None else pack_mask_cuda(keep.contiguous(), run=run)
+    return cpu.pack_mask(keep) if run is None else pack_mask_cuda(keep.contiguous(), run=run)
 
 
 def unpack_mask(mask: torch.Tensor, in_features: int) -> torch.Tensor:
     """uint8 [out, ceil(in/8)] to bool [out, in]."""
     run = _runner(mask)
     if run is None:
-        return reference.unpack_mask(mask, in_features)
+        return cpu.unpack_mask(mask, in_features)
     return unpack_mask_cuda(mask.contiguous(), in_features, run=run)
 
 

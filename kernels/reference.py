@@ -17,7 +17,8 @@ LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without
 
 def pack_mask(keep: torch.Tensor) -> torch.Tensor:
     """bool [out, in] to uint8 [out, ceil(in/8)], little end first; padding bits are 0."""
-    padded = functional.pad(keep, (0, -keep.shape[1] % 8)).view(keep.shape[0], -1, 8)
+    padded = functional.pad(keep, (0, -keep.shape[1] % 8))
+    padded = padded.view(len(keep), padded.shape[1] // 8, 8)
     packed = torch.zeros(padded.shape[:2], dtype=torch.uint8, device=keep.device)
     for bit in range(8):
         packed |= padded[:, :, bit].to(torch.uint8) << bit

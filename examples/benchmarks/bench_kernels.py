@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from streamprune import PackedLinear, StreampruneError
 from streamprune_kernels import library, packed_linear
-from streamprune_kernels.packed_product import has_pairs, paths
+from streamprune_kernels.cpu import paths
+from streamprune_kernels.packed_product import has_pairs
 
 SHAPES = ("8192x8192", "22016x8192")
 PATTERNS = ("2:4", "4:8")

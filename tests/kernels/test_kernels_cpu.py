@@ -22,10 +22,8 @@ from streamprune_kernels import (
     count_values,
     cpu,
     excess_sums,
-    expand,
     kept_sums,
     local_swaps,
-    pack_values,
     reference,
     refine_rows,
     select_groups,
@@ -90,54 +88,6 @@ def test_excess_sums_of_views_that_are_not_contiguous() -> None:
     assert not s.is_contiguous()
     torch.testing.assert_close(excess_sums(s, t), excess_sums(s.contiguous(), t.contiguous()), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(excess_sums(s, t), reference.excess_sums(s, t), rtol=1e-5, atol=1e-5)
-
-
-@given(
-    st.integers(1, 20),
-    st.integers(1, 12),
-    st.sampled_from([(2, 4), (4, 8), (1, 3), (3, 5)]),
-    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
-    st.booleans(),
-    seeds,
-)
-@repeatable
-def test_pack_and_expand(
-    rows: int, groups: int, sizes: tuple[int, int], dtype: torch.dtype, permuted: bool, seed: int
-) -> None:
-    """Bit for bit the plain versions, on any number of threads; signed zeros and NaN are moved as they are."""
-    kept, m = sizes
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, groups * m, generator=generator).to(dtype)
-    weight[torch.rand(weight.shape, generator=generator) < 0.2] = -0.0
-    weight[0, 0] = float("nan")
-    keep = select_groups(torch.rand(weight.shape, generator=generator), kept, m)
-    permutation = torch.randperm(groups * m, generator=generator).to(torch.int32) if permuted else None
-    values, mask = reference.pack_values(weight, keep), reference.pack_mask(keep)
-    dense = reference.expand(values, mask, groups * m, permutation)
-    for count in (1, 3):
-        packed = on_threads(count, lambda: pack_values(weight, keep))
-        expanded = on_threads(count, lambda: expand(values, mask, groups * m, permutation))
-        for found, expected in ((packed, values), (expanded, dense)):
-            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-            assert torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
-
-
-@pytest.mark.parametrize("module", [cpu, reference], ids=lambda module: module.__name__.rpartition(".")[2])
-def test_masks_that_do_not_fit_are_refused(module: Any) -> None:
-    """Whatever a file says, no value beyond a row's own is read and none is written beyond its room."""
-    keep = torch.tensor([[True, True, False, False], [True, True, True, False]])
-    with pytest.raises(ValueError, match="do not all keep the 2 values"):
-        module.pack_values(torch.ones(2, 4), keep)
-    for bits in (0b0111, 0b0001, 0b0000):
-        mask = torch.tensor([[0b0011], [bits]], dtype=torch.uint8)
-        with pytest.raises(ValueError, match="does not keep 2 values in every row"):
-            module.expand(torch.ones(2, 2), mask, 4)
-    with pytest.raises(ValueError, match="does not fit 2 rows of 12 channels"):
-        cpu.expand(torch.ones(2, 2), torch.tensor([[3], [3]], dtype=torch.uint8), 12)
-    with pytest.raises(ValueError, match="does not fit a weight"):
-        cpu.pack_values(torch.ones(2, 8), keep)
-    with pytest.raises(ValueError, match="permutation"):
-        cpu.expand(torch.ones(1, 2), torch.tensor([[3]], dtype=torch.uint8), 4, torch.tensor([0, 1, 2, 9]))
 
 
 @pytest.mark.parametrize("kernel", [kept_sums, weighted_squares, squared_distances])
