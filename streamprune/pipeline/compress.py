@@ -6,6 +6,7 @@ import functools
 import hashlib
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ from streamprune.checkpoint.writer import (
     write_text,
 )
 from streamprune.config import NMPattern, PruneConfig, parse_bytes
-from streamprune.errors import OutputError
+from streamprune.errors import Interrupted, OutputError
 from streamprune.model.arithmetic import peak_memory_bytes
 from streamprune.pipeline.entries import about_permutation
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
@@ -156,10 +157,14 @@ def compress(
             run = Run(job, journal, folder, bars, should_stop, open_files, background)
             if config.residual:
                 run = dataclasses.replace(run, residual=residual_permutation(job, journal, run.tick))
+            given_up = threading.Event()
+            open_files.callback(given_up.set)  # before `background` waits for what it works on
+            outer = background.submit(_write_outer, run, given_up)
             entries = compress_blocks(run, entries)
+            outer_digest, digests = outer.result()
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        manifest = _finish(run, entries)
+        manifest = _finish(run, entries, outer_digest, digests)
         timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         _write_manifest(journal, manifest)
@@ -196,12 +201,23 @@ def _own_folder(journal: Journal, scratch: str | Path) -> Path:
     return folder
 
 
-def _finish(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write what is not a block: the outer shard, permutations, statistics, index, config; returns the manifest."""
-    job, out, temporary = run.job, run.journal.out, run.journal.temporary
+def _write_outer(run: Run, given_up: threading.Event) -> tuple[str, dict[str, str]]:
+    """Write the shard of what lies outside the blocks; its digest, and those of the source's tensors in it.
+
+    Raises Interrupted once the job is given up.
+    """
     digests: dict[str, str] = {}
-    shard_digests = [write_safetensors(out / job.shard_name(None), _outer_tensors(run, digests), temporary)]
-    shard_digests += [entry["files"][job.shard_name(index)] for index, entry in enumerate(entries)]
+    path = run.journal.out / run.job.shard_name(None)
+    return write_safetensors(path, _outer_tensors(run, digests, given_up), run.journal.temporary), digests
+
+
+def _finish(run: Run, entries: Sequence[dict[str, Any]], outer_digest: str, digests: dict[str, str]) -> dict[str, Any]:
+    """Write what is no shard: permutations, statistics, index, config; returns the manifest.
+
+    Of the outer shard and its source's tensors the digests.
+    """
+    job, out, temporary = run.job, run.journal.out, run.journal.temporary
+    shard_digests = [outer_digest, *(entry["files"][job.shard_name(index)] for index, entry in enumerate(entries))]
     _merge_evidence(run)
     shards = [job.shard_name(None), *(job.shard_name(index) for index in range(len(entries)))]
     _write_index(out, shards, temporary)
@@ -211,7 +227,7 @@ def _finish(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     write_json(out / "config.json", config, temporary)
     copied = _copy_files(job.source, out, temporary)
     for entry in entries:
-        digests.update(entry["source_tensors"])
+        digests = {**digests, **entry["source_tensors"]}
     known = dict(zip(shards, shard_digests, strict=True))
     written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *copied]
     kept = ("name", "outcome", "block_error", "moments", "layers")
@@ -229,7 +245,7 @@ def _finish(run: Run, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _outer_tensors(run: Run, digests: dict[str, str]) -> dict[str, Pieces]:
+def _outer_tensors(run: Run, digests: dict[str, str], given_up: threading.Event) -> dict[str, Pieces]:
     """Parameters outside the blocks, copied piece by piece, the residual stream in the job's order.
 
     `digests` gets the source's, by its names, while they are written.
@@ -241,6 +257,8 @@ def _outer_tensors(run: Run, digests: dict[str, str]) -> dict[str, Pieces]:
         rows_move = run.residual is not None and (name, 0) in run.residual.reorders
         pieces = iter([job.checkpoint.read([stored])[stored]]) if rows_move else job.checkpoint.pieces(stored)
         for piece in pieces:
+            if given_up.is_set():
+                raise Interrupted(f"{run.journal.out}: given up")
             digest.update(byte_view(piece))
             yield reordered({name: piece}, run.residual)[name]
         digests[stored] = digest.hexdigest()

@@ -30,8 +30,9 @@ Shape = tuple[int, int]
 class Memory:
     """Estimated bytes that each stage holds at once, for the block that needs most.
 
-    On the host lie the libraries, embeddings, and the `blocks_ahead` next blocks as the source stores them (together
-    `read_ahead`); the stages of a block are on the device, which without a GPU is the host too.
+    On the host lie the libraries (with a piece of what is copied unchanged), embeddings, and the `blocks_ahead` next
+    blocks as the source stores them (together `read_ahead`); the stages of a block are on the device, which without a
+    GPU is the host too.
     """
 
     libraries: int
@@ -111,9 +112,8 @@ def estimate_memory(sizes: Sizes, config: PruneConfig, pace: Pace) -> Memory:
     dense_pass, pruning, sparse_pass = (int(HEAP_SLACK * max(values)) for values in zip(*blocks, strict=True))
     read_ahead = pace.blocks_ahead * max(by_size)
     embeddings = _embedding_memory(sizes)
-    return Memory(
-        LIBRARIES_BYTES, embeddings, dense_pass, pruning, sparse_pass, read_ahead, pace.blocks_ahead, sizes.on_gpu
-    )
+    libraries = LIBRARIES_BYTES + _copied_memory(sizes)
+    return Memory(libraries, embeddings, dense_pass, pruning, sparse_pass, read_ahead, pace.blocks_ahead, sizes.on_gpu)
 
 
 def fit_memory(sizes: Sizes, config: PruneConfig, pace: Pace, limits: Limits) -> tuple[PruneConfig, Pace]:
@@ -140,15 +140,19 @@ def fit_memory(sizes: Sizes, config: PruneConfig, pace: Pace, limits: Limits) ->
     )
 
 
+def _copied_memory(sizes: Sizes) -> int:
+    """Bytes of a piece of a large tensor, which is copied while blocks are worked on."""
+    return 2 * min(PIECE_BYTES, max(sizes.stored([name]) for name in sizes.skeleton.outer_parameters()))
+
+
 def _embedding_memory(sizes: Sizes) -> int:
-    """Bytes of what embeds one sequence, or of a piece of a large tensor that is copied."""
+    """Bytes of what embeds one sequence."""
     embedding = sizes.skeleton.embedding
     prefix = f"{sizes.skeleton.model.base_model_prefix}."
     small = [name for name in sizes.skeleton.outer_parameters() if name.startswith(prefix) and name != embedding]
     source = sizes.checkpoint.tensors[sizes.names[embedding]]
     rows = sizes.tokens * source.shape[1] * 2 * (source.dtype.itemsize + sizes.dtype.itemsize)
-    largest = max(sizes.stored([name]) for name in sizes.skeleton.outer_parameters())
-    return max(sizes.stored(small) + sizes.computed(small) + rows, 2 * min(PIECE_BYTES, largest))
+    return sizes.stored(small) + sizes.computed(small) + rows
 
 
 def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> tuple[int, int, int]:

@@ -39,10 +39,15 @@ def source_blocks(job: Job, indices: Iterable[int]) -> Generator[SourceBlock, No
 def read_source(job: Job, index: int, empty: Empty = new_tensor) -> SourceBlock:
     """One block, its digests taken, its values not looked at; `empty` makes the tensors that are read into."""
     start = time.perf_counter()
-    names = [job.names[name] for name in job.skeleton.block_parameters(index)]
-    tensors = job.checkpoint.read_unchecked(names, empty)
+    if index + 1 < len(job.skeleton.blocks) and job.plan.memory.blocks_ahead:
+        job.checkpoint.will_read(_stored_names(job, index + 1))
+    tensors = job.checkpoint.read_unchecked(_stored_names(job, index), empty)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     return SourceBlock(index, tensors, digests, time.perf_counter() - start)
+
+
+def _stored_names(job: Job, index: int) -> list[str]:
+    return [job.names[name] for name in job.skeleton.block_parameters(index)]
 
 
 def parameters_of(job: Job, source: SourceBlock, residual: FoldedPermutation | None) -> dict[str, torch.Tensor]:
