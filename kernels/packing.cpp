@@ -48,8 +48,8 @@ INLINE void write_eight(uint64_t bits, uint8_t* keep, int64_t count) {
     std::memcpy(keep, &kept, count);
 }
 
-// What a set of instructions does with a row: keep is a byte for each column, bits are words. pack and expand move `kept`
-// values, which is how many bits are set.
+// What a set of instructions does with a row: keep is a byte for each column, bits are words. `kept` values move:
+// as many as bits are set.
 struct Portable {
     static void bits_of_bytes(const uint8_t* keep, int64_t width, uint64_t* bits) {
         int64_t whole = width / 8 * 8;
