@@ -425,8 +425,7 @@ int64_t best_path() {
                 __builtin_cpu_supports("popcnt");
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                  __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi") &&
-                  __builtin_cpu_supports("bmi2");
+                  __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
     return avx2 && avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
 #else
     return PORTABLE;

@@ -48,8 +48,8 @@ INLINE void write_eight(uint64_t bits, uint8_t* keep, int64_t count) {
     std::memcpy(keep, &kept, count);
 }
 
-// What a set of instructions does with a row: keep is a byte for each column, bits are words. pack and expand move `kept`
-// values, as many as there are bits.
+// What a set of instructions does with a row: keep is a byte for each column, bits are words. `kept` values move:
+// as many as bits are set.
 struct Portable {
     static void bits_of_bytes(const uint8_t* keep, int64_t width, uint64_t* bits) {
         int64_t whole = width / 8 * 8;
@@ -82,25 +82,15 @@ struct Portable {
         for (int64_t w = 0; w < words_of(width); w++)
             for (uint64_t left = bits[w]; left; left &= left - 1) out[w * WORD + __builtin_ctzll(left)] = *values++;
     }
-
-    // Column c at place[c].
-    template <typename T>
-    static void expand_to(const int32_t* place, const T* values, const uint64_t* bits, int64_t width, int64_t,
-                          T* out) {
-        std::fill_n(out, width, T{});
-        for (int64_t w = 0; w < words_of(width); w++)
-            for (uint64_t left = bits[w]; left; left &= left - 1)
-                out[place[w * WORD + __builtin_ctzll(left)]] = *values++;
-    }
 };
 
 #if HAS_X86
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,bmi,bmi2,popcnt")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vbmi2,bmi2,popcnt")))
 
 // A vector of values, of which those in `lanes` alone are read or written.
-#define LANES_OF(T, BITS)                                                                                         \
-    TARGET INLINE __m512i load(const T* from, uint64_t lanes) { return _mm512_maskz_loadu_epi##BITS(lanes, from); } \
-    TARGET INLINE void store(T* to, uint64_t lanes, __m512i x) { _mm512_mask_storeu_epi##BITS(to, lanes, x); }      \
+#define LANES_OF(T, BITS)                                                                                              \
+    TARGET INLINE __m512i load(const T* from, uint64_t lanes) { return _mm512_maskz_loadu_epi##BITS(lanes, from); }    \
+    TARGET INLINE void store(T* to, uint64_t lanes, __m512i x) { _mm512_mask_storeu_epi##BITS(to, lanes, x); }         \
     TARGET INLINE __m512i compressed(T, uint64_t bits, __m512i x) { return _mm512_maskz_compress_epi##BITS(bits, x); } \
     TARGET INLINE __m512i expanded(T, uint64_t bits, __m512i x) { return _mm512_maskz_expand_epi##BITS(bits, x); }
 LANES_OF(uint8_t, 8)
@@ -148,15 +138,6 @@ struct Avx512 {
             store(out + c, first_bits(width - c), expanded(T{}, own, next));
             read += _mm_popcnt_u64(own);
         }
-    }
-
-    template <typename T>
-    TARGET static void expand_to(const int32_t* place, const T* values, const uint64_t* bits, int64_t width, int64_t,
-                                 T* out) {
-        std::memset(out, 0, sizeof(T) * width);
-        for (int64_t w = 0; w < words_of(width); w++)
-            for (uint64_t left = bits[w]; left; left = _blsr_u64(left))
-                out[place[w * WORD + _tzcnt_u64(left)]] = *values++;
     }
 };
 #undef TARGET
@@ -207,6 +188,15 @@ void read_mask(const uint8_t* mask, int64_t width, uint64_t* bits) {
     bits[width / WORD - (width % WORD == 0)] = 0;
     std::memcpy(bits, mask, (width + 7) / 8);
     if (width % WORD) bits[width / WORD] &= first_bits(width % WORD);
+}
+
+// Expands a row with column c at place[c]: bound by one store a value, which vectors do not change.
+template <typename T>
+void expand_to(const int32_t* place, const T* values, const uint64_t* bits, int64_t width, T* out) {
+    std::fill_n(out, width, T{});
+    for (int64_t w = 0; w < words_of(width); w++)
+        for (uint64_t left = bits[w]; left; left &= left - 1)
+            out[place[w * WORD + __builtin_ctzll(left)]] = *values++;
 }
 
 bool is_permutation(const int32_t* place, int64_t width) {
@@ -278,7 +268,7 @@ int64_t expand_rows(const void* values, const uint8_t* mask, const int32_t* plac
                 if (way.count(bits, words_of(width)) != kept) return 1;
                 const T* own = (const T*)values + row * kept;
                 if (place)
-                    way.expand_to(place, own, bits, width, kept, (T*)out + row * width);
+                    expand_to(place, own, bits, width, (T*)out + row * width);
                 else
                     way.expand(own, bits, width, kept, (T*)out + row * width);
                 return 0;

@@ -76,6 +76,11 @@ def random_bits(rows: int, width: int, dtype: torch.dtype, generator: torch.Gene
     return numbers.view(dtype)
 
 
+def set_padding(mask: torch.Tensor, width: int) -> None:
+    """Set the bits beyond the columns, which count for nothing."""
+    mask[:, -1] |= (0xFF << (width - 1) % 8 + 1) & 0xFF
+
+
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     alike = (found.dtype, found.shape) == (expected.dtype, expected.shape)
     return alike and found.is_contiguous() and torch.equal(bits(found), bits(expected))
@@ -91,7 +96,7 @@ def test_masks(path: str, rows: int, width: int, density: float, seed: int) -> N
     expected = reference.pack_mask(keep)
     mask = on_one_and_two_threads(lambda: cpu.pack_mask(keep, path=path))
     assert same(mask, expected)
-    mask[:, -1] |= (0xFF << (width - 1) % 8 + 1) & 0xFF
+    set_padding(mask, width)
     assert same(on_one_and_two_threads(lambda: cpu.unpack_mask(mask, width, path=path)), keep)
 
 
@@ -108,6 +113,7 @@ def test_values(
     packed = on_one_and_two_threads(lambda: cpu.pack_values(weight, keep, path=path))
     assert same(bits(packed), reference.pack_values(bits(weight), keep))
     mask = reference.pack_mask(keep)
+    set_padding(mask, width)
     dense = on_one_and_two_threads(lambda: cpu.expand(packed, mask, width, order, path=path))
     assert same(bits(dense), reference.expand(bits(packed), mask, width, order))
     assert dense.dtype == dtype
