@@ -10,11 +10,8 @@
 #include <cstring>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "instructions.h"
+#include "pages.h"
 #include "parts.h"
 
 #if HAS_X86
@@ -158,16 +155,6 @@ int64_t of_size(int64_t bytes, Work work) {
     if (bytes == 1) return work(uint8_t{});
     if (bytes == 2) return work(uint16_t{});
     return bytes == 4 ? work(uint32_t{}) : work(uint64_t{});
-}
-
-// Asks for large pages for a new tensor, where the system gives them on request: most of the time would go into getting
-// it page by page. From this size on the C library maps a tensor by itself, so that no other has a part in its pages.
-void want_large_pages(void* tensor, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = 2 << 20;
-    uintptr_t begin = ((uintptr_t)tensor + page - 1) / page * page, end = ((uintptr_t)tensor + bytes) / page * page;
-    if (bytes >= 32 << 20) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: it may well be ignored
-#endif
 }
 
 // Calls work(row, bits) for each of `rows` rows, bits being room for the words of one, and adds up what it returns.

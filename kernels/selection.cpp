@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "pages.h"
 #include "parts.h"
 #include "vectors.h"
 
@@ -245,6 +246,7 @@ void select_groups(const float* scores, int64_t rows, int64_t width, int64_t m, 
 
 void select_weights(const void* weight, int64_t type, const float* factor, int64_t rows, int64_t width, int64_t m,
                     int64_t kept, uint8_t* keep, double* sums, int64_t threads) {
+    want_large_pages(keep, rows * width);
     of_type(type, [=](auto kind) {
         const auto* values = (const decltype(kind)*)weight;
         in_parts(rows, 1, threads, [=](int64_t begin, int64_t end) {
