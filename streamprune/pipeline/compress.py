@@ -38,7 +38,7 @@ from streamprune.checkpoint.writer import (
 )
 from streamprune.config import NMPattern, PruneConfig, parse_bytes
 from streamprune.errors import OutputError
-from streamprune.model.arithmetic import peak_memory_bytes
+from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
     WORK_FOLDER,
@@ -127,6 +127,7 @@ def compress(
     when true, Interrupted is raised and nothing finished is lost. Raises the errors of streamprune.errors.
     """
     start = time.perf_counter()
+    map_large_pieces()
     config = PruneConfig(NMPattern.parse(pattern), **settings)
     limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
     model, out = Path(model), Path(out)
