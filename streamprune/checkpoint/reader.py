@@ -7,9 +7,8 @@ shard at a time, copied and released.
 
 import hashlib
 import math
-import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +23,6 @@ from streamprune.errors import CheckpointError, NumericsError
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
 PIECE_BYTES = 1 << 26  # of a large tensor that is copied
-MAPPED_BYTES = 1 << 20  # from which on a tensor is read into pages of its own
 
 
 @dataclass(frozen=True)
@@ -126,13 +124,14 @@ class Checkpoint:
         with _opened(path) as file:
             for name in sorted(names, key=lambda name: _entry_of(self.tensors[name]).offset_bytes):
                 entry = _entry_of(self.tensors[name])
-                result[name] = _new_tensor(entry.shape, entry.dtype)
-                read_into(file.fileno(), result[name], entry.offset_bytes, path)
+                tensor = torch.empty(entry.shape, dtype=entry.dtype)
+                read_into(file.fileno(), tensor, entry.offset_bytes, path)
+                result[name] = tensor
         return result
 
     def _read_bin(self, path: Path, names: list[str]) -> dict[str, torch.Tensor]:
         state = load_bin(path)
-        return {name: _new_tensor(state[name].shape, state[name].dtype).copy_(state[name].detach()) for name in names}
+        return {name: state[name].detach().clone(memory_format=torch.contiguous_format) for name in names}
 
     def fingerprint(self) -> str:
         """sha256 over names, dtypes, shapes and 64 KiB from the middle of each tensor.
@@ -214,18 +213,6 @@ def read_into(descriptor: int, tensor: torch.Tensor, offset_bytes: int, path: Pa
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable, without a copy."""
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor to read into; a large one lies in pages of its own, which the system has back when it is freed.
-
-    A thread that reads ahead has a heap of its own, and what that keeps of freed tensors depends on whether the block
-    before was freed first: tens of MB that come and go from block to block.
-    """
-    size_bytes = dtype.itemsize * math.prod(shape)
-    if size_bytes < MAPPED_BYTES:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, size_bytes), dtype=dtype).view(shape)
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -15,7 +15,7 @@ from streamprune_kernels import library
 
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
 M_MMAP_THRESHOLD = -3  # of malloc.h
-LARGE_PIECE_BYTES = 1 << 24  # with 1 MiB a block's peak is 10 MB lower still, for twice the page faults
+LARGE_PIECE_BYTES = 1 << 20  # with 16 MiB half the page faults, and peaks that still vary: docs/benchmarks.md
 logger = logging.getLogger("streamprune")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
