@@ -24,7 +24,7 @@ from streamprune_kernels import all_finite
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
 Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]  # a tensor of a shape and dtype, uninitialised
-PIECE_BYTES = 1 << 24  # of a large tensor that is copied: allocators keep such pieces, larger ones are new memory each
+PIECE_BYTES = 1 << 23  # of a large tensor that is copied: allocators keep such pieces, larger ones are new memory each
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,8 @@ from streamprune.errors import SettingsError
 from streamprune_kernels import library
 
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE_PIECE_BYTES = 1 << 24  # with 1 MiB peaks vary less, and activations are new memory each: docs/benchmarks.md
 logger = logging.getLogger("streamprune")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,6 +118,18 @@ def peak_memory_bytes() -> int:
     if status.exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def map_large_pieces() -> None:
+    """Have every piece of LARGE_PIECE_BYTES or more mapped by itself, which is gone when it is freed.
+
+    Left alone, glibc raises that size to what was freed last, up to 32 MiB, and from then on takes such pieces from the
+    heap. How many holes small pieces leave between them there differs from block to block, by tens of MB: the more
+    blocks, the higher the peak. Holds for the whole process, and changes no result. Nothing where there is no glibc.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(M_MMAP_THRESHOLD, LARGE_PIECE_BYTES)
 
 
 def return_free_memory() -> None:

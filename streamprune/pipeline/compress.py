@@ -39,7 +39,7 @@ from streamprune.checkpoint.writer import (
 )
 from streamprune.config import NMPattern, PruneConfig, parse_bytes
 from streamprune.errors import Interrupted, OutputError
-from streamprune.model.arithmetic import peak_memory_bytes
+from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes
 from streamprune.pipeline.entries import about_permutation
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
@@ -126,9 +126,11 @@ def compress(
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
     holds. `scratch` is a folder for hidden states (default: inside `out`). `should_stop` is asked after every sequence;
-    when true, Interrupted is raised and nothing finished is lost. Raises the errors of streamprune.errors.
+    when true, Interrupted is raised and nothing finished is lost. Under glibc, pieces of memory of 16 MiB or more
+    are mapped by themselves from then on, in the whole process. Raises the errors of streamprune.errors.
     """
     start = time.perf_counter()
+    map_large_pieces()
     config = PruneConfig(NMPattern.parse(pattern), **settings)
     limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
     model, out = Path(model), Path(out)

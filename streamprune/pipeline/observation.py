@@ -55,12 +55,12 @@ class BlockObservation:
         return output
 
     def result(self) -> dict[str, ChannelStatistics]:
-        """Statistics by the full name of each layer that takes the input."""
+        """Statistics by the full name of each layer that takes the input; each accumulator is freed as it is read."""
         found: dict[str, ChannelStatistics] = {}
         with self.timed("statistics"):
             for _, names in self.job.skeleton.group_layers(self.index):
                 if names[0] in self.accumulators:
-                    found.update(dict.fromkeys(names, self.accumulators[names[0]].result()))
+                    found.update(dict.fromkeys(names, self.accumulators.pop(names[0]).result()))
         return found
 
     def _see(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:

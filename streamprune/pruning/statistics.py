@@ -18,7 +18,7 @@ from streamprune_kernels.launch import runner_for
 
 FINE_BINS = 4096  # 16 KB a channel; the observed range fills 2048 or more. Errors measured: docs/method.md
 ROW_GAP = 80  # unused bins after a channel's: at a power of two apart, many channels' hot bins share few cache lines
-CHANNELS_AT_ONCE = 1024  # bounds the memory of reading counts
+CHANNELS_AT_ONCE = 128  # read at once: 16 KB of running sums each, while all histograms are still held
 STRIP_WIDTH = 192  # channels of a strip of second moments; what lies below the diagonal strips is mirrored
 
 

@@ -1,5 +1,8 @@
 """Device and dtype as resolved, and the table of architectures."""
 
+import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,25 @@ from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.model import arithmetic
 from streamprune.model.architectures import ARCHITECTURES, architecture_of
 from streamprune.model.arithmetic import Arithmetic, has_bfloat16, name_of, resolve_arithmetic
+
+# In a process of its own, whose heap has no hole as large: a piece of 20 MB, after one of 30 MB was freed, from which
+# glibc would learn to take it from the heap. Prints by how much what is mapped grows.
+LARGE_PIECE = """
+import ctypes
+import torch
+from streamprune.model.arithmetic import map_large_pieces
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", *"abcde")]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+map_large_pieces()
+torch.zeros(30_000_000, dtype=torch.uint8)
+before = mallinfo2().hblkhd
+held = torch.zeros(20_000_000, dtype=torch.uint8)
+print(mallinfo2().hblkhd - before)
+"""
 
 
 @pytest.fixture
@@ -107,6 +129,13 @@ def test_kernel_tolerance_lies_between_rounding_and_a_wrong_weight(dtype: torch.
     faulty = (x @ wrong.T).double()
     assert float((reordered - y).norm() / y.norm()) < tolerance
     assert float((faulty - y).norm() / y.norm()) > tolerance
+
+
+def test_large_pieces_are_mapped_by_themselves_whatever_was_freed_before() -> None:
+    if not hasattr(ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("the allocator is not glibc's")
+    done = subprocess.run([sys.executable, "-c", LARGE_PIECE], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 20_000_000
 
 
 def test_unknown_architecture_names_the_known_ones() -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
+from streamprune.pruning import statistics
 from streamprune.pruning.statistics import (
     FINE_BINS,
     STRIP_WIDTH,
@@ -119,6 +120,16 @@ def test_coarse_counts_are_numpys_to_a_percent_of_the_values(bins: int) -> None:
     assert numpy.abs(coarse - exact).max() <= 0.01 * 8192
     numpy.testing.assert_allclose(coarse.sum(axis=1), 8192, rtol=1e-12)
     assert coarse.min() >= 0
+
+
+def test_counts_are_read_alike_however_many_channels_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    histogram = histogram_of(torch.randn(CHANNELS, 300), 100)
+    read = []
+    for channels in (CHANNELS, 7, 1):
+        monkeypatch.setattr(statistics, "CHANNELS_AT_ONCE", channels)
+        read.append([histogram.coarse(100), histogram.coarse(100, shared=True)])
+    for others in read[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(read[0], others, strict=True))
 
 
 def test_entropy_of_uniform_counts_is_log_k_and_of_one_bin_zero() -> None:
