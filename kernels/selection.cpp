@@ -5,7 +5,6 @@
 // A weight of 16 bits becomes float32 in registers: a copy of a layer in float32 costs more than all that is done to it.
 
 #include <atomic>
-#include <cstddef>
 #include <vector>
 
 #include "pages.h"

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,14 +83,12 @@ class Checkpoint:
         return {name: result[name] for name in wanted}
 
     def will_read(self, names: Iterable[str]) -> None:
-        """Let the system fetch the named tensors from disk meanwhile; nothing waits for them."""
+        """Let the system fetch the named tensors from disk meanwhile; a hint, which nothing waits for or fails by."""
         sources = [self.tensors[name] for name in names if name in self.tensors]
-        for path in {source.path for source in sources}:
-            with _opened(path) as file:
-                for entry in (source.entry for source in sources if source.path == path):
-                    if entry is not None and hasattr(os, "posix_fadvise"):
-                        where = entry.offset_bytes, entry.size_bytes
-                        os.posix_fadvise(file.fileno(), *where, os.POSIX_FADV_WILLNEED)
+        for path in {source.path for source in sources if source.entry is not None}:
+            with suppress(AttributeError, CheckpointError, OSError), _opened(path) as file:
+                for entry in (source.entry for source in sources if source.path == path and source.entry is not None):
+                    os.posix_fadvise(file.fileno(), entry.offset_bytes, entry.size_bytes, os.POSIX_FADV_WILLNEED)
 
     def row_reader(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function from row numbers int64 [n] to those rows [n, width] of a matrix, which itself is not read."""

@@ -31,7 +31,9 @@ from streamprune.checkpoint.safetensors_header import read_header
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import (
     Pieces,
+    Staged,
     file_digest,
+    stage_safetensors,
     write_atomically,
     write_json,
     write_safetensors,
@@ -149,7 +151,8 @@ def compress(
             journal.clear()
             return result
         entries = journal.start({**without_budget(job.identity), "versions": versions()})
-        earlier_seconds = sum(sum(entry["timings"]["seconds"].values()) for entry in entries)
+        earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
+        earlier_seconds = sum(earlier) if config.validate else max(earlier, default=0.0)
         folder = _scratch_folder(journal, scratch)
         bars = Progress(progress)
         with ExitStack() as open_files:
@@ -161,12 +164,12 @@ def compress(
                 run = dataclasses.replace(run, residual=residual_permutation(job, journal, run.tick))
             given_up = threading.Event()
             open_files.callback(given_up.set)  # before `background` waits for what it works on
-            outer = background.submit(_write_outer, run, given_up)
+            copied = background.submit(_stage_outer, run, given_up)
             entries = compress_blocks(run, entries)
-            outer_digest, digests = outer.result()
+            outer, digests = copied.result()
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        manifest = _finish(run, entries, outer_digest, digests)
+        manifest = _finish(run, entries, outer, digests)
         timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         _write_manifest(journal, manifest)
@@ -203,23 +206,23 @@ def _own_folder(journal: Journal, scratch: str | Path) -> Path:
     return folder
 
 
-def _write_outer(run: Run, given_up: threading.Event) -> tuple[str, dict[str, str]]:
-    """Write the shard of what lies outside the blocks; its digest, and those of the source's tensors in it.
+def _stage_outer(run: Run, given_up: threading.Event) -> tuple[Staged, dict[str, str]]:
+    """Write the shard of what lies outside the blocks; with it the digests of the source's tensors in it.
 
     Raises Interrupted once the job is given up.
     """
     digests: dict[str, str] = {}
     path = run.journal.out / run.job.shard_name(None)
-    return write_safetensors(path, _outer_tensors(run, digests, given_up), run.journal.temporary), digests
+    staged = stage_safetensors(path, _outer_tensors(run, digests, given_up), run.journal.temporary)
+    staged.sync()
+    return staged, digests
 
 
-def _finish(run: Run, entries: Sequence[dict[str, Any]], outer_digest: str, digests: dict[str, str]) -> dict[str, Any]:
-    """Write what is no shard: permutations, statistics, index, config; returns the manifest.
-
-    Of the outer shard and its source's tensors the digests.
-    """
+def _finish(run: Run, entries: Sequence[dict[str, Any]], outer: Staged, digests: dict[str, str]) -> dict[str, Any]:
+    """Write what is not a block, with the outer shard, whose source's tensors have the `digests`; the manifest."""
     job, out, temporary = run.job, run.journal.out, run.journal.temporary
-    shard_digests = [outer_digest, *(entry["files"][job.shard_name(index)] for index, entry in enumerate(entries))]
+    outer.publish()
+    shard_digests = [outer.digest, *(entry["files"][job.shard_name(index)] for index, entry in enumerate(entries))]
     _merge_evidence(run)
     shards = [job.shard_name(None), *(job.shard_name(index) for index in range(len(entries)))]
     _write_index(out, shards, temporary)
@@ -322,20 +325,25 @@ def _write_manifest(journal: Journal, manifest: dict[str, Any]) -> None:
 
 def _timings(entries: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """What may differ between equal runs. `seconds`, `stages` and peak memory cover every process that worked on it."""
-    stages: dict[str, float] = {}
-    for entry in entries:
-        for stage, spent in entry["timings"]["seconds"].items():
-            stages[stage] = stages.get(stage, 0.0) + spent
     peaks = [peak_memory_bytes(), *(entry["timings"]["peak_memory_bytes"] for entry in entries)]
     return {
         "seconds": seconds,
-        "stages": stages,
+        "stages": _stages(entries),
         "peak_memory_bytes": max(peaks),
         "host": socket.gethostname(),
         "threads": torch.get_num_threads(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
+
+
+def _stages(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of each stage over all blocks."""
+    stages: dict[str, float] = {}
+    for entry in entries:
+        for stage, spent in entry["timings"]["seconds"].items():
+            stages[stage] = stages.get(stage, 0.0) + spent
+    return stages
 
 
 def _result(status: str, out: Path, manifest: dict[str, Any], timings: dict[str, Any]) -> CompressResult:

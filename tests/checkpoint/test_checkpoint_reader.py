@@ -405,3 +405,29 @@ def test_rows_and_pieces_with_nan_are_refused(
     monkeypatch.setattr(reader, "PIECE_BYTES", 1024)
     with pytest.raises(NumericsError, match=name):
         list(checkpoint.pieces(name))
+
+
+def test_what_will_be_read_is_named_to_the_system(
+    sources: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By its place in the file; it is a hint, so that what cannot be had is nobody's error before it is read."""
+    told: list[tuple[str, int, int, int]] = []
+
+    def note(descriptor: int, offset: int, length: int, advice: int) -> None:
+        told.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, offset, length, advice))
+
+    folder = Path(shutil.copytree(sources("llama-sharded"), tmp_path / "source"))
+    checkpoint = open_checkpoint(folder)
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    names = [name for name in checkpoint.tensors if ".layers.1." in name]
+    checkpoint.will_read([*names, "of.no.checkpoint"])
+    places = [(checkpoint.tensors[name].path.name, checkpoint.tensors[name].entry) for name in names]
+    assert len(told) == len(names) > 0
+    assert sorted(told) == sorted(
+        (path, entry.offset_bytes, entry.size_bytes, os.POSIX_FADV_WILLNEED) for path, entry in places if entry
+    )
+    shutil.rmtree(folder)
+    checkpoint.will_read(names)
+    told.clear()
+    open_checkpoint(sources("opt-bin")).will_read(open_checkpoint(sources("opt-bin")).tensors)
+    assert told == []

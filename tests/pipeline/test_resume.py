@@ -53,8 +53,7 @@ def test_stopped_between_blocks(
     expected = tiny.digests(outputs(source))
     pruned_blocks.clear()
     stop_after(prune, tmp_path / "out", blocks, source)
-    of_blocks = (tmp_path / "out").glob("model-0000[2-4]-*")  # the first is of what lies outside of them
-    shards = {path: path.stat().st_mtime_ns for path in of_blocks}
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("model-*")}
     pruned_blocks.clear()
     result = prune(source, tmp_path / "out")
     assert (result.status, result.blocks) == ("finished", 3)
