@@ -16,8 +16,9 @@ from streamprune.errors import SettingsError
 from streamprune_kernels import library
 
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGE_PIECE_BYTES = 1 << 24  # with 1 MiB peaks vary less, and activations are new memory each: docs/benchmarks.md
+FREE_TOP_BYTES = 1 << 26  # that stay at the end of the heap: glibc's most, which it forgets when the other is set
 logger = logging.getLogger("streamprune")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,6 +131,7 @@ def map_large_pieces() -> None:
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
         option(M_MMAP_THRESHOLD, LARGE_PIECE_BYTES)
+        option(M_TRIM_THRESHOLD, FREE_TOP_BYTES)
 
 
 def return_free_memory() -> None:
