@@ -2,7 +2,6 @@
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_count import threads
 
 from streamprune import PackedLinear
 from streamprune.config import NMPattern
@@ -39,16 +39,6 @@ seeds = st.integers(0, 2**32)
 def compiled() -> None:
     """Without the library every comparison here would be of the plain version with itself."""
     assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
 
 
 def on_threads(count: int, compute: Callable[[], Any]) -> Any:

@@ -3,14 +3,14 @@
 import ctypes
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_count import threads
 
 from streamprune_kernels import cpu, packing, reference
 
@@ -36,16 +36,6 @@ def only_paths_of_this_processor(request: pytest.FixtureRequest) -> None:
     path = request.node.callspec.params.get("path") if hasattr(request.node, "callspec") else None
     if path is not None and path not in cpu.paths():
         pytest.skip(f"this processor lacks {path}")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
 
 
 def on_one_and_two_threads(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
