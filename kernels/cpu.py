@@ -1,4 +1,4 @@
-"""Launchers of the compiled CPU kernels of cpu.cpp and packing.cpp, or of the plain version beside each.
+"""Launchers of the compiled CPU kernels of cpu.cpp, packing.cpp and selection.cpp, or of the plain versions.
 
 The library is built with the package where a C++ compiler is there. Without it every function here is its plain version
 of reference.py: the same numbers up to rounding, several times slower. Threads are as many as torch's; results do not

@@ -87,9 +87,11 @@ def _import(name: str) -> None:
     at the end, took a third of the time of a short command.
     """
     gc.disable()
-    getattr(streamprune, name)
-    gc.freeze()
-    gc.enable()
+    try:
+        getattr(streamprune, name)
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from streamprune.pruning.statistics import ChannelStatistics
 def stage_block(run: Run, index: int, pruned: PrunedBlock) -> tuple[Staged, Staged]:
     """Write a block's folded permutations and input RMS, which lie beside the journal until the end, and its shard.
 
-    Layers are packed one tensor at a time while the shard is written.
+    Layers are packed some rows at a time while the shard is written.
     """
     tensors: dict[str, torch.Tensor | Pieces] = {**pruned.others}
     evidence: dict[str, torch.Tensor] = {fold.name: fold.permutation.cpu().to(torch.int32) for fold in pruned.folded}

@@ -141,7 +141,7 @@ def fit_memory(sizes: Sizes, config: PruneConfig, pace: Pace, limits: Limits) ->
 
 
 def _copied_memory(sizes: Sizes) -> int:
-    """Bytes of a piece of a large tensor, which is copied while blocks are worked on."""
+    """Bytes of a piece of a large tensor that is copied; without a text that goes on beside the blocks."""
     return 2 * min(PIECE_BYTES, max(sizes.stored([name]) for name in sizes.skeleton.outer_parameters()))
 
 

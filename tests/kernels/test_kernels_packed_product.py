@@ -3,11 +3,10 @@
 import ctypes
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from thread_count import threads
 from torch.nn import functional
 
 from streamprune_kernels import cpu, expand, pack_mask, pack_values, packed_product, select_groups
@@ -24,16 +23,6 @@ product = packed_product.packed_product
 def compiled() -> None:
     """Without the library nothing here would run."""
     assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(former)
 
 
 def packed(

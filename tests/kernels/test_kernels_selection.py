@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_count import threads
 
 from streamprune_kernels import all_finite, cpu, reference, select_weights, weighted_squares
 
@@ -23,11 +24,6 @@ def compiled() -> None:
     assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
 
 
-@pytest.fixture(autouse=True)
-def threads() -> None:
-    torch.set_num_threads(2)
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @given(sizes=SIZES, rows=st.integers(1, 9), groups=st.integers(1, 20), seed=seeds)
 @repeatable
@@ -37,13 +33,14 @@ def test_select_weights(dtype: torch.dtype, sizes: tuple[int, int], rows: int, g
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randint(-3, 4, (rows, groups * m), generator=generator) / 4).to(dtype)
     factor = torch.randint(0, 3, (groups * m,), generator=generator) / 2
-    keep, sums = select_weights(weight, factor, kept, m)
+    with threads(2):
+        keep, sums = select_weights(weight, factor, kept, m)
     expected, plain_sums = reference.select_weights(weight, factor, kept, m)
     assert torch.equal(keep, expected)
     assert (sums.dtype, sums.tolist()) == (torch.float64, plain_sums.tolist())  # of quarters: exact in any order
     assert (keep.view(rows, groups, m).sum(dim=2) == kept).all()
-    torch.set_num_threads(1)
-    alone = select_weights(weight, factor, kept, m)
+    with threads(1):
+        alone = select_weights(weight, factor, kept, m)
     assert all(torch.equal(one, other) for one, other in zip(alone, (keep, sums), strict=True))
 
 

@@ -95,6 +95,7 @@ def test_an_item_is_held_by_nobody_but_the_one_who_asked(count: int) -> None:
         seen = weakref.ref(next(items))
         gc.collect()
         wait_until(lambda seen=seen: seen() is None)
+        assert seen() is None
 
 
 def test_a_chain_works_on_several_items_at_once() -> None:
