@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 12  # of the compiled functions; this and cpu.cpp's number are raised together
+INTERFACE = 13  # of the compiled functions; this and cpu.cpp's number are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
-FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # by their numbers in selection.cpp
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of values, as the compiled functions number them
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits
 PATHS = ("portable", "avx2", "avx512")  # sets of instructions, as instructions.h numbers them
 VALUE_BYTES = (1, 2, 4, 8)  # that packing moves
@@ -151,7 +151,7 @@ def select_weights(
     weight [out, in] finite; factor float32 [in], not negative. Returns the mask and the sums, float64 [out].
     """
     compiled = _library_for(weight)
-    if compiled is None or weight.dtype not in FLOATS:
+    if compiled is None or weight.dtype not in TYPES:
         return reference.select_weights(weight, factor, kept, group_size)
     if factor.shape != weight.shape[1:] or factor.dtype != torch.float32 or weight.shape[1] % group_size:
         raise ValueError(f"{factor.dtype} factors {list(factor.shape)} do not fit a weight {list(weight.shape)}")
@@ -159,7 +159,7 @@ def select_weights(
     keep, sums = torch.empty(weight.shape, dtype=torch.bool), torch.empty(len(weight), dtype=torch.float64)
     sizes = *weight.shape, group_size, kept
     result = keep.data_ptr(), sums.data_ptr()
-    compiled.select_weights(weight.data_ptr(), FLOATS[weight.dtype], factor.data_ptr(), *sizes, *result, _threads())
+    compiled.select_weights(weight.data_ptr(), TYPES[weight.dtype], factor.data_ptr(), *sizes, *result, _threads())
     return keep, sums
 
 
@@ -179,11 +179,11 @@ def weighted_squares(x: torch.Tensor, keep: torch.Tensor, scale: torch.Tensor) -
     x [rows, width] finite, keep bool of its shape, scale float32 [width].
     """
     compiled = _library_for(x)
-    if compiled is None or x.dtype not in FLOATS:
+    if compiled is None or x.dtype not in TYPES:
         return reference.weighted_squares(x, keep, scale)
     x, keep, scale = x.contiguous(), keep.contiguous(), scale.contiguous()
     dropped, whole = torch.empty(2, len(x), dtype=torch.float64)
-    tensors = x.data_ptr(), FLOATS[x.dtype], keep.data_ptr(), scale.data_ptr()
+    tensors = x.data_ptr(), TYPES[x.dtype], keep.data_ptr(), scale.data_ptr()
     compiled.weighted_squares(*tensors, *x.shape, dropped.data_ptr(), whole.data_ptr(), _threads())
     return dropped, whole
 
@@ -191,7 +191,7 @@ def weighted_squares(x: torch.Tensor, keep: torch.Tensor, scale: torch.Tensor) -
 def all_finite(x: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite."""
     compiled = _library_for(x)
-    if compiled is None or x.dtype not in FLOATS:
+    if compiled is None or x.dtype not in TYPES:
         return reference.all_finite(x)
     x = x.contiguous()
     return not compiled.count_not_finite(x.data_ptr(), x.numel(), x.itemsize, INFINITY[x.dtype], _threads())

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from streamprune_kernels import reference
-from streamprune_kernels.cpu import library, squared_distances
+from streamprune_kernels.cpu import TYPES, library, squared_distances
 from streamprune_kernels.decode import decode_unsuitable, nm_decode
 from streamprune_kernels.gemm import (
     ALIGNMENT_BYTES,
@@ -22,7 +22,7 @@ from streamprune_kernels.gemm import (
 )
 from streamprune_kernels.launch import Run, runner_for
 from streamprune_kernels.metadata import SparseWeight, make_metadata, metadata_shape, sparse_unsuitable
-from streamprune_kernels.packed_product import TYPES, packed_product
+from streamprune_kernels.packed_product import packed_product
 from streamprune_kernels.packing import expand
 
 _INTEGERS = {"mask": (torch.uint8,), "permutation": (torch.int32,), "metadata": (torch.int32,)}

@@ -9,9 +9,8 @@ from functools import cache
 
 import torch
 
-from streamprune_kernels.cpu import library, path_number
+from streamprune_kernels.cpu import TYPES, library, path_number
 
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of values, as packed_product.cpp numbers them
 FEW_ROWS = 24  # up to here the kernel for few is the faster; measured: docs/benchmarks.md
 
 

@@ -227,12 +227,12 @@ CLONES static int64_t not_finite_part(const T* values, int64_t begin, int64_t en
     return count;
 }
 
-// Calls work(T{}) for the type of the values: 0 float32, 1 bfloat16, 2 float16.
+// Calls work(T{}) for the type of the values, as cpu.py numbers them.
 template <typename Work>
 static void of_type(int64_t type, Work work) {
-    if (type == 0) return work(float{});
-    if (type == 1) return work(Bfloat16{});
-    work(Float16{});
+    if (type == 0) return work(Bfloat16{});
+    if (type == 1) return work(Float16{});
+    work(float{});
 }
 
 extern "C" {

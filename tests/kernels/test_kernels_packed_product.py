@@ -10,8 +10,8 @@ from thread_count import threads
 from torch.nn import functional
 
 from streamprune_kernels import cpu, expand, pack_mask, pack_values, packed_product, select_groups
-from streamprune_kernels.cpu import PATHS
-from streamprune_kernels.packed_product import FEW_ROWS, TYPES
+from streamprune_kernels.cpu import PATHS, TYPES
+from streamprune_kernels.packed_product import FEW_ROWS
 
 PATTERNS = [(2, 4), (4, 8), (1, 4), (2, 8), (1, 2), (3, 4), (5, 16), (1, 64), (63, 64)]
 DTYPES = list(TYPES)
