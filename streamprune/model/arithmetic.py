@@ -17,7 +17,7 @@ from streamprune_kernels import library
 
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGE_PIECE_BYTES = 1 << 24  # with 1 MiB peaks vary less, and activations are new memory each: docs/benchmarks.md
+LARGE_PIECE_BYTES = 1 << 23  # smaller: peaks vary less, but more activations are new memory each: docs/benchmarks.md
 FREE_TOP_BYTES = 1 << 26  # that stay at the end of the heap: glibc's most, which it forgets when the other is set
 logger = logging.getLogger("streamprune")
 

@@ -128,7 +128,7 @@ def compress(
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
     holds. `scratch` is a folder for hidden states (default: inside `out`). `should_stop` is asked after every sequence;
-    when true, Interrupted is raised and nothing finished is lost. Under glibc, pieces of memory of 16 MiB or more
+    when true, Interrupted is raised and nothing finished is lost. Under glibc, pieces of memory of 8 MiB or more
     are mapped by themselves from then on, in the whole process. Raises the errors of streamprune.errors.
     """
     start = time.perf_counter()

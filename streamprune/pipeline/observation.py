@@ -64,11 +64,11 @@ class BlockObservation:
         return found
 
     def _see(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        if self._behind_dense is not None:
-            self._behind_dense[name] = LayerTokens(x, y)
-            return
         accumulator, config = self.accumulators[name], self.job.config
+        if self._behind_dense is not None:
+            self._behind_dense[name] = accumulator.to_compare(x, y)
+            return
         if config.correction and accumulator.sequences % config.correction_stride == 0:
-            self._awaiting[name].append(LayerTokens(x, y))
+            self._awaiting[name].append(accumulator.to_compare(x, y))
         with self.timed("statistics"), numerics_named(name):
             accumulator.add(x)

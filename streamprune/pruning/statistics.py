@@ -24,10 +24,10 @@ STRIP_WIDTH = 192  # channels of a strip of second moments; what lies below the 
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """One sequence at a layer: inputs [tokens, in] and outputs [tokens, out]."""
+    """One sequence at a layer: inputs [tokens, in], and outputs [tokens, out] where they are compared."""
 
     inputs: torch.Tensor
-    outputs: torch.Tensor
+    outputs: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,17 @@ class StatisticsAccumulator:
         self.tokens += x.shape[0]
         self.sequences += 1
 
+    def to_compare(self, x: torch.Tensor, y: torch.Tensor) -> LayerTokens:
+        """What `add_reference` needs of one sequence's inputs [tokens, in] and outputs [tokens, out]."""
+        return LayerTokens(x, None if self.output_cross is None else y)
+
     def add_reference(self, dense: LayerTokens, pruned: LayerTokens) -> None:
         """Add what a sequence is for the layer behind dense blocks, beside what it is behind pruned ones."""
         if self.moments is None:
             raise ValueError("a reference needs second moments")
         x = pruned.inputs.to(torch.float32)
         if self.output_cross is not None:
+            assert dense.outputs is not None and pruned.outputs is not None
             difference = dense.outputs.to(torch.float32) - pruned.outputs.to(torch.float32)
             stable_product(difference.T, x, into=self.output_cross)
         else:
