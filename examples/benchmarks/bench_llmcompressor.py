@@ -5,17 +5,20 @@
 DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes. llm-compressor gets a virtual
 environment of its own under DIR/bench, made on the first run (it wants an older transformers). Both compute in float32,
 and streamprune once more in its default dtype. Each job has a process of its own; seconds are from the first byte read
-to the last written, without imports, and peak memory is the process's. Then the float32 masks are compared. Prints a
-table and one line of JSON.
+to the last written, without imports, and peak memory is the process's. Then the float32 masks are compared, and as a
+control those of llm-compressor with those that it makes itself with one thread: products round differently then, and
+how many bits that turns is what two programs that do the same may differ by. Prints a table and one line of JSON.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import venv
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,9 @@ def interpreter(folder: Path) -> Path:
     return python
 
 
-def last_line(command: list[str]) -> dict[str, Any]:
+def last_line(command: list[str], **environment: str) -> dict[str, Any]:
     """Run a job and read the JSON that its standard output ends with."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
         sys.exit(done.stderr.strip()[-2000:])
     text = done.stdout
@@ -52,18 +55,22 @@ def last_line(command: list[str]) -> dict[str, Any]:
 
 
 def masks_compared(dense: Path, one: Path, other: Path) -> dict[str, float]:
-    """Share of equal mask bits of all pruned layers, and of those of block 0; a kept zero cannot be told from a gap."""
+    """Share of equal mask bits of all pruned layers, and of those of block 0; a kept zero cannot be told from a gap.
+
+    "first unequal block" is the number of blocks where all are equal.
+    """
     ours, theirs, source = open_checkpoint(one), open_checkpoint(other), open_checkpoint(dense)
-    equal = total = first_equal = first_total = 0
+    same: Counter[int] = Counter()
+    total: Counter[int] = Counter()
     for name in sorted(source.tensors):
         if not name.endswith("_proj.weight"):
             continue
         a, b = (file.read([name])[name] != 0 for file in (ours, theirs))
-        same = int((a == b).sum())
-        equal, total = equal + same, total + a.numel()
-        if ".layers.0." in name:
-            first_equal, first_total = first_equal + same, first_total + a.numel()
-    return {"all": equal / total, "block 0": first_equal / first_total}
+        block = int(name.partition(".layers.")[2].partition(".")[0])
+        same[block] += int((a == b).sum())
+        total[block] += a.numel()
+    first = min((block for block in total if same[block] < total[block]), default=len(total))
+    return {"all": same.total() / total.total(), "block 0": same[0] / total[0], "first unequal block": first}
 
 
 def main() -> None:
@@ -80,7 +87,8 @@ def main() -> None:
     python = interpreter(work / "llmcompressor")
     tokens = calibration_tokens(model, str(text), given.samples, given.sequence_length, given.seed)
     (work / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    ours, default, theirs, dense = (work / f"wanda{end}" for end in ("", "-default", "-llmcompressor", "-dense"))
+    ends = ("", "-default", "-llmcompressor", "-control", "-dense")
+    ours, default, theirs, control, dense = (work / f"wanda{end}" for end in ends)
     amount = ["--samples", str(given.samples), "--sequence-length", str(given.sequence_length)]
     amount += ["--seed", str(given.seed)]
     method = ["--metric", "wanda", "--shuffle", "none", "--no-refine", "--calibration", str(text), *amount]
@@ -101,7 +109,9 @@ def main() -> None:
     unsaved = statistics.median(run["peak_before_saving_bytes"] for run in found["llm-compressor"])
     shutil.rmtree(dense, ignore_errors=True)
     streamprune.export(ours, to="dense", out=dense)
-    masks = masks_compared(model, dense, theirs)
+    shutil.rmtree(control, ignore_errors=True)
+    last_line([str(python), str(JOB), str(model), str(work / "tokens.json"), str(control)], OMP_NUM_THREADS="1")
+    masks = {"streamprune": masks_compared(model, dense, theirs), "control": masks_compared(model, control, theirs)}
     print(f"| {given.samples} x {given.sequence_length} tokens, {given.rounds} rounds | seconds | of llm-compressor's "
           "| peak MB | of llm-compressor's |")  # fmt: skip
     print("| --- | --- | --- | --- | --- |")
@@ -112,7 +122,11 @@ def main() -> None:
         print(f"| {name} | {seconds:.1f} | {ratios[name]['seconds']:.2f} | {peak / 1e6:.0f} "
               f"| {ratios[name]['peak_memory_bytes']:.2f} |")  # fmt: skip
     print(f"\nllm-compressor's peak before it saves its model: {unsaved / 1e6:.0f} MB")
-    print(f"equal mask bits: {masks['all']:.3%} of all, {masks['block 0']:.4%} of block 0\n")
+    for label, other_masks in (("streamprune", "streamprune's masks"), ("control", "its own with one thread")):
+        share = masks[label]
+        print(f"llm-compressor's mask bits equal {other_masks}: {share['all']:.3%} of all, {share['block 0']:.4%} "
+              f"of block 0, first unequal block {share['first unequal block']}")  # fmt: skip
+    print()
     about = {"ours": versions(), "theirs": found["llm-compressor"][0]["versions"]}
     print(
         json.dumps(

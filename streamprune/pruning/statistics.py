@@ -133,7 +133,8 @@ class StatisticsAccumulator:
             raise ValueError("a reference needs second moments")
         x = pruned.inputs.to(torch.float32)
         if self.output_cross is not None:
-            assert dense.outputs is not None and pruned.outputs is not None
+            assert dense.outputs is not None
+            assert pruned.outputs is not None
             difference = dense.outputs.to(torch.float32) - pruned.outputs.to(torch.float32)
             stable_product(difference.T, x, into=self.output_cross)
         else:
