@@ -1,9 +1,10 @@
 """One Wanda job of llm-compressor; run by bench_llmcompressor.py with the interpreter of that library's environment.
 
-    python llmcompressor_job.py MODEL TOKENS OUT
+    python llmcompressor_job.py MODEL TOKENS OUT NORMS
 
-TOKENS is a JSON list of sequences of token ids. Prints one JSON line: versions, seconds from the first byte read to the
-last written without imports, and peak memory of the process, with and without the saving of the model.
+TOKENS is a JSON list of sequences of token ids, NORMS the precision of the inputs' norms: float32 is
+llm-compressor's own, float64 is put in its place to learn what rounding does. Prints one JSON line: versions, seconds from the first byte read to the last written without imports, and peak memory of the process,
+with and without the saving of the model.
 """
 
 import importlib.metadata
@@ -16,6 +17,7 @@ import datasets
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.pruning import WandaPruningModifier
+from llmcompressor.modifiers.pruning.wanda import base, wanda_sparsify
 from transformers import AutoModelForCausalLM
 
 
@@ -24,10 +26,18 @@ def peak_memory_bytes() -> int:
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
+def norms_in_float64() -> None:
+    """Have llm-compressor sum, and compare, in float64."""
+    wanda_sparsify.WANDA_PRECISION = torch.float64
+    base.make_empty_row_scalars = lambda module, device=None: torch.zeros(module.weight.shape[1], dtype=torch.float64)
+
+
 def main() -> None:
-    model, tokens, out = sys.argv[1:]
+    model, tokens, out, norms = sys.argv[1:]
     ids = json.loads(Path(tokens).read_text())
     data = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+    if norms == "float64":
+        norms_in_float64()
     recipe = WandaPruningModifier(targets=["Linear"], ignore=["lm_head"], sparsity=0.5, mask_structure="2:4")
     start = time.perf_counter()
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

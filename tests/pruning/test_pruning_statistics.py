@@ -321,8 +321,8 @@ def assert_near(computed: torch.Tensor, expected: numpy.ndarray) -> None:
     numpy.testing.assert_allclose(computed.numpy(), expected, rtol=1e-5, atol=2e-6 * scale)
 
 
-def at_layer(x: torch.Tensor, y: torch.Tensor | None = None) -> LayerTokens:
-    return LayerTokens(x, torch.zeros(len(x), 1) if y is None else y)
+def at_layer(x: torch.Tensor) -> LayerTokens:
+    return LayerTokens(x, None)
 
 
 def tokens_of(channels: int, *lengths: int) -> list[torch.Tensor]:
@@ -408,7 +408,9 @@ def test_a_reference_is_held_against_outputs_where_those_are_fewer(outputs: int 
     accumulator = StatisticsAccumulator(24, config, CPU, outputs=outputs)
     for x, reference in zip(sequences, dense, strict=True):
         accumulator.add(x)
-        accumulator.add_reference(*(at_layer(t, t @ weight.T + 3.0) for t in (reference, x)))
+        compared = [accumulator.to_compare(t, t @ weight.T + 3.0) for t in (reference, x)]
+        assert all((one.outputs is not None) is by_output for one in compared)
+        accumulator.add_reference(*compared)
     found = accumulator.result()
     assert found.moments is not None
     assert (found.output_cross is not None) is by_output
