@@ -2,9 +2,9 @@
 
     python llmcompressor_job.py MODEL TOKENS OUT NORMS
 
-TOKENS is a JSON list of sequences of token ids, NORMS the precision of the inputs' norms: float32 is
-llm-compressor's own, float64 is put in its place to learn what rounding does. Prints one JSON line: versions, seconds from the first byte read to the last written without imports, and peak memory of the process,
-with and without the saving of the model.
+TOKENS is a JSON list of sequences of token ids, NORMS the precision of the inputs' norms: float32 is llm-compressor's
+own, float64 is put in its place to learn what rounding does. Prints one JSON line: versions, seconds from the first
+byte read to the last written without imports, and peak memory of the process, with and without the saving of the model.
 """
 
 import importlib.metadata
