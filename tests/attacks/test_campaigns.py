@@ -49,7 +49,7 @@ def attacked(
     return attack(workers[0], tmp_path_factory.mktemp("attacked"), job)
 
 
-def holds(campaign: Campaign, attacks: int, *happened: str) -> None:
+def assert_holds(campaign: Campaign, attacks: int, *happened: str) -> None:
     assert campaign.broken == []
     assert campaign.attacks >= attacks
     assert all(campaign.counts.get(what) for what in happened), campaign.counts
@@ -60,28 +60,28 @@ def test_the_job_has_enough_to_attack(attacked: Attacked) -> None:
 
 
 def test_killed_at_a_sample_of_operations(attacked: Attacked) -> None:
-    holds(kill_at(attacked, range(3, attacked.operations, 23)), 14, "killed")
+    assert_holds(kill_at(attacked, range(3, attacked.operations, 23)), 14, "killed")
 
 
 def test_killed_at_random_times(attacked: Attacked) -> None:
-    holds(kill_sometime(attacked, 6, seed=1), 6, "killed")
+    assert_holds(kill_sometime(attacked, 6, seed=1), 6, "killed")
 
 
 def test_full_disk_at_a_sample_of_operations(attacked: Attacked) -> None:
-    holds(full_at(attacked, range(5, attacked.fillable, 31)), 8, "refused")
+    assert_holds(full_at(attacked, range(5, attacked.fillable, 31)), 8, "refused")
 
 
 def test_files_lost_or_torn_by_a_power_loss(attacked: Attacked) -> None:
-    holds(lose_power(attacked, 6, seed=1), 6)
+    assert_holds(lose_power(attacked, 6, seed=1), 6)
 
 
 def test_woken_after_it_was_taken_over(attacked: Attacked, workers: tuple[Worker, Worker]) -> None:
-    holds(wake_at(attacked, workers[1], [0, 4, attacked.renames - 2, attacked.renames - 1]), 4, "refused")
+    assert_holds(wake_at(attacked, workers[1], [0, 4, attacked.renames - 2, attacked.renames - 1]), 4, "refused")
 
 
 def test_single_bits(copy_of: Callable[..., Path]) -> None:
     out = copy_of("llama")
-    holds(flip_bits(out, 60, seed=1), 60)
+    assert_holds(flip_bits(out, 60, seed=1), 60)
     assert verify(out).ok
 
 

@@ -63,7 +63,7 @@ def refused_or(read: Callable[[Path], Read], path: Path) -> Read | None:
     return None
 
 
-def header_of(content: bytes, path: Path) -> None:
+def assert_header_holds(content: bytes, path: Path) -> None:
     """Read a header; what is accepted holds together, and every tensor of it can be read."""
     path.write_bytes(content)
     if (accepted := refused_or(read_header, path)) is None:
@@ -83,13 +83,13 @@ def header_of(content: bytes, path: Path) -> None:
 @EXAMPLES
 @given(content=some.binary(max_size=300))
 def test_header_of_random_bytes(content: bytes, path: Path) -> None:
-    header_of(content, path)
+    assert_header_holds(content, path)
 
 
 @EXAMPLES
 @given(text=some.binary(max_size=120), data=some.binary(max_size=16))
 def test_header_of_random_text_of_the_right_length(text: bytes, data: bytes, path: Path) -> None:
-    header_of(struct.pack("<Q", len(text)) + text + data, path)
+    assert_header_holds(struct.pack("<Q", len(text)) + text + data, path)
 
 
 @EXAMPLES
@@ -100,7 +100,7 @@ def test_header_with_some_bytes_changed(edits: list[tuple[int, int]], path: Path
     content = bytearray(SAFETENSORS)
     for position, value in edits:
         content[position] = value
-    header_of(bytes(content), path)
+    assert_header_holds(bytes(content), path)
 
 
 @EXAMPLES
@@ -116,7 +116,7 @@ def test_header_with_one_entry_changed(name: str, dtype: Any, shape: Any, offset
     for field, value in (("dtype", dtype), ("shape", shape), ("data_offsets", offsets)):
         changed = {**header, name: {**header[name], field: value}}
         text = json.dumps(changed).encode()
-        header_of(struct.pack("<Q", len(text)) + text + SAFETENSORS[8 + size :], path)
+        assert_header_holds(struct.pack("<Q", len(text)) + text + SAFETENSORS[8 + size :], path)
 
 
 @EXAMPLES
@@ -219,7 +219,7 @@ def saved(legacy: bool) -> bytes:
 ARCHIVE, LEGACY = saved(legacy=False), saved(legacy=True)
 
 
-def bin_of(content: bytes, path: Path) -> None:
+def assert_bin_holds(content: bytes, path: Path) -> None:
     """Open a `.bin`; what is accepted can be read, and takes no more than twice its bytes."""
     path = path.with_name("pytorch_model.bin")
     path.write_bytes(content)
@@ -241,7 +241,7 @@ def test_bin_with_some_bytes_changed(whole: bytes, edits: list[tuple[float, int]
     content = bytearray(whole)
     for place, value in edits:
         content[int(place * len(content))] = value
-    bin_of(bytes(content), path)
+    assert_bin_holds(bytes(content), path)
 
 
 @EXAMPLES
@@ -253,13 +253,13 @@ def test_bin_with_its_pickle_changed(edits: list[tuple[float, int]], path: Path)
     content = bytearray(ARCHIVE)
     for place, value in edits:
         content[begin + int(place * (end - begin))] = value
-    bin_of(bytes(content), path)
+    assert_bin_holds(bytes(content), path)
 
 
 @EXAMPLES
 @given(whole=some.sampled_from([ARCHIVE, LEGACY]), share=some.floats(0, 0.999))
 def test_bin_that_is_cut(whole: bytes, share: float, path: Path) -> None:
-    bin_of(whole[: int(share * len(whole))], path)
+    assert_bin_holds(whole[: int(share * len(whole))], path)
 
 
 def test_an_entry_of_the_catalogue_may_write_only_where_its_job_has_begun() -> None:
