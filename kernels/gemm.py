@@ -6,6 +6,7 @@ validating a layer costs no pass of its own. `run` (launch.py) is the device; te
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -101,6 +102,7 @@ def sparse_linear_with_error(
     reference has y's shape and is of x's type or float32, which is then y's type too; y is compared as it is returned.
     """
     y, sums = _sparse(x, weight, bias, reference, reference.dtype == torch.float32, tile, run)
+    assert sums is not None, "there is a reference"
     return y, sums[0], sums[1]
 
 
@@ -133,6 +135,7 @@ def nm_linear_with_error(
     reference has y's shape and is of x's type or float32, which is then y's type too; y is compared as it is returned.
     """
     y, sums = _dense(x, weight, bias, reference, reference.dtype == torch.float32, run)
+    assert sums is not None, "there is a reference"
     return y, sums[0], sums[1]
 
 
@@ -144,7 +147,7 @@ def _sparse(
     float_output: bool,
     tile: int | None,
     run: Run,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     tile = tile or _tile_of(x.device, weight.out_features, _tokens(x))
     if tile not in SPARSE_SHARED_BYTES:
         raise ValueError(f"a tile has 256 or 128 output features, not {tile}")
@@ -160,7 +163,7 @@ def _dense(
     reference: torch.Tensor | None,
     float_output: bool,
     run: Run,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     product = _Product(x, weight, weight.mask, bias, reference, float_output)
     in_8_columns = 8 // weight.group_size * weight.kept if 8 % weight.group_size == 0 else 0
     name = in_8_columns if in_8_columns in (2, 4) else "any"
@@ -211,13 +214,14 @@ class _Product:
 
     def run(
         self, source: str, kernel: str, tile: int, shared_bytes: int, pattern: tuple[int, ...], run: Run
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y, and its error's sums float64 [2, out], zeros without a reference."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y, and with a reference its error's sums float64 [2, out]."""
         out, tokens = self.weight.out_features, _tokens(self.x)
         token_tiles = -(-tokens // TILE_TOKENS)
         y = torch.empty(*self.x.shape[:-1], out, dtype=self.y_type, device=self.x.device)
-        parts = token_tiles if self.reference is not None else 0
-        partials = torch.empty(parts, 2, out, dtype=torch.float32, device=self.x.device)
+        partials = None
+        if self.reference is not None:
+            partials = torch.empty(token_tiles, 2, out, dtype=torch.float32, device=self.x.device)
         if tokens:
             tensors = (
                 self.weight.values,
@@ -226,13 +230,13 @@ class _Product:
                 self.bias,
                 self.reference,
                 y,
-                partials if parts else None,
+                partials,
             )
             sizes = (tokens, out, self.weight.in_features)
             arguments: tuple[Argument, ...] = (*tensors, *sizes, *pattern, int(self.float_output))
             blocks = -(-out // tile) * token_tiles
             run(Launch(source, kernel, (blocks, 1, 1), (tile, 1, 1), shared_bytes, arguments))
-        return y, partials.sum(dim=0, dtype=torch.float64)
+        return y, None if partials is None else partials.sum(dim=0, dtype=torch.float64)
 
 
 def _tokens(x: torch.Tensor) -> int:
@@ -241,8 +245,13 @@ def _tokens(x: torch.Tensor) -> int:
 
 def _tile_of(device: torch.device, out_features: int, tokens: int) -> int:
     """256 output features for a block where its shared memory has room for them and all multiprocessors get one."""
-    if device.type != "cuda":
-        return 128
-    blocks = -(-out_features // 256) * -(-tokens // TILE_TOKENS)
-    busy = blocks >= torch.cuda.get_device_properties(device).multi_processor_count
-    return 256 if busy and torch.cuda.get_device_capability(device) in WIDE_CAPABILITIES else 128
+    wide = _wide_multiprocessors(device)
+    return 256 if 0 < wide <= -(-out_features // 256) * -(-tokens // TILE_TOKENS) else 128
+
+
+@cache
+def _wide_multiprocessors(device: torch.device) -> int:
+    """How many there are that have room for the tile of 256; asked once, as that takes a share of a launch."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in WIDE_CAPABILITIES:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -6,7 +6,7 @@ to runners on the CPU. CuPy, the optional extra `gpu`, is imported only when a k
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -84,7 +84,7 @@ def runner_for(tensor: torch.Tensor) -> Run | None:
     """What runs CUDA kernels on a tensor: its GPU, on the CPU what stands in for one; None where nothing does."""
     if tensor.device.type == "cpu":
         return _stand_in[-1] if _stand_in else None
-    return on_device if unsupported_reason(tensor.device) is None else None
+    return on_device if _runs_kernels(tensor.device) else None
 
 
 @cache
@@ -123,15 +123,11 @@ def on_device(launch: Launch) -> None:
     if len(devices) != 1:
         raise ValueError(f"{launch.kernel}: its tensors are on {sorted(map(str, devices))}; move them to one device")
     device = devices.pop()
-    reason = unsupported_reason(device)
-    if reason:
-        raise KernelUnavailable(reason)
+    if not _runs_kernels(device):
+        raise KernelUnavailable(unsupported_reason(device))
     import cupy
 
-    with ExitStack() as stack:
-        stack.enter_context(torch.cuda.device(device))
-        stack.enter_context(cupy.cuda.Device(device.index))
-        stack.enter_context(cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)))
+    with cupy.cuda.Device(device.index), _cupy_stream(torch.cuda.current_stream(device)):
         function = _function(launch.source, launch.kernel, device.index)
         if launch.shared_bytes > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = launch.shared_bytes
@@ -153,6 +149,20 @@ def unsupported_reason(device: torch.device) -> str | None:
     except ImportError as error:
         return f"CUDA kernels are compiled by CuPy, which does not import ({error}): pip install 'streamprune[gpu]'"
     return None
+
+
+@cache
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether `unsupported_reason` has none against a device. Asked once: to find out takes as long as a launch."""
+    return unsupported_reason(device) is None
+
+
+@cache
+def _cupy_stream(stream: torch.cuda.Stream) -> Any:
+    """A stream of torch's as CuPy's. Torch hands out few streams, again and again."""
+    import cupy
+
+    return cupy.cuda.Stream.from_external(stream)
 
 
 @cache

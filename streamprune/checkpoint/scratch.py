@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from streamprune.checkpoint.reader import byte_view, read_into
+from streamprune.checkpoint.buffers import Buffers
+from streamprune.checkpoint.reader import Empty, byte_view, new_tensor, read_into
 from streamprune.checkpoint.writer import output_errors
 from streamprune.errors import CheckpointError, OutputError
 
@@ -18,15 +19,19 @@ from streamprune.errors import CheckpointError, OutputError
 class HiddenStates:
     """`sequences` chunks of shape [1, tokens, hidden] in one file.
 
-    State that must live somewhere: an open file and the checksums (XXH3) of what was written to it.
+    State that must live somewhere: an open file and the checksums (XXH3) of what was written to it. For blocks on a GPU
+    chunks pass through page-locked memory, which is used again.
     """
 
-    def __init__(self, path: Path, sequences: int, tokens: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, sequences: int, tokens: int, hidden: int, dtype: torch.dtype, *, for_gpu: bool = False
+    ) -> None:
         self.path = path
         self.shape = (1, tokens, hidden)
         self.dtype = dtype
         self.chunk_bytes = tokens * hidden * dtype.itemsize
         self.checksums: list[int | None] = [None] * sequences
+        self._empty: Empty = Buffers(pinned=True).empty if for_gpu else new_tensor
         file = None
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "rb+", buffering=0)
@@ -48,9 +53,12 @@ class HiddenStates:
 
     def write(self, index: int, states: torch.Tensor) -> None:
         """Store the hidden states of one sequence."""
-        chunk = states.detach().to("cpu", self.dtype).contiguous()
-        if tuple(chunk.shape) != self.shape:
-            raise ValueError(f"hidden states of shape {tuple(chunk.shape)} where {self.shape} belongs")
+        if tuple(states.shape) != self.shape:
+            raise ValueError(f"hidden states of shape {tuple(states.shape)} where {self.shape} belongs")
+        if states.device.type == "cpu":
+            chunk = states.detach().to(self.dtype).contiguous()
+        else:
+            chunk = self._empty(self.shape, self.dtype).copy_(states.detach())
         view = byte_view(chunk)
         done = 0
         with output_errors(self.path):
@@ -60,7 +68,7 @@ class HiddenStates:
 
     def read(self, index: int) -> torch.Tensor:
         """Hidden states of one sequence, [1, tokens, hidden] on the CPU. Raises CheckpointError where they are torn."""
-        chunk = torch.empty(self.shape, dtype=self.dtype)
+        chunk = self._empty(self.shape, self.dtype)
         read_into(self._file.fileno(), chunk, index * self.chunk_bytes, self.path)
         if xxhash.xxh3_64_intdigest(byte_view(chunk)) != self.checksums[index]:
             raise CheckpointError(f"{self.path}: hidden states of sequence {index} are damaged")

@@ -129,7 +129,9 @@ def advance(
         micro_batch = 1
     for first in range(0, len(states), micro_batch):
         indices = range(first, min(first + micro_batch, len(states)))
-        x = torch.cat([states.read(index) for index in indices]).to(arithmetic.device)
+        chunks = [states.read(index).to(arithmetic.device) for index in indices]
+        x = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        del chunks
         outputs = run_block(block, x, arguments, name)
         for place, index in enumerate(indices):
             one = slice(place, place + 1)

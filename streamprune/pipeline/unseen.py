@@ -62,7 +62,8 @@ def _prune(run: Run, source: SourceBlock) -> _Pruned:
     with timed("read"):
         tensors = parameters_of(job, source, run.residual)
     plans = job.plan.blocks[source.index]
-    statistics = {layer: ChannelStatistics.unseen(plan.shape[1]) for layer, plan in plans.items()}
+    device = job.arithmetic.device
+    statistics = {layer: ChannelStatistics.unseen(plan.shape[1], device) for layer, plan in plans.items()}
     block = prune_block(job.skeleton, source.index, tensors, statistics, set(plans), job.config, timed)
     return _Pruned(source.index, block, source.digests, timed)
 

@@ -50,9 +50,9 @@ class ChannelStatistics:
     output_cross: torch.Tensor | None = None
 
     @classmethod
-    def unseen(cls, channels: int) -> "ChannelStatistics":
+    def unseen(cls, channels: int, device: torch.device) -> "ChannelStatistics":
         """Of inputs that nobody has looked at: every channel counts the same."""
-        return cls(torch.ones(channels, dtype=torch.float64), None, None, 1, 1)
+        return cls(torch.ones(channels, dtype=torch.float64, device=device), None, None, 1, 1)
 
     @property
     def rms(self) -> torch.Tensor:

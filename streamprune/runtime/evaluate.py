@@ -74,8 +74,8 @@ def evaluate(
         bar.update()
 
     def scratch_file(number: int) -> HiddenStates:
-        count, length = windows.shape
-        return HiddenStates(Path(work) / f"{number}.bin", count, length, skeleton.hidden_size, arithmetic.dtype)
+        path, on_gpu = Path(work) / f"{number}.bin", arithmetic.device.type == "cuda"
+        return HiddenStates(path, *windows.shape, skeleton.hidden_size, arithmetic.dtype, for_gpu=on_gpu)
 
     with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar, ExitStack() as open_files:
         files = [scratch_file(i) for i in (0, 1)]

@@ -99,11 +99,13 @@ def gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    launch_module._function.cache_clear()
+    asked_once = (launch_module._function, launch_module._runs_kernels, launch_module._cupy_stream)
+    for function in asked_once:
+        function.cache_clear()
     yield launched
-    launch_module._function.cache_clear()
+    for function in asked_once:
+        function.cache_clear()
 
 
 def test_what_cupy_is_given(gpu):
