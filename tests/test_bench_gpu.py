@@ -94,10 +94,10 @@ def test_figures_of_a_comparison(dtype: torch.dtype) -> None:
     """By hand: 2 x 72 x 128 x 4 operations; packed weights are 9/16 of the dense 18,432 bytes."""
     flushed = []
 
-    def timer(run: Callable[[], torch.Tensor], flush: bool) -> float:
+    def timer(run: Callable[[], torch.Tensor], flush: bool) -> tuple[float, float]:
         assert run().shape == (4, 72)
         flushed.append(flush)
-        return len(flushed) * 1e-6
+        return len(flushed) * 1e-6, 7e-5
 
     found = compared("2:4", 4, timer, dtype)
     rows = {row["name"]: row for row in found["rows"]}
@@ -117,12 +117,13 @@ def test_figures_of_a_comparison(dtype: torch.dtype) -> None:
     lines = bench_gpu.table(found).splitlines()
     assert lines[1] == f"72x128, 2:4, {str(dtype).removeprefix('torch.')}, 4 tokens"
     assert lines[5].startswith("| cuBLAS dense | 0.0010 | 0.1 | 20 | ")
-    assert all(line.count("|") == 7 for line in lines[3:])
+    assert lines[5].endswith(" | 1.00 | 0.0700 |")
+    assert all(line.count("|") == 8 for line in lines[3:])
 
 
 @needs_compiler
 def test_who_cannot_take_part_says_why() -> None:
-    found = compared("4:8", 9, lambda run, flush: 1.0 if not flush else 0.0)
+    found = compared("4:8", 9, lambda run, flush: (0.0 if flush else 1.0, 1.0))
     reasons = {row["name"]: row.get("reason") for row in found["rows"]}
     assert "not 4:8" in reasons["sparse GEMM"]
     assert "1 to 8 vectors at once, not 9" in reasons["decode"]
@@ -136,7 +137,7 @@ def test_no_speed_of_a_wrong_product() -> None:
     weights = bench_gpu.pruned_weights((72, 128), NMPattern.parse("2:4"), torch.float16, CPU)
     weights.values[40] = weights.values[41]
     x = torch.randn(20, 128).half()
-    found = bench_gpu.compared(weights, x, A100, lambda run, flush: 1.0, host.run)
+    found = bench_gpu.compared(weights, x, A100, lambda run, flush: (1.0, 1.0), host.run)
     for row in found["rows"][1:3]:
         assert "seconds" not in row
         assert row["reason"].startswith("WRONG: error")
@@ -144,7 +145,7 @@ def test_no_speed_of_a_wrong_product() -> None:
     assert bench_gpu.wrong_rows([found]) == ["N:M GEMM", "sparse GEMM"]
     assert "WRONG" in bench_gpu.table(found)
     broken = bench_gpu.Contender("nan", lambda: torch.full((20, 72), torch.nan).half())
-    assert "WRONG" in bench_gpu.measured(broken, weights, x, A100, lambda run, flush: 1.0)["reason"]
+    assert "WRONG" in bench_gpu.measured(broken, weights, x, A100, lambda run, flush: (1.0, 1.0))["reason"]
 
 
 def test_a_whole_run_with_a_made_up_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +153,7 @@ def test_a_whole_run_with_a_made_up_device(monkeypatch: pytest.MonkeyPatch) -> N
     rows: list[dict[str, Any]] = [{"name": "cuBLAS dense", "seconds": 1.0, "error": 0.0}]
     monkeypatch.setattr(bench_gpu, "unsupported_reason", lambda device: None)
     monkeypatch.setattr(bench_gpu, "described", lambda device: A100)
-    monkeypatch.setattr(bench_gpu, "cuda_timer", lambda *arguments: lambda run, flush: 1.0)
+    monkeypatch.setattr(bench_gpu, "cuda_timer", lambda *arguments: lambda run, flush: (1.0, 1.0))
     monkeypatch.setattr(bench_gpu, "copy_bytes_per_second", lambda device, timer: 1e12)
     monkeypatch.setattr(bench_gpu, "WIDTHS", {"7B": (64, 128)})
     monkeypatch.setattr(bench_gpu, "compared", lambda w, x, *rest: {"shape": list(w.dense.shape), "rows": rows})

@@ -10,13 +10,16 @@ a product that was right: its error against float64, on a sample of tokens, is w
 
 TFLOP/s count 2 out in tokens, whatever was skipped. GB/s count what must be read and written once: weights as stored, x
 and y. The roofline is the least time that arithmetic and memory allow: multiprocessors x clock x operations of tensor
-cores (twice as many for sparse ones), and bus width x memory clock. Times are medians by CUDA events after a warm-up;
-for up to 8 tokens L2 is overwritten before each run, as the next layer's weights come from memory in decoding, too.
+cores (twice as many for sparse ones), and bus width x memory clock. Times are the GPU's alone, which waits until all is
+queued: medians by CUDA events after a warm-up; for up to 8 tokens L2 is overwritten before each run, as the next layer's
+weights come from memory in decoding, too. The last column is what a call takes with the processor's share, of many in a
+row.
 """
 
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,6 +52,8 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 CHECKED_TOKENS = 32
 FLUSHED_TOKENS = 8  # up to here L2 is overwritten before each run
 WARM_UP = 3
+CALLS = 50  # in a row
+HELD_CYCLES = 1 << 20  # about half a millisecond that the GPU waits, in which a call is queued
 COPIED_BYTES = 1 << 30
 
 # 16-bit operations (a multiply-add is two) of one multiprocessor's tensor cores a cycle, dense, summed in float32: the
@@ -126,7 +131,8 @@ class Weights:
     pattern: NMPattern
 
 
-Timer = Callable[[Callable[[], object], bool], float]  # seconds of a call, with L2 overwritten before or not
+# Seconds of a call on the GPU alone, with L2 overwritten before or not, and of one of many calls in a row.
+Timer = Callable[[Callable[[], object], bool], tuple[float, float]]
 
 
 def layer_shapes(model: str) -> list[tuple[int, int]]:
@@ -209,10 +215,11 @@ def measured(contender: Contender, weights: Weights, x: torch.Tensor, device: De
     (out_features, in_features), tokens = weights.dense.shape, len(x)
     flops = 2 * out_features * in_features * tokens
     moved = contender.weight_bytes + x.itemsize * tokens * (in_features + out_features)
-    seconds = timer(contender.run, tokens <= FLUSHED_TOKENS)
+    seconds, call_seconds = timer(contender.run, tokens <= FLUSHED_TOKENS)
     return {
         "name": contender.name,
         "seconds": seconds,
+        "call_seconds": call_seconds,
         "teraflops": flops / seconds / 1e12,
         "gigabytes_per_second": moved / seconds / 1e9,
         "of_roofline": least_seconds(device, flops, moved, contender.is_sparse) / seconds,
@@ -242,16 +249,17 @@ def table(found: dict[str, Any]) -> str:
     title = f"{out_features}x{in_features}, {found['pattern']}, {found['dtype']}, {found['tokens']} tokens"
     lines = [
         f"\n{title}\n",
-        "| | ms | TFLOP/s | GB/s | of the roofline | times as fast as cuBLAS |",
-        "|" + " --- |" * 6,
+        "| | ms | TFLOP/s | GB/s | of the roofline | times as fast as cuBLAS | ms a call in a row |",
+        "|" + " --- |" * 7,
     ]
     for row in found["rows"]:
         if "seconds" not in row:
-            lines.append(f"| {row['name']} | {row['reason']} |" + " |" * 4)
+            lines.append(f"| {row['name']} | {row['reason']} |" + " |" * 5)
             continue
         speeds = f"{row['seconds'] * 1e3:.4f} | {row['teraflops']:.1f} | {row['gigabytes_per_second']:.0f}"
         faster = f"{row['over_cublas']:.2f}" if "over_cublas" in row else ""
-        lines.append(f"| {row['name']} | {speeds} | {row['of_roofline']:.0%} | {faster} |")
+        called = f"{row['call_seconds'] * 1e3:.4f}"
+        lines.append(f"| {row['name']} | {speeds} | {row['of_roofline']:.0%} | {faster} | {called} |")
     return "\n".join(lines)
 
 
@@ -265,18 +273,24 @@ def cuda_timer(device: torch.device, l2_bytes: int, rounds: int) -> Timer:
     """Medians by CUDA events on the current stream, after WARM_UP runs that do not count."""
     flushed = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
 
-    def seconds(run: Callable[[], object], flush: bool) -> float:
+    def seconds(run: Callable[[], object], flush: bool) -> tuple[float, float]:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
         for _ in range(WARM_UP):
             run()
         for begin, end in events:
             if flush:
                 flushed.zero_()
+            torch.cuda._sleep(HELD_CYCLES)
             begin.record()
             run()
             end.record()
         torch.cuda.synchronize(device)
-        return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            run()
+        torch.cuda.synchronize(device)
+        in_a_row = (time.perf_counter() - start) / CALLS
+        return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3, in_a_row
 
     return seconds
 
@@ -285,7 +299,7 @@ def copy_bytes_per_second(device: torch.device, timer: Timer) -> float:
     """What copying a large buffer moves, read and written."""
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED_BYTES / timer(lambda: target.copy_(source), False)
+    return 2 * COPIED_BYTES / timer(lambda: target.copy_(source), False)[0]
 
 
 def described(device: torch.device) -> Device:

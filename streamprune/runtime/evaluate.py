@@ -75,7 +75,8 @@ def evaluate(
 
     def scratch_file(number: int) -> HiddenStates:
         path, on_gpu = Path(work) / f"{number}.bin", arithmetic.device.type == "cuda"
-        return HiddenStates(path, *windows.shape, skeleton.hidden_size, arithmetic.dtype, for_gpu=on_gpu)
+        count, length = windows.shape
+        return HiddenStates(path, count, length, skeleton.hidden_size, arithmetic.dtype, for_gpu=on_gpu)
 
     with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar, ExitStack() as open_files:
         files = [scratch_file(i) for i in (0, 1)]
