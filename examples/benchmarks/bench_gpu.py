@@ -11,7 +11,7 @@ a product that was right: its error against float64, on a sample of tokens, is w
 TFLOP/s count 2 out in tokens, whatever was skipped. GB/s count what must be read and written once: weights as stored, x
 and y. The roofline is the least time that arithmetic and memory allow: multiprocessors x clock x operations of tensor
 cores (twice as many for sparse ones), and bus width x memory clock. Times are the GPU's alone, which waits until all is
-queued: medians by CUDA events after a warm-up; for up to 8 tokens L2 is overwritten before each run, as the next layer's
+queued: medians by CUDA events after a warm-up; up to 8 tokens L2 is overwritten before each run, as the next layer's
 weights come from memory in decoding, too. The last column is what a call takes with the processor's share, of many in a
 row.
 """

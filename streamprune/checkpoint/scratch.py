@@ -5,6 +5,8 @@ No memory map: a full disk under a map is SIGBUS. Every chunk has a checksum, so
 
 import errno
 import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,12 +17,15 @@ from streamprune.checkpoint.reader import Empty, byte_view, new_tensor, read_int
 from streamprune.checkpoint.writer import output_errors
 from streamprune.errors import CheckpointError, OutputError
 
+MOST_WRITING = 2  # chunks that wait for the disk, of one file
+
 
 class HiddenStates:
     """`sequences` chunks of shape [1, tokens, hidden] in one file.
 
     State that must live somewhere: an open file and the checksums (XXH3) of what was written to it. For blocks on a GPU
-    chunks pass through page-locked memory, which is used again.
+    (`for_gpu`) chunks pass through page-locked memory, which is used again, and a thread of the file's own reads the
+    chunk after the one that was asked for, and writes, while the GPU computes.
     """
 
     def __init__(
@@ -32,6 +37,9 @@ class HiddenStates:
         self.chunk_bytes = tokens * hidden * dtype.itemsize
         self.checksums: list[int | None] = [None] * sequences
         self._empty: Empty = Buffers(pinned=True).empty if for_gpu else new_tensor
+        self._worker = ThreadPoolExecutor(1, "hidden-states") if for_gpu else None  # in the order of what it is given
+        self._writing: deque[Future[None]] = deque()
+        self._ahead: tuple[int, Future[torch.Tensor]] | None = None
         file = None
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "rb+", buffering=0)
@@ -52,13 +60,50 @@ class HiddenStates:
         return len(self.checksums)
 
     def write(self, index: int, states: torch.Tensor) -> None:
-        """Store the hidden states of one sequence."""
+        """Store the hidden states of one sequence. With a GPU an error of the disk may come at a later call."""
         if tuple(states.shape) != self.shape:
             raise ValueError(f"hidden states of shape {tuple(states.shape)} where {self.shape} belongs")
-        if states.device.type == "cpu":
-            chunk = states.detach().to(self.dtype).contiguous()
-        else:
-            chunk = self._empty(self.shape, self.dtype).copy_(states.detach())
+        if self._worker is None:
+            self._store(index, states.detach().to("cpu", self.dtype).contiguous())
+            return
+        self._ahead = None
+        self._await_writing(MOST_WRITING - 1)
+        chunk = self._empty(self.shape, self.dtype).copy_(states.detach())
+        self._writing.append(self._worker.submit(self._store, index, chunk))
+
+    def read(self, index: int) -> torch.Tensor:
+        """Hidden states of one sequence, [1, tokens, hidden] on the CPU. Raises CheckpointError where they are torn."""
+        if self._worker is None:
+            return self._load(index)
+        self._await_writing()
+        found, self._ahead = self._ahead, None
+        reading = found[1] if found is not None and found[0] == index else self._worker.submit(self._load, index)
+        if index + 1 < len(self):
+            self._ahead = index + 1, self._worker.submit(self._load, index + 1)
+        return reading.result()
+
+    def sync(self) -> None:
+        """Make what was written last through a power loss. Raises OutputError where the disk does not."""
+        self._await_writing()
+        with output_errors(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file, once or more often; it stays, for a resumed job or a later block."""
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def _await_writing(self, most: int = 0) -> None:
+        """Wait until at most `most` chunks are still to be written. Raises OutputError where the disk did not."""
+        while len(self._writing) > most:
+            try:
+                oldest = self._writing.popleft()
+            except IndexError:  # a thread that syncs took it
+                return
+            oldest.result()
+
+    def _store(self, index: int, chunk: torch.Tensor) -> None:
         view = byte_view(chunk)
         done = 0
         with output_errors(self.path):
@@ -66,19 +111,9 @@ class HiddenStates:
                 done += os.pwrite(self._file.fileno(), view[done:], index * self.chunk_bytes + done)
         self.checksums[index] = xxhash.xxh3_64_intdigest(view)
 
-    def read(self, index: int) -> torch.Tensor:
-        """Hidden states of one sequence, [1, tokens, hidden] on the CPU. Raises CheckpointError where they are torn."""
+    def _load(self, index: int) -> torch.Tensor:
         chunk = self._empty(self.shape, self.dtype)
         read_into(self._file.fileno(), chunk, index * self.chunk_bytes, self.path)
         if xxhash.xxh3_64_intdigest(byte_view(chunk)) != self.checksums[index]:
             raise CheckpointError(f"{self.path}: hidden states of sequence {index} are damaged")
         return chunk
-
-    def sync(self) -> None:
-        """Make what was written last through a power loss. Raises OutputError where the disk does not."""
-        with output_errors(self.path):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file, once or more often; it stays, for a resumed job or a later block."""
-        self._file.close()

@@ -1,4 +1,4 @@
-"""Hidden states on disk: what is read is what was written, or an error."""
+"""Hidden states on disk: what is read is what was written, or an error; at once, and by threads as beside a GPU."""
 
 import errno
 import os
@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from streamprune.checkpoint import scratch
+from streamprune.checkpoint.buffers import Buffers
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import CheckpointError, OutputError
 
 SEQUENCES, TOKENS, HIDDEN = 3, 5, 8
 CHUNK_BYTES = TOKENS * HIDDEN * 4
+
+
+@pytest.fixture(autouse=True, params=["at once", "by threads"])
+def by_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test with both; memory is page-locked by a GPU's driver alone."""
+    threads = bool(request.param == "by threads")
+    monkeypatch.setitem(HiddenStates.__init__.__kwdefaults__, "for_gpu", threads)
+    monkeypatch.setattr(scratch, "Buffers", lambda pinned: Buffers())
+    return threads
 
 
 def chunks(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -23,6 +34,7 @@ def filled(path: Path) -> HiddenStates:
     states = HiddenStates(path, SEQUENCES, TOKENS, HIDDEN, torch.float32)
     for index, chunk in enumerate(chunks()):
         states.write(index, chunk)
+    states.sync()
     return states
 
 
@@ -166,4 +178,38 @@ def test_a_sync_that_fails_is_an_error_of_the_output(
         patch.setattr(os, "fsync", fails)
         with pytest.raises(OutputError, match=rf"hidden.bin: cannot be written \({os.strerror(number)}\)"):
             states.sync()
+    states.close()
+
+
+def test_a_write_that_fails_is_an_error_by_the_next_sync_at_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    states = HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
+
+    def write_and_sync() -> None:
+        states.write(0, chunks()[0])
+        states.sync()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OutputError, match=r"h\.bin"):
+            write_and_sync()
+    states.close()
+
+
+def test_what_follows_is_read_ahead_and_forgotten_once_written_anew(tmp_path: Path, by_threads: bool) -> None:
+    states = filled(tmp_path / "h.bin")
+    asked: list[int] = []
+    load = states._load
+    states._load = lambda index: (asked.append(index), load(index))[1]  # type: ignore[method-assign]
+    assert torch.equal(states.read(0), chunks()[0])
+    states.write(1, chunks()[1] + 1)
+    states.sync()
+    assert asked == ([0, 1] if by_threads else [0])
+    assert torch.equal(states.read(1), chunks()[1] + 1)
+    assert torch.equal(states.read(2), chunks()[2])
+    assert asked == ([0, 1, 1, 2] if by_threads else [0, 1, 2])
     states.close()
