@@ -223,7 +223,7 @@ def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Ten
 
     Ranks are counted by comparisons: topk's order among ties is not specified.
     """
-    groups = scores.view(len(scores), -1, group_size)
+    groups = scores.reshape(len(scores), -1, group_size)
     columns = [groups[:, :, i].contiguous() for i in range(group_size)]
     ranks = [torch.zeros(columns[0].shape, dtype=torch.int8, device=scores.device) for _ in columns]
     for i in range(group_size):
@@ -231,7 +231,7 @@ def select_groups(scores: torch.Tensor, kept: int, group_size: int) -> torch.Ten
             i_first = columns[i] >= columns[j]
             ranks[j] += i_first
             ranks[i] += ~i_first
-    return torch.stack([rank < kept for rank in ranks], dim=2).view(scores.shape)
+    return torch.stack([rank < kept for rank in ranks], dim=2).reshape(scores.shape)
 
 
 def select_weights(

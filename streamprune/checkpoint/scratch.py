@@ -92,6 +92,7 @@ class HiddenStates:
         """Close the file, once or more often; it stays, for a resumed job or a later block."""
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
+        self._ahead, self._empty = None, new_tensor  # page-locked memory goes to the next file
         self._file.close()
 
     def _await_writing(self, most: int = 0) -> None:

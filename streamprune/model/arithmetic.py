@@ -116,8 +116,9 @@ def threads_left(others: int) -> Iterator[None]:
 def peak_memory_bytes() -> int:
     """Largest resident set of this process so far (VmHWM; ru_maxrss would start at the parent's)."""
     status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    peak = status.read_text().partition("VmHWM:")[2].split() if status.exists() else []
+    if peak:
+        return int(peak[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

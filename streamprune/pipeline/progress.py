@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 
@@ -59,19 +60,28 @@ class Progress:
 
 
 class StageTimes:
-    """Seconds spent in named stages; a stage inside another counts for itself alone."""
+    """Seconds spent in named stages; a stage inside another counts for itself alone.
 
-    def __init__(self) -> None:
+    What a stage gave a GPU to do is waited for at its end, so that no later one is charged for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self._inner = [0.0]
+        self._device = device
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._now()
         self._inner.append(0.0)
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
+            spent = self._now() - start
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self._inner.pop()
             self._inner[-1] += spent
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

@@ -98,7 +98,7 @@ def _compress_block(
     run: Run, index: int, sources: Iterator[SourceBlock], arguments: BlockArguments, streams: Streams
 ) -> tuple[dict[str, Any], Streams]:
     job, name = run.job, run.job.skeleton.blocks[index]
-    timed = StageTimes()
+    timed = StageTimes(job.arithmetic.device)
     with timed("read"):
         source = next(sources)
         digests, tensors = source.digests, parameters_of(job, source, run.residual)

@@ -57,7 +57,7 @@ def unseen_blocks(run: Run, left: Iterable[int]) -> Generator[dict[str, Any], No
 
 def _prune(run: Run, source: SourceBlock) -> _Pruned:
     job = run.job
-    timed = StageTimes()
+    timed = StageTimes(job.arithmetic.device)
     timed.seconds["read"] = source.seconds
     with timed("read"):
         tensors = parameters_of(job, source, run.residual)
