@@ -20,7 +20,9 @@ TILE_TOKENS = 128
 K_STEP = 64
 # Bytes of shared memory that the kernels declare in their comments: stages of values, x and metadata; tiles of W and x.
 SPARSE_SHARED_BYTES = {256: 4 * (256 * 64 + 128 * 128 + 4 * 512), 128: 3 * (128 * 64 + 128 * 128 + 2 * 512)}
-WIDE_CAPABILITIES = ((8, 0), (9, 0), (10, 0))  # a block may have the 136 KiB of the 256 tile; 8.6 and 8.9 have 99
+# Where the 256 tile is taken. It takes 136 KiB a block, which 8.6 and 8.9 do not have, and moves two thirds of what the
+# 128 tile does. Of that two blocks share a multiprocessor: on sm_90 it is 1.3 to 1.5 times as fast (docs/benchmarks.md).
+WIDE_CAPABILITY = (8, 0)
 NM_TILE_OUT = 128
 NM_SHARED_BYTES = 2 * 128 * 128 + 3 * 128 * 128
 MOST_GROUP_SIZE = 32
@@ -244,14 +246,14 @@ def _tokens(x: torch.Tensor) -> int:
 
 
 def _tile_of(device: torch.device, out_features: int, tokens: int) -> int:
-    """256 output features for a block where its shared memory has room for them and all multiprocessors get one."""
+    """256 output features for a block on devices that they suit, where all multiprocessors get one; else 128."""
     wide = _wide_multiprocessors(device)
     return 256 if 0 < wide <= -(-out_features // 256) * -(-tokens // TILE_TOKENS) else 128
 
 
 @cache
 def _wide_multiprocessors(device: torch.device) -> int:
-    """How many there are that have room for the tile of 256; asked once, as that takes a share of a launch."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in WIDE_CAPABILITIES:
+    """How many there are that the tile of 256 suits; asked once, as that takes a share of a launch."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != WIDE_CAPABILITY:
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count

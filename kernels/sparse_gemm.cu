@@ -113,7 +113,7 @@ DEVICE void sparse_gemm(const Product& product, const u16* values, const Chunk* 
 #define PRODUCT \
     {x, bias, reference, y, partials, (u32)tokens, (u32)out_features, (u32)in_features, float_output != 0}
 
-// 4 stages of 256 output features take 136 KiB of shared memory: sm_80, sm_90.
+// 4 stages of 256 output features take 136 KiB of shared memory: sm_80.
 extern "C" __global__ void __launch_bounds__(256, 1) sparse_gemm_f16_256(PARAMETERS) {
     sparse_gemm<Float16, 256, 4>(PRODUCT, values, metadata);
 }
@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) sparse_gemm_bf16_256(PARAME
     sparse_gemm<BFloat16, 256, 4>(PRODUCT, values, metadata);
 }
 
-// 3 stages of 128 output features take 75 KiB: sm_86, sm_89 have 99 KiB for a block; and small products.
+// 3 stages of 128 output features take 75 KiB: sm_86, sm_89 have 99 KiB for a block; two blocks share a multiprocessor of sm_90.
 extern "C" __global__ void __launch_bounds__(128, 1) sparse_gemm_f16_128(PARAMETERS) {
     sparse_gemm<Float16, 128, 3>(PRODUCT, values, metadata);
 }

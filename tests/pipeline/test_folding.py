@@ -54,7 +54,8 @@ def prune_all(folder: Path, config: PruneConfig) -> list[PrunedBlock]:
     return [
         prune_block(
             skeleton, index, tensors, statistics,
-            {name for name in layers[index] if tensors[f"{name}.weight"].shape[1] % m == 0}, config, StageTimes(torch.device("cpu")),
+            {name for name in layers[index] if tensors[f"{name}.weight"].shape[1] % m == 0},
+            config, StageTimes(torch.device("cpu")),
         )
         for index in range(len(skeleton.blocks))
     ]  # fmt: skip
