@@ -21,7 +21,8 @@ K_STEP = 64
 # Bytes of shared memory that the kernels declare in their comments: stages of values, x and metadata; tiles of W and x.
 SPARSE_SHARED_BYTES = {256: 4 * (256 * 64 + 128 * 128 + 4 * 512), 128: 3 * (128 * 64 + 128 * 128 + 2 * 512)}
 # Where the 256 tile is taken. It takes 136 KiB a block, which 8.6 and 8.9 do not have, and moves two thirds of what the
-# 128 tile does. Of that two blocks share a multiprocessor: on sm_90 it is 1.3 to 1.5 times as fast (docs/benchmarks.md).
+# 128 tile does. Of that one two blocks share a multiprocessor: on sm_90 it is 1.3 to 1.5 times as fast
+# (docs/benchmarks.md).
 WIDE_CAPABILITY = (8, 0)
 NM_TILE_OUT = 128
 NM_SHARED_BYTES = 2 * 128 * 128 + 3 * 128 * 128
