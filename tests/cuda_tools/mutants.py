@@ -430,13 +430,6 @@ MUTANTS = (
     ),
     Mutant("of equal partners the last", "search.cu", "search", "other_partner < partner", "other_partner > partner"),
     Mutant("of equal swaps the last", "search.cu", "search", "change > best)", "change >= best)"),
-    Mutant(
-        "a short block taken for a whole one",
-        "search.cu",
-        "search",
-        "all.count = min((u32)channels - begin, (u32)size);",
-        "all.count = (u32)size;",
-    ),
     # Packing.
     Mutant(
         "own values counted as those before",
