@@ -7,10 +7,8 @@ from streamprune_kernels.cpu import (
     add_range,
     all_finite,
     count_values,
-    excess_sums,
     kept_sums,
     library,
-    local_swaps,
     refine_rows,
     select_groups,
     select_weights,
@@ -31,6 +29,7 @@ from streamprune_kernels.operator import packed_linear, packed_linear_with_error
 from streamprune_kernels.packed_product import FEW_ROWS
 from streamprune_kernels.packing import expand, pack_mask, pack_values, unpack_mask
 from streamprune_kernels.reference import LEAST_EXPONENT, nm_linear, nth_best
+from streamprune_kernels.search import excess_sums, local_swaps
 
 __all__ = [
     "FEW_ROWS",

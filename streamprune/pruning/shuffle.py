@@ -90,8 +90,8 @@ def assignment_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPat
     for _ in range(ASSIGNMENT_ROUNDS):
         gained = total = 0.0
         for place in range(pattern.group_size):
-            order = torch.randperm(count, generator=generator).to(groups.device) if parts > 1 else torch.arange(count)
-            for part in order.tensor_split(parts):
+            order = torch.randperm(count, generator=generator) if parts > 1 else torch.arange(count)
+            for part in order.to(groups.device).tensor_split(parts):
                 gain = _gain_of_place(channels_first, groups[part], place, pattern)
                 _, chosen = linear_sum_assignment(gain.numpy(), maximize=True)
                 taken = torch.from_numpy(chosen)

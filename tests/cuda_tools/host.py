@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,6 +28,7 @@ MARGIN_BYTES = 4096
 ALIGNMENT = 256  # of memory that CUDA allocates
 POISON = 0xFF
 FAILURE_BYTES = 600
+LAUNCHING = threading.Lock()  # the shim's state is one for all threads; a job prunes and packs in two
 
 LAUNCHER = """
 static const shim::Kernel KERNELS[] = {{{kernels}}};
@@ -104,7 +106,9 @@ def run_text(source: str, launch: Launch, schedule: int = 0) -> Counts:
     sizes = ctypes.c_uint32(launch.shared_bytes), ctypes.c_uint32(schedule)
     global_memory = (ctypes.c_uint64 * len(ranges))(*ranges), ctypes.c_uint64(len(copies))
     arguments = pointers, ctypes.c_uint64(len(values)), *global_memory, counts, failure
-    if library.launch(launch.kernel.encode(), shape, *sizes, *arguments):
+    with LAUNCHING:
+        failed = library.launch(launch.kernel.encode(), shape, *sizes, *arguments)
+    if failed:
         raise HostFault(f"{launch.kernel}: {failure.value.decode()}")
     for copy in copies:
         copy.take_back(launch.kernel)

@@ -25,6 +25,7 @@ from streamprune_kernels.gemm import (
 from streamprune_kernels.launch import FOLDER, Launch, Run
 from streamprune_kernels.metadata import SparseWeight, make_metadata, metadata_of_mask
 from streamprune_kernels.packing import expand_cuda, pack_mask_cuda, pack_values_cuda, unpack_mask_cuda
+from streamprune_kernels.search import excess_sums_cuda, local_swaps_cuda
 
 SCHEDULES = (0, 1, 2)
 NOISE = r"^.*thread \d+: |^.*block \(.*?\): |^\w+: | at \d{6,}|: nearest is .*$|, at `.*`$"  # where it was
@@ -103,6 +104,19 @@ def check_statistics(run: Run) -> None:
         assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)), "bounds differ"
 
 
+def check_search(run: Run) -> None:
+    """Whole scores, which add up exactly: more than a tile and a part; a last block that is short, and ties."""
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randint(0, 50, (n, 290), generator=generator).float() for n in (70, 9))
+    expected = (s[None] - t[:, None]).clamp(min=0).sum(dim=2)
+    assert torch.equal(excess_sums_cuda(s, t, run=run), expected), "sums differ"
+    for channels, rows, block, kept, group_size in ((40, 70, 24, 2, 4), (72, 20, 72, 1, 3)):
+        s = torch.randint(0, 5, (channels, rows), generator=generator).float()
+        arguments = s, torch.randperm(channels, generator=generator), block, kept, group_size, 32, 1e-6
+        expected, found = reference.local_swaps(*arguments), local_swaps_cuda(*arguments, run=run)
+        assert torch.equal(found, expected), "other swaps"
+
+
 def check_packing(run: Run) -> None:
     """Rows of more than a warp's 256 columns that are no whole bytes; a row that keeps too many."""
     generator = torch.Generator().manual_seed(0)
@@ -130,6 +144,7 @@ CASES: dict[str, Callable[[Run], None]] = {
     "metadata": check_metadata,
     "decode": check_decode,
     "statistics": check_statistics,
+    "search": check_search,
     "packing": check_packing,
 }
 

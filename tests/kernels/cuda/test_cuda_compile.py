@@ -14,6 +14,7 @@ from cuda_tools.sass import Machine, disassemble, main_loop, mix, products
 
 from streamprune_kernels.gemm import NM_SHARED_BYTES, SPARSE_SHARED_BYTES
 from streamprune_kernels.launch import FOLDER, cuda_source
+from streamprune_kernels.search import EXCESS_SHARED_BYTES, SWAPS_SHARED_BYTES
 
 ARCHITECTURES = (80, 86, 89, 90)
 REGISTERS = 65536  # of a multiprocessor
@@ -50,6 +51,7 @@ GATES = {
     "metadata": [Gate(r"sparse_metadata", 256, 8)],
     "decode": [Gate(r"decode_b?f16_[124]", 256, 4), Gate(r"decode_b?f16_8", 256, 2)],
     "statistics": [Gate(r"add_tokens_(b?f16|f32)", 256, 2)],
+    "search": [Gate("excess_sums", 256, 4, EXCESS_SHARED_BYTES), Gate("local_swaps", 256, 2, SWAPS_SHARED_BYTES)],
     "packing": [Gate(r"(un)?pack_mask", 256, 8), Gate(r"(pack_values|expand)_(16|32)", 256, 6)],
 }
 WIDE = re.compile(r"sparse_gemm_b?f16_256")  # its 136 KiB a block are for the GPUs that have them

@@ -8,7 +8,7 @@ from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs,
 from cuda_tools.mutation import CASES
 
 from streamprune import PackedLinear
-from streamprune_kernels import LEAST_EXPONENT, reference
+from streamprune_kernels import LEAST_EXPONENT, cpu, excess_sums, local_swaps, reference
 from streamprune_kernels.calibration import Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
 from streamprune_kernels.gemm import nm_weight, sparse_linear
@@ -68,6 +68,43 @@ def test_packing(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert torch.equal(pack_values_cuda(weight.cuda(), keep.cuda()).cpu(), values)
     expected = reference.expand(values, mask, shape[1], permutation)
     assert torch.equal(expand_cuda(values.cuda(), mask.cuda(), shape[1], permutation.cuda()).cpu(), expected)
+
+
+@pytest.mark.parametrize("sizes", [(96, 96, 44032), (1, 300, 4096)])
+def test_sums_of_the_search(sizes: tuple[int, int, int]) -> None:
+    """Those of an assignment of LLaMA's gate and up projections; to float32's rounding, the same bits each time."""
+    n_s, n_t, rows = sizes
+    generator = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(n, rows, generator=generator).exp() for n in (n_s, n_t))
+    results = [excess_sums(s.cuda(), t.cuda()).cpu() for _ in range(3)]
+    for i in range(n_t):
+        exact = (s.double() - t[i].double()).clamp(min=0).sum(dim=1)
+        assert ((results[0][i] - exact).abs() <= 1e-6 * exact).all()
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (4, 8)])
+def test_swaps_of_the_search(pattern: tuple[int, int]) -> None:
+    """LLaMA's sizes. Whole scores below 100 add up exactly: the processor's swaps; any: the kept score, to a hair."""
+    kept, m = pattern
+    generator = torch.Generator().manual_seed(0)
+    start, order = torch.randperm(4096, generator=generator), torch.arange(4096)
+    whole = torch.randint(0, 100, (4096, 4096), generator=generator).float()
+    arguments = 64, kept, m, 32, 1e-6
+    assert torch.equal(
+        local_swaps(whole.cuda(), start.cuda(), *arguments).cpu(), cpu.local_swaps(whole, start, *arguments)
+    )
+    scores = torch.randn(4096, 4096, generator=generator).exp() * torch.randn(4096, 1, generator=generator).exp()
+
+    def kept_score(order: torch.Tensor) -> float:
+        return float(scores[order].view(4096 // m, m, -1).topk(kept, dim=1).values.sum(dtype=torch.float64))
+
+    found = [local_swaps(scores.cuda(), order.cuda(), *arguments).cpu() for _ in range(3)]
+    before, plain = kept_score(order), kept_score(cpu.local_swaps(scores, order, *arguments))
+    assert kept_score(found[0]) - before == pytest.approx(plain - before, rel=0.01)
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
