@@ -9,7 +9,6 @@ from streamprune_kernels.cpu import (
     count_values,
     kept_sums,
     library,
-    refine_rows,
     select_groups,
     select_weights,
     squared_distances,
@@ -29,6 +28,7 @@ from streamprune_kernels.operator import packed_linear, packed_linear_with_error
 from streamprune_kernels.packed_product import FEW_ROWS
 from streamprune_kernels.packing import expand, pack_mask, pack_values, unpack_mask
 from streamprune_kernels.reference import LEAST_EXPONENT, nm_linear, nth_best
+from streamprune_kernels.refine import refine_rows
 from streamprune_kernels.search import excess_sums, local_swaps
 
 __all__ = [

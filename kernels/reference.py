@@ -287,7 +287,8 @@ def refine_rows(
     """One pass of coordinate descent over the groups of every row; returns how many groups changed.
 
     weight, q, change float32 [rows, width] and keep bool [rows, width], the last three updated in place; moments
-    float32 [width, width]; places bool [patterns, M], or [0, M] for all exchanges of one kept place for a dropped one.
+    float32 [width, width]; places bool [patterns, M] on any device, or [0, M] for all exchanges of one kept place for a
+    dropped one.
     With D the dropped weights, off-diagonal H times `off_diagonal` and q = off_diagonal D H + a linear term, a group
     takes the pattern that costs least given the others, d H_gg d^T + 2 d (q_g - own part), where that saves more than
     `least_gain` of the group's sum of w^2 h.
@@ -301,7 +302,7 @@ def refine_rows(
         scaled = off_diagonal * h + (1 - off_diagonal) * torch.diag(diagonal)
         dropped = torch.where(kept, 0, w)
         linear = 2 * (q[:, columns] - off_diagonal * dropped @ h)
-        options = places.expand(len(w), -1, -1) if len(places) else _exchanges(kept)
+        options = places.to(w.device).expand(len(w), -1, -1) if len(places) else _exchanges(kept)
         d = torch.where(options, 0, w[:, None, :])  # [rows, options, M]
         cost = ((d @ scaled) * d).sum(dim=2) + (d * linear[:, None, :]).sum(dim=2)
         now = ((dropped @ scaled) * dropped).sum(dim=1) + (dropped * linear).sum(dim=1)

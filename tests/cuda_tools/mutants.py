@@ -430,6 +430,17 @@ MUTANTS = (
     ),
     Mutant("of equal partners the last", "search.cu", "search", "other_partner < partner", "other_partner > partner"),
     Mutant("of equal swaps the last", "search.cu", "search", "change > best)", "change >= best)"),
+    # Mask refinement.
+    Mutant("no barrier after q was changed", "refine.cu", "refine", "__syncthreads();  // q is up to date", ""),
+    Mutant("no barrier before q is changed", "refine.cu", "refine", "__syncthreads();  // all lanes have read q", ""),
+    Mutant("a newly dropped weight taken off", "refine.cu", "refine", "? weight[place] : -", "? -weight[place] : "),
+    Mutant("the diagonal counted less", "refine.cu", "refine", "(1 - off) * own * dropped", "0 * own * dropped"),
+    Mutant("pairs of changes left out", "refine.cu", "refine", "if (differing >> j & 1) sum", "if (false) sum"),
+    Mutant("any gain is enough", "refine.cu", "refine", "best < -least ?", "best < 0 ?"),
+    Mutant("of equal candidates the last", "refine.cu", "refine", "other_number < number", "other_number > number"),
+    Mutant("a change that is no number passed over", "refine.cu", "refine", "ballot(faulty) == 0 &&", ""),
+    Mutant("q left as it was", "refine.cu", "refine", "sum += off * group.added(i)", "sum += 0 * group.added(i)"),
+    Mutant("rows past the end written", "refine.cu", "refine", "    if (!has_row) return;\n", ""),
     # Packing.
     Mutant(
         "own values counted as those before",

@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable
 
 import torch
+from refinement_problems import clone, whole_problem
 
 from cuda_tools import host, ptx
 from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs, random_layer
 from cuda_tools.mutants import MUTANTS, Mutant
+from streamprune.config import NMPattern
 from streamprune_kernels import reference
 from streamprune_kernels.calibration import STATIC_BYTES, Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
@@ -25,6 +27,7 @@ from streamprune_kernels.gemm import (
 from streamprune_kernels.launch import FOLDER, Launch, Run
 from streamprune_kernels.metadata import SparseWeight, make_metadata, metadata_of_mask
 from streamprune_kernels.packing import expand_cuda, pack_mask_cuda, pack_values_cuda, unpack_mask_cuda
+from streamprune_kernels.refine import refine_rows_cuda
 from streamprune_kernels.search import excess_sums_cuda, local_swaps_cuda
 
 SCHEDULES = (0, 1, 2)
@@ -117,6 +120,18 @@ def check_search(run: Run) -> None:
         assert torch.equal(found, expected), "other swaps"
 
 
+def check_refine(run: Run) -> None:
+    """Whole numbers, exact and with many ties; a row that is no number; rows that do not fill a block."""
+    for kept, group_size, least_gain in ((2, 4, 0.0), (2, 4, 0.5), (5, 12, 0.0)):
+        plain = whole_problem(NMPattern(kept, group_size), 9, 4)
+        plain[2][3, group_size] = torch.nan
+        found = clone(plain)
+        count = reference.refine_rows(*plain, 0.5, least_gain)
+        assert refine_rows_cuda(*found, 0.5, least_gain, run=run) == count, "another number of groups changed"
+        assert torch.equal(found[1], plain[1]), "masks differ"
+        assert torch.equal(found[2].nan_to_num(), plain[2].nan_to_num()), "q differs"
+
+
 def check_packing(run: Run) -> None:
     """Rows of more than a warp's 256 columns that are no whole bytes; a row that keeps too many."""
     generator = torch.Generator().manual_seed(0)
@@ -145,6 +160,7 @@ CASES: dict[str, Callable[[Run], None]] = {
     "decode": check_decode,
     "statistics": check_statistics,
     "search": check_search,
+    "refine": check_refine,
     "packing": check_packing,
 }
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refinement_problems import clone, random_problem
 from thread_count import threads
 
 from streamprune import PackedLinear
@@ -237,27 +238,6 @@ def test_count_values_of_negative_values_is_floor_and_of_views_their_values() ->
         assert exponent.tolist() == [0, 0]
         assert [counts[0, -2 - first[0] + i] for i in range(3)] == [1, 2, 1]
         assert [counts[1, -first[1] + i] for i in range(2)] == [3, 1]
-
-
-Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def random_problem(pattern: NMPattern, rows: int, groups: int, tokens: int, seed: int, off: float = 0.8) -> Problem:
-    """weight, keep, q, moments, places: q as refine_mask makes it, with a linear term."""
-    generator = torch.Generator().manual_seed(seed)
-    m, width = pattern.group_size, groups * pattern.group_size
-    weight = torch.randn(rows, width, generator=generator)
-    order = torch.rand(rows, groups, m, generator=generator).argsort(dim=2)
-    keep = (order < pattern.kept).view(rows, width)
-    x = torch.randn(tokens, width, generator=generator) + torch.randn(tokens, 1, generator=generator)
-    moments = x.T @ x
-    linear = torch.randn(rows, width, generator=generator) * tokens * 0.1
-    q = torch.where(keep, 0, weight) @ moments + linear / off
-    return weight, keep, q, moments, group_patterns(pattern)
-
-
-def clone(problem: Problem) -> Problem:
-    return tuple(tensor.clone() for tensor in problem)  # type: ignore[return-value]
 
 
 REFINED = ["2:4", "4:8", "1:4", "1:3", "3:4", "2:8", "1:2", "5:6", "1:64", "8:16"]

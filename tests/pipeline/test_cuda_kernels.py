@@ -39,6 +39,7 @@ def test_a_job_by_the_kernels_of_a_gpu(prune: Callable[..., CompressResult], tmp
     assert launched["pack_values_16"]
     assert launched["excess_sums"]
     assert launched["pack_mask"]
+    assert launched["refine_rows"]
     layers = sum(len(block["layers"]) for block in tiny.read_json(tmp_path / "kernels" / tiny.MANIFEST)["blocks"])
     assert 0 < launched["sparse_metadata"] <= layers, "made once for each layer whose product wants it"
     assert with_reference == layers, "each layer's error is summed by its product's kernel"

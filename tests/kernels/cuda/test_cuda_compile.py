@@ -52,6 +52,7 @@ GATES = {
     "decode": [Gate(r"decode_b?f16_[124]", 256, 4), Gate(r"decode_b?f16_8", 256, 2)],
     "statistics": [Gate(r"add_tokens_(b?f16|f32)", 256, 2)],
     "search": [Gate("excess_sums", 256, 4, EXCESS_SHARED_BYTES), Gate("local_swaps", 256, 2, SWAPS_SHARED_BYTES)],
+    "refine": [Gate("refine_rows", 256, 4, 8 * 192 * 4)],
     "packing": [Gate(r"(un)?pack_mask", 256, 8), Gate(r"(pack_values|expand)_(16|32)", 256, 6)],
 }
 WIDE = re.compile(r"sparse_gemm_b?f16_256")  # its 136 KiB a block are for the GPUs that have them

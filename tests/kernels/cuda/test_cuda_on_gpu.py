@@ -6,9 +6,11 @@ import pytest
 import torch
 from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs, random_layer
 from cuda_tools.mutation import CASES
+from refinement_problems import whole_problem
 
 from streamprune import PackedLinear
-from streamprune_kernels import LEAST_EXPONENT, cpu, excess_sums, local_swaps, reference
+from streamprune.config import NMPattern
+from streamprune_kernels import LEAST_EXPONENT, cpu, excess_sums, local_swaps, reference, refine_rows
 from streamprune_kernels.calibration import Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
 from streamprune_kernels.gemm import nm_weight, sparse_linear
@@ -131,6 +133,17 @@ def test_calibration(tokens: int, dtype: torch.dtype) -> None:
     assert torch.equal(on_gpu[2], again[2])
     for name in ("exponent", "first_bin", "counts"):
         assert torch.equal(getattr(on_gpu[3], name).cpu(), getattr(plain[3], name))
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "8:16"])
+def test_refinement(text: str) -> None:
+    """Whole numbers, so that the order of sums is no matter; the rows and the width of a large layer's piece."""
+    plain = whole_problem(NMPattern.parse(text), 2048, 192 // NMPattern.parse(text).group_size)
+    on_gpu = [tensor.cuda() for tensor in plain]
+    count = cpu.refine_rows(*plain, 0.5, 1e-6)
+    assert refine_rows(*on_gpu, 0.5, 1e-6) == count > 0
+    for field in (1, 2):
+        assert torch.equal(on_gpu[field].cpu(), plain[field])
 
 
 def test_a_layer_moved_to_the_gpu_computes_as_on_the_processor() -> None:
