@@ -332,7 +332,8 @@ INLINE float cheapest_exchange(const float* term, int m, const uint8_t* kept, ui
             if (kept[i] == kept[j]) continue;
             int in = kept[i] ? i : j, out = kept[i] ? j : i;
             float added = marginal[in] - marginal[out] - term[pair];
-            if (added < least) least = added, drop = in, restore = out;
+            bool earlier = in < drop || (in == drop && out < restore);  // of equal ones the first, by the kept place
+            if (added < least || (added == least && earlier)) least = added, drop = in, restore = out;
         }
     std::memcpy(wanted, kept, m);
     wanted[drop] = 0, wanted[restore] = 1;

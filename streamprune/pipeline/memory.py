@@ -20,6 +20,8 @@ from streamprune.pruning.group import ROWS_AT_ONCE
 from streamprune.pruning.statistics import FINE_BINS, ROW_GAP, moment_blocks
 
 LIBRARIES_BYTES = 500_000_000  # resident with torch, transformers and a model's skeleton, before anything is read
+GPU_LIBRARIES_BYTES = 1_200_000_000  # the same with CUDA, cuBLAS and CuPy
+PAGE_LOCKED_CHUNKS = 8  # of hidden states, on their way between files and a GPU
 HEAP_SLACK = 1.03  # what an allocator holds over what is asked of it, about
 LEAST_MOMENTS_WIDTH = 1024  # to which blocks of second moments are cut for a limit
 ROW_COPIES = 12  # float32 matrices of a piece of rows that selection and refinement hold at once
@@ -32,7 +34,8 @@ class Memory:
 
     On the host lie the libraries (with a piece of what is copied unchanged), embeddings, and the `blocks_ahead` next
     blocks as the source stores them (together `read_ahead`); the stages of a block are on the device, which without a
-    GPU is the host too.
+    GPU is the host too. With one the host has in their place what is `on_its_way`: the block that went there,
+    hidden states, and what is written and compared with what was written.
     """
 
     libraries: int
@@ -41,6 +44,7 @@ class Memory:
     pruning: int
     sparse_pass: int
     read_ahead: int
+    on_its_way: int
     blocks_ahead: int
     on_gpu: bool
 
@@ -52,7 +56,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """Of the host."""
-        beside = 0 if self.on_gpu else self.of_block
+        beside = self.on_its_way if self.on_gpu else self.of_block
         return self.libraries + max(self.embeddings, beside + self.read_ahead)
 
     @property
@@ -110,10 +114,12 @@ def estimate_memory(sizes: Sizes, config: PruneConfig, pace: Pace) -> Memory:
     by_size = {sizes.stored(sizes.skeleton.block_parameters(i)): i for i in range(len(sizes.skeleton.blocks))}
     blocks = [_block_memory(sizes, index, config, pace) for index in by_size.values()]  # equal blocks need the same
     dense_pass, pruning, sparse_pass = (int(HEAP_SLACK * max(values)) for values in zip(*blocks, strict=True))
-    read_ahead = pace.blocks_ahead * max(by_size)
-    embeddings = _embedding_memory(sizes)
-    libraries = LIBRARIES_BYTES + _copied_memory(sizes)
-    return Memory(libraries, embeddings, dense_pass, pruning, sparse_pass, read_ahead, pace.blocks_ahead, sizes.on_gpu)
+    one_block = max(_page_locked(sizes, index) for index in by_size.values()) if sizes.on_gpu else max(by_size)
+    on_its_way = max(one_block + _staged(sizes, index, config) for index in by_size.values()) if sizes.on_gpu else 0
+    libraries = (GPU_LIBRARIES_BYTES if sizes.on_gpu else LIBRARIES_BYTES) + _copied_memory(sizes)
+    embeddings, read_ahead, ahead = _embedding_memory(sizes), pace.blocks_ahead * one_block, pace.blocks_ahead
+    passes = dense_pass, pruning, sparse_pass
+    return Memory(libraries, embeddings, *passes, read_ahead, on_its_way, ahead, sizes.on_gpu)
 
 
 def fit_memory(sizes: Sizes, config: PruneConfig, pace: Pace, limits: Limits) -> tuple[PruneConfig, Pace]:
@@ -138,6 +144,23 @@ def fit_memory(sizes: Sizes, config: PruneConfig, pace: Pace, limits: Limits) ->
         f"the job needs about {needed / 2**30:.2f} GiB of {what}, the limit is {(limit or 0) / 2**30:.2f} GiB; raise "
         f"{option}{less}; streamprune plan shows what needs it"
     )
+
+
+def _page_locked(sizes: Sizes, index: int) -> int:
+    """Bytes that a block is read into for a GPU: torch makes each page-locked piece a power of two."""
+    tensors = (sizes.stored([name]) for name in sizes.skeleton.block_parameters(index))
+    return sum(1 << max(size - 1, 0).bit_length() for size in tensors)
+
+
+def _staged(sizes: Sizes, index: int, config: PruneConfig) -> int:
+    """Bytes on a GPU's host of a packed block, of the largest layer that is compared with it, and of hidden states."""
+    share = config.pattern.kept / config.pattern.group_size
+    elements = [math.prod(shape) for shape in sizes.layers[index].values()]
+    itemsize = sizes.checkpoint.tensors[sizes.names[sizes.skeleton.block_parameters(index)[0]]].dtype.itemsize
+    packed = int(sum(elements) * (itemsize * share + 1 / 8))
+    compared = max(elements, default=0) * (itemsize + 1) if config.validate else 0
+    chunk = sizes.tokens * sizes.skeleton.hidden_size * sizes.dtype.itemsize if config.validate else 0
+    return packed + compared + PAGE_LOCKED_CHUNKS * chunk
 
 
 def _copied_memory(sizes: Sizes) -> int:

@@ -10,7 +10,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinement_problems import clone, random_problem
+from refinement_problems import clone, random_problem, whole_problem
 from thread_count import threads
 
 from streamprune import PackedLinear
@@ -269,6 +269,16 @@ def test_refine_rows(text: str, off: float) -> None:
         dropped, before = (torch.where(p[1], 0, start[0]) for p in (one, start))
         torch.testing.assert_close(one[2], start[2] + off * (dropped - before) @ start[3], rtol=1e-4, atol=1e-5 * scale)
     assert counts[0] > 0
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "8:16"])
+def test_refine_rows_of_whole_numbers(text: str) -> None:
+    """Exact, with many candidates that cost the same."""
+    plain = whole_problem(NMPattern.parse(text), 2048, 192 // NMPattern.parse(text).group_size)
+    compiled = clone(plain)
+    assert reference.refine_rows(*plain, 0.5, 1e-6) == refine_rows(*compiled, 0.5, 1e-6) > 0
+    for field in (1, 2):
+        assert torch.equal(plain[field], compiled[field])
 
 
 @given(st.sampled_from(REFINED), st.integers(1, 20), st.integers(1, 4), st.sampled_from([0.3, 1.0]), seeds)

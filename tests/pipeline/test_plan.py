@@ -153,8 +153,10 @@ def test_on_a_gpu_the_stages_of_a_block_lie_there(sources: Sources) -> None:
     )
     here, there = (memory.estimate_memory(sizes, config, pace) for sizes in (host, gpu))
     assert (here.device_peak, there.device_peak) == (0, here.of_block)
-    assert there.peak == there.libraries + max(there.embeddings, there.read_ahead)
+    assert there.peak == there.libraries + max(there.embeddings, there.on_its_way + there.read_ahead)
     assert here.peak == here.libraries + max(here.embeddings, here.of_block + here.read_ahead)
+    assert there.on_its_way > there.read_ahead > here.read_ahead, "page-locked pieces are powers of two"
+    assert here.on_its_way == 0
     weights = sum(math.prod(shape) for shape in shapes[0].values())
     largest = max(math.prod(shape) for shape in shapes[0].values())
     metadata = (weights + 2 * largest) / 8  # a bit for each, also where the largest layer is copied

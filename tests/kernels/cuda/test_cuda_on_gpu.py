@@ -140,7 +140,7 @@ def test_refinement(text: str) -> None:
     """Whole numbers, so that the order of sums is no matter; the rows and the width of a large layer's piece."""
     plain = whole_problem(NMPattern.parse(text), 2048, 192 // NMPattern.parse(text).group_size)
     on_gpu = [tensor.cuda() for tensor in plain]
-    count = cpu.refine_rows(*plain, 0.5, 1e-6)
+    count = reference.refine_rows(*plain, 0.5, 1e-6)
     assert refine_rows(*on_gpu, 0.5, 1e-6) == count > 0
     for field in (1, 2):
         assert torch.equal(on_gpu[field].cpu(), plain[field])
