@@ -4,6 +4,8 @@
 // share a row's values out in turns of 8 (one chunk each); the columns that these belong to are the next set bits of
 // the row's mask. The vectors' entries for the columns at hand lie in shared memory, all vectors of a column together.
 //
+// 2:4 has a way of its own, further below.
+//
 // in_features is a multiple of 128 and of M, a row keeps a multiple of 8 values; every group keeps exactly `kept`.
 #include "device.cuh"
 
@@ -155,6 +157,163 @@ DEVICE void decode(const Packed& packed, const u16* x, const u16* bias, u16* y, 
     for (u32 r = 0; r < ROWS; r++) write_sums<Type>(sums[r], bias, y, vectors, first_row + r, packed.out_features);
 }
 
+// --- 2:4 -------------------------------------------------------------------------------------------------------------
+// A chunk of 8 values belongs to 16 columns whose mask is a half-word. What a group of 4 keeps follows from its nibble
+// without a loop: a lane reads the x of its 16 columns and picks the kept ones by byte permutations, two at a time. The
+// columns are the same in every row, so that what a lane has read of x serves its warp's rows.
+
+constexpr u32 PARTS = 2;  // warps that share their rows' chunks, in turns
+constexpr u32 TURN_CHUNKS = PARTS * 32, TURN_COLUMNS = TURN_CHUNKS * 16;
+
+template <int VECTORS>
+struct Sizes24 {
+    static constexpr u32 ROWS = VECTORS >= 4 ? 4 : 2;  // of a warp
+    static constexpr u32 BLOCK_ROWS = WARPS / PARTS * ROWS;
+    static constexpr u32 AHEAD = VECTORS <= 4 ? 2 : 1;  // turns whose chunks are read before they are needed
+    static constexpr u32 TILE_COLUMNS = VECTORS == 8 ? 2048 : 8192 / VECTORS;
+    static constexpr u32 TILE_CHUNKS = TILE_COLUMNS / 8;  // of one vector
+    static_assert(TILE_COLUMNS % (AHEAD * TURN_COLUMNS) == 0, "a tile ends with a turn of the last buffer");
+};
+
+// What a lane reads of its warp's rows in one turn.
+template <u32 ROWS>
+struct Turn {
+    Chunk values[ROWS];
+    u32 bits[ROWS];
+};
+
+// Put the x of a tile, `chunks` chunks of each vector from `first` on, into shared memory: even chunks, then odd ones,
+// as a lane reads two that are neighbours. Vectors that are none become 0.
+template <int VECTORS, class Tile>
+DEVICE void fill_tile24(Tile& tile, const Chunk* x, u32 vectors, u32 vector_chunks, u32 first, u32 chunks) {
+    constexpr u32 TILE_CHUNKS = Sizes24<VECTORS>::TILE_CHUNKS, EACH = TILE_CHUNKS / THREADS;
+    Chunk read[EACH][VECTORS] = {};  // all of them before the first is needed
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++) {
+        const u32 chunk = i * THREADS + threadIdx.x;
+#pragma unroll
+        for (u32 v = 0; v < VECTORS; v++)
+            if (chunk < chunks && v < vectors) read[i][v] = x[(u64)v * vector_chunks + first + chunk];
+    }
+#pragma unroll
+    for (u32 i = 0; i < EACH; i++) {
+        const u32 chunk = i * THREADS + threadIdx.x;
+#pragma unroll
+        for (u32 v = 0; v < VECTORS; v++)
+            if (chunk < chunks) tile[v * TILE_CHUNKS + chunk % 2 * (TILE_CHUNKS / 2) + chunk / 2] = read[i][v];
+    }
+}
+
+// For select_bytes, the bytes that four groups keep of their columns' 16-bit values: group p's in half p % 2 of word
+// p / 2. Bits 0 to 2 of a group's nibble tell apart all that keep two of four. By these bits, one table has the first
+// column's two bytes and another the second's.
+DEVICE void kept_bytes(u32 (&selectors)[2], u32 mask) {
+    const u32 bits = mask & 0x7777;
+    const u32 first = select_bytes(0x10321000, 0x00321054, bits), second = select_bytes(0x32767600, 0x00545476, bits);
+    selectors[0] = select_bytes(first, second, 0x5140);
+    selectors[1] = select_bytes(first, second, 0x7362);
+}
+
+// sums += the rows' chunks times every vector's x; x of the lane's columns are chunks `at` of the tile's halves.
+template <class Type, int VECTORS, u32 ROWS, class Tile>
+DEVICE void add_products24(float (&sums)[ROWS * VECTORS], const Turn<ROWS>& turn, const Tile& tile, u32 at) {
+    constexpr u32 TILE_CHUNKS = Sizes24<VECTORS>::TILE_CHUNKS;
+    u32 selectors[ROWS][2];
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++) kept_bytes(selectors[r], turn.bits[r]);
+#pragma unroll
+    for (u32 v = 0; v < VECTORS; v++) {
+        const Chunk x[2] = {tile[v * TILE_CHUNKS + at], tile[v * TILE_CHUNKS + TILE_CHUNKS / 2 + at]};
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+            float& sum = sums[r * VECTORS + v];
+#pragma unroll
+            for (u32 p = 0; p < 4; p++) {
+                const u32* columns = x[p / 2].word + p % 2 * 2;
+                const u32 kept = select_bytes(columns[0], columns[1], selectors[r][p / 2] >> p % 2 * 16);
+                const u32 values = turn.values[r].word[p];
+                sum += Type::to_float((u16)half_of_word(values, 0)) * Type::to_float((u16)half_of_word(kept, 0));
+                sum += Type::to_float((u16)half_of_word(values, 1)) * Type::to_float((u16)half_of_word(kept, 1));
+            }
+        }
+    }
+}
+
+// Sums over the lanes, of COUNT (a power of two) at once, always in the same order: lane l receives number
+// l / (32 / COUNT). A lane gives away half of the sums it has left, and adds what it receives to the others.
+template <u32 COUNT>
+DEVICE float sums_over_lanes(float (&sums)[COUNT]) {
+    const u32 lane = threadIdx.x % 32;
+    u32 left = COUNT;
+#pragma unroll
+    for (u32 distance = 16; distance > 0; distance /= 2) {
+        left /= 2;
+        if (left == 0) sums[0] += shuffle_xor(sums[0], distance);
+#pragma unroll
+        for (u32 i = 0; i < COUNT / 2; i++) {
+            if (i >= left) continue;
+            const bool upper = lane & distance;
+            const float given = upper ? sums[i] : sums[left + i], kept = upper ? sums[left + i] : sums[i];
+            sums[i] = kept + shuffle_xor(given, distance);
+        }
+    }
+    return sums[0];
+}
+
+template <class Type, int VECTORS>
+DEVICE void decode24(const Chunk* values, const u16* mask, const Chunk* x, const u16* bias, u16* y, u32 vectors,
+                     u32 out_features, u32 in_features) {
+    typedef Sizes24<VECTORS> Sizes;
+    constexpr u32 ROWS = Sizes::ROWS, BLOCK_ROWS = Sizes::BLOCK_ROWS, AHEAD = Sizes::AHEAD, COUNT = ROWS * VECTORS;
+    constexpr u32 TILE_CHUNKS = Sizes::TILE_CHUNKS;
+    SHARED_ARRAY(Chunk, tile, VECTORS * TILE_CHUNKS);
+    SHARED_ARRAY(float, parts, PARTS * BLOCK_ROWS * VECTORS);
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % PARTS;
+    const u32 block_row = warp / PARTS * ROWS, first_row = blockIdx.x * BLOCK_ROWS + block_row;
+    const u32 own = part * 32 + lane, chunks = in_features / 16;  // a lane's first chunk of a row, and all of them
+    u64 begin[ROWS];
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++) begin[r] = (u64)min(first_row + r, out_features - 1) * chunks + own;
+
+    Turn<ROWS> ahead[AHEAD];
+    auto read = [&](Turn<ROWS>& turn, u32 done, u32 more) {
+        if (own + done + more >= chunks) return;
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+            turn.values[r] = (values + begin[r] + done)[more];
+            turn.bits[r] = (mask + begin[r] + done)[more];
+        }
+    };
+#pragma unroll
+    for (u32 i = 0; i < AHEAD; i++) read(ahead[i], 0, i * TURN_CHUNKS);
+
+    float sums[COUNT] = {};
+    for (u32 first = 0; first < chunks; first += TILE_CHUNKS / 2) {
+        const u32 tile_chunks = min(TILE_CHUNKS / 2, chunks - first);  // of a row
+        if (first > 0) __syncthreads();                                // everybody is done with the tile before
+        fill_tile24<VECTORS>(tile, x, vectors, chunks * 2, first * 2, tile_chunks * 2);
+        __syncthreads();
+        for (u32 done = 0; done < tile_chunks; done += AHEAD * TURN_CHUNKS) {
+#pragma unroll
+            for (u32 i = 0; i < AHEAD; i++) {
+                const u32 at = own + done + i * TURN_CHUNKS;
+                if (at < tile_chunks) add_products24<Type, VECTORS>(sums, ahead[i], tile, at);
+                read(ahead[i], first + done, (AHEAD + i) * TURN_CHUNKS);
+            }
+        }
+    }
+
+    const float sum = sums_over_lanes(sums);
+    if (lane % (32 / COUNT) == 0) parts[(part * BLOCK_ROWS + block_row) * VECTORS + lane / (32 / COUNT)] = sum;
+    __syncthreads();
+    const u32 v = threadIdx.x / BLOCK_ROWS, row = blockIdx.x * BLOCK_ROWS + threadIdx.x % BLOCK_ROWS;
+    if (v >= vectors || row >= out_features) return;
+    float result = parts[threadIdx.x % BLOCK_ROWS * VECTORS + v];
+#pragma unroll
+    for (u32 i = 1; i < PARTS; i++) result += parts[(i * BLOCK_ROWS + threadIdx.x % BLOCK_ROWS) * VECTORS + v];
+    y[(u64)v * out_features + row] = Type::from_float(result + (bias ? Type::to_float(bias[row]) : 0.0f));
+}
+
 #define PARAMETERS                                                                                                  \
     const Chunk *values, const Chunk *mask, const u16 *x, const u16 *bias, u16 *y, int vectors, int out_features,   \
         int in_features, int kept, int group_size, int tile_columns
@@ -170,3 +329,33 @@ extern "C" __global__ void __launch_bounds__(256, 4) decode_bf16_1(PARAMETERS) {
 extern "C" __global__ void __launch_bounds__(256, 4) decode_bf16_2(PARAMETERS) { decode<BFloat16, 2>(ARGUMENTS); }
 extern "C" __global__ void __launch_bounds__(256, 4) decode_bf16_4(PARAMETERS) { decode<BFloat16, 4>(ARGUMENTS); }
 extern "C" __global__ void __launch_bounds__(256, 3) decode_bf16_8(PARAMETERS) { decode<BFloat16, 8>(ARGUMENTS); }
+
+#define PARAMETERS24                                                                                               \
+    const Chunk *values, const u16 *mask, const Chunk *x, const u16 *bias, u16 *y, int vectors, int out_features,  \
+        int in_features
+#define ARGUMENTS24 values, mask, x, bias, y, (u32)vectors, (u32)out_features, (u32)in_features
+
+extern "C" __global__ void __launch_bounds__(256, 4) decode24_f16_1(PARAMETERS24) {
+    decode24<Float16, 1>(ARGUMENTS24);
+}
+extern "C" __global__ void __launch_bounds__(256, 4) decode24_f16_2(PARAMETERS24) {
+    decode24<Float16, 2>(ARGUMENTS24);
+}
+extern "C" __global__ void __launch_bounds__(256, 2) decode24_f16_4(PARAMETERS24) {
+    decode24<Float16, 4>(ARGUMENTS24);
+}
+extern "C" __global__ void __launch_bounds__(256, 2) decode24_f16_8(PARAMETERS24) {
+    decode24<Float16, 8>(ARGUMENTS24);
+}
+extern "C" __global__ void __launch_bounds__(256, 4) decode24_bf16_1(PARAMETERS24) {
+    decode24<BFloat16, 1>(ARGUMENTS24);
+}
+extern "C" __global__ void __launch_bounds__(256, 4) decode24_bf16_2(PARAMETERS24) {
+    decode24<BFloat16, 2>(ARGUMENTS24);
+}
+extern "C" __global__ void __launch_bounds__(256, 2) decode24_bf16_4(PARAMETERS24) {
+    decode24<BFloat16, 4>(ARGUMENTS24);
+}
+extern "C" __global__ void __launch_bounds__(256, 2) decode24_bf16_8(PARAMETERS24) {
+    decode24<BFloat16, 8>(ARGUMENTS24);
+}

@@ -13,9 +13,10 @@ from streamprune_kernels.launch import Launch, Run, on_device, refuse_gradients
 MOST_VECTORS = 8
 CHUNK_VALUES = 8  # of 16 bits in 16 bytes, which are read at once
 CHUNK_COLUMNS = 128  # whose mask is 16 bytes
-TILE_COLUMNS = 2048  # decode.cu's own constant, as are the next two
+TILE_COLUMNS = 2048  # decode.cu's own constant, as are the next three
 THREADS = 256
 BLOCK_ROWS = 16
+BLOCK_ROWS_24 = {1: 8, 2: 8, 4: 16, 8: 16}  # by the vectors that a kernel for 2:4 takes
 
 
 def decode_unsuitable(weight: NMWeight, vectors: int) -> str | None:
@@ -67,9 +68,15 @@ def nm_decode(
         if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT_BYTES:
             raise ValueError(f"{name} is not contiguous and aligned to {ALIGNMENT_BYTES} bytes: pass {name}.clone()")
     y = torch.empty(len(x), weight.out_features, dtype=x.dtype, device=x.device)
-    kernel = f"decode_{TYPE_NAMES[x.dtype]}_{1 << (len(x) - 1).bit_length()}"
-    sizes = (len(x), weight.out_features, weight.in_features, weight.kept, weight.group_size, tile_columns(weight))
-    grid = (-(-weight.out_features // BLOCK_ROWS), 1, 1)
+    kernel_vectors = 1 << (len(x) - 1).bit_length()
+    kernel = f"{TYPE_NAMES[x.dtype]}_{kernel_vectors}"
+    sizes: tuple[int, ...] = (len(x), weight.out_features, weight.in_features)
+    if (weight.kept, weight.group_size) == (2, 4):
+        kernel, block_rows = f"decode24_{kernel}", BLOCK_ROWS_24[kernel_vectors]
+    else:
+        kernel, block_rows = f"decode_{kernel}", BLOCK_ROWS
+        sizes += (weight.kept, weight.group_size, tile_columns(weight))
+    grid = (-(-weight.out_features // block_rows), 1, 1)
     tensors = (weight.values, weight.mask, x, bias, y)
     run(Launch("decode", kernel, grid, (THREADS, 1, 1), 0, (*tensors, *sizes)))
     return y

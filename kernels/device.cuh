@@ -67,6 +67,14 @@ DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
 }
 
+// Byte i of the result is the one of the eight in high:low that nibble i of the selector names; all four are below 8, and
+// what stands above them does not count.
+DEVICE u32 select_bytes(u32 low, u32 high, u32 selector) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
+}
+
 // Four 8x8 matrices of 16-bit values. Lane 8 m + i gives the address of row i of matrix m (16 bytes, aligned); lane l
 // receives in fragment[m] the columns 2 (l % 4) and 2 (l % 4) + 1 of its row l / 4.
 DEVICE void ldmatrix_x4(u32 (&fragment)[4], u32 row_address) {

@@ -614,6 +614,14 @@ inline void store_shared_chunk(u32 address, Chunk chunk) { shim::store(address, 
 inline float load_shared_float(u32 address) { return shim::load<float>(address); }
 inline void store_shared_float(u32 address, float value) { shim::store(address, value); }
 
+inline u32 select_bytes(u32 low, u32 high, u32 selector) {
+    if (selector & 0x8888) shim::fail("select_bytes: selector 0x%x names a byte above 7", selector & 0xFFFF);
+    const u64 both = (u64)high << 32 | low;
+    u32 bytes = 0;
+    for (u32 i = 0; i < 4; i++) bytes |= (u32)(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+    return bytes;
+}
+
 inline void cp_async_chunk(u32 shared_address, const void* source, u32 bytes = 16) {
     using namespace shim;
     if (bytes != 0 && bytes != 16) fail("cp.async of %u bytes", bytes);

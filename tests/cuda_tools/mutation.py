@@ -76,8 +76,9 @@ def check_metadata(run: Run) -> None:
 
 
 def check_decode(run: Run) -> None:
-    """Two tiles of columns, the second not full; a pattern whose groups do not fill turns; rows and vectors too few."""
-    for in_features, kept, group_size, vectors in ((2304, 2, 4, 3), (768, 3, 8, 1)):
+    """Two tiles of columns, the second not full; a pattern whose groups do not fill turns; 2:4, whose second tile has
+    two turns; rows and vectors too few."""
+    for in_features, kept, group_size, vectors in ((2304, 4, 8, 3), (768, 3, 8, 1), (3328, 2, 4, 3)):
         layer = random_layer(35, in_features, kept, group_size, torch.float16)
         weight = nm_weight(layer.values, layer.mask, kept, group_size)
         x = random_inputs(vectors, in_features, torch.float16)

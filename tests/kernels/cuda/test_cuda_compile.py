@@ -49,11 +49,22 @@ GATES = {
         Gate(r"nm_gemm_b?f16_any", 128, 1, NM_SHARED_BYTES, "HMMA", 0.08),
     ],
     "metadata": [Gate(r"sparse_metadata", 256, 8)],
-    "decode": [Gate(r"decode_b?f16_[124]", 256, 4), Gate(r"decode_b?f16_8", 256, 2)],
+    "decode": [
+        Gate(r"decode_b?f16_[124]", 256, 4),
+        Gate(r"decode_b?f16_8", 256, 2),
+        Gate(r"decode24_b?f16_[12]", 256, 4),
+        Gate(r"decode24_b?f16_[48]", 256, 2),
+    ],
     "statistics": [Gate(r"add_tokens_(b?f16|f32)", 256, 2)],
     "search": [Gate("excess_sums", 256, 4, EXCESS_SHARED_BYTES), Gate("local_swaps", 256, 2, SWAPS_SHARED_BYTES)],
     "refine": [Gate("refine_rows", 256, 4, 8 * 192 * 4)],
     "packing": [Gate(r"(un)?pack_mask", 256, 8), Gate(r"(pack_values|expand)_(16|32)", 256, 6)],
+}
+# Of decoding kernels by what their names begin and end with, the loads of 16 bytes in the text: of values, masks and x.
+WIDE_LOADS = {
+    "decode": {1: 2 + 1, 2: 2 + 1, 4: 2 + 1, 8: 2 + 1},  # of two rows, and of both their masks
+    # Before the loop and in it, of 2 turns x 2 rows, 2 x 4 and 1 x 4; then of a tile of x, 4 or 8 a thread.
+    "decode24": {1: 2 * 4 + 4, 2: 2 * 4 + 4, 4: 2 * 8 + 4, 8: 2 * 4 + 8},
 }
 WIDE = re.compile(r"sparse_gemm_b?f16_256")  # its 136 KiB a block are for the GPUs that have them
 
@@ -111,11 +122,13 @@ def test_main_loops_multiply(source: str, architecture: int, show: Show) -> None
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_bytes_are_read_sixteen_at_a_time(architecture: int) -> None:
-    """Decoding: two loads of 16 bytes for the rows' values, one for their masks; the only others are of x and bias."""
+    """Decoding: all loads are of 16 bytes but those of bias, of x (for 2:4 those are too), and of 2:4's masks, of which
+    a lane wants a half-word at a time."""
     for kernel, instructions in disassemble(compile_source(cuda_source("decode"), architecture).cubin).items():
+        way, _, vectors = kernel.split("_")
         loads = [one.text for one in instructions if one.name == "LDG"]
         wide = [text for text in loads if ".128" in text.split()[0]]
-        assert len(wide) == 3, kernel
+        assert len(wide) == WIDE_LOADS[way][int(vectors)], kernel
         assert all(".U16" in text.split()[0] for text in loads if text not in wide), kernel
 
 

@@ -61,7 +61,7 @@ def test_metadata_is_made_once_for_a_layer(launched: Counter[str], checked: Coun
     assert launched == {"sparse_metadata": 1, "sparse_gemm_f16_128": 2}
     assert not checked
     assert_accurate(module(x[:2]), x[:2], layer)
-    assert launched["decode_f16_2"] == launched["sparse_metadata"] == 1
+    assert launched["decode24_f16_2"] == launched["sparse_metadata"] == 1
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[1:], ids=str)
