@@ -151,7 +151,7 @@ def _by_cuda_kernels(
     metadata: torch.Tensor | None,
     run: Run,
 ) -> torch.Tensor:
-    """The product on tensor cores, or of few vectors. Not run on hardware."""
+    """The product on tensor cores, or of few vectors."""
     in_features = x.shape[-1]
     metadata = _metadata(values, mask, in_features, group_size, run) if metadata is None else metadata
     x, bias = _in_order(x, permutation), None if bias is None else bias.to(x.dtype)
@@ -183,7 +183,7 @@ def _expanded_on_gpu(
     bias: torch.Tensor | None,
     permutation: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The plain product on the device, in x's dtype; not run on hardware."""
+    """The plain product on the device, in x's dtype."""
     weight = expand(values, mask, x.shape[-1], permutation).to(x.dtype)
     return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
