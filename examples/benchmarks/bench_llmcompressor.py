@@ -5,9 +5,10 @@
 DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes. llm-compressor gets a virtual
 environment of its own under DIR/bench, made on the first run (it wants an older transformers). Both compute in float32,
 and streamprune once more in its default dtype. Each job has a process of its own; seconds are from the first byte read
-to the last written, without imports, and peak memory is the process's. Then the float32 masks are compared, and as a
-control those of llm-compressor with its own where it sums the inputs' norms in float64: how many bits rounding alone
-turns, for a bit that it turns changes the inputs of every later block. Prints a table and one line of JSON.
+to the last written, without imports, and peak memory is the process's. Then the float32 masks are compared. A bit that
+differs changes the inputs of every later block; so there are two controls: llm-compressor's masks where it sums the
+inputs' norms in float64, for what rounding alone turns, and streamprune's where equal scores are decided as torch.topk
+does, whose order is not specified. Prints a table and one line of JSON.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import venv
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -28,6 +30,7 @@ from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.model.arithmetic import name_of, resolve_arithmetic
 from streamprune.pipeline.calibration import calibration_tokens
 from streamprune.pipeline.job import versions
+from streamprune_kernels import kept_sums
 
 REQUIREMENTS = ("llmcompressor", f"torch=={torch.__version__.partition('+')[0]}")
 JOB = Path(__file__).with_name("llmcompressor_job.py")
@@ -72,6 +75,17 @@ def masks_compared(dense: Path, one: Path, other: Path) -> dict[str, float]:
     return {"all": same.total() / total.total(), "block 0": same[0] / total[0], "first unequal block": first}
 
 
+def select_as_topk(
+    weight: torch.Tensor, factor: torch.Tensor, kept: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As streamprune_kernels.select_weights, but of equal scores those are kept that torch.topk leaves over."""
+    scores = weight.to(torch.float32).abs() * factor
+    groups = scores.view(len(scores), -1, group_size)
+    dropped = torch.topk(groups, group_size - kept, dim=2, largest=False).indices
+    keep = torch.ones_like(groups, dtype=torch.bool).scatter_(2, dropped, False).view_as(scores)
+    return keep, kept_sums(scores, keep)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
@@ -86,8 +100,8 @@ def main() -> None:
     python = interpreter(work / "llmcompressor")
     tokens = calibration_tokens(model, str(text), given.samples, given.sequence_length, given.seed)
     (work / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    ends = ("", "-default", "-llmcompressor", "-control", "-dense")
-    ours, default, theirs, control, dense = (work / f"wanda{end}" for end in ends)
+    ends = ("", "-default", "-llmcompressor", "-control", "-ties", "-dense")
+    ours, default, theirs, control, ties, dense = (work / f"wanda{end}" for end in ends)
     amount = ["--samples", str(given.samples), "--sequence-length", str(given.sequence_length)]
     amount += ["--seed", str(given.seed)]
     method = ["--metric", "wanda", "--shuffle", "none", "--no-refine", "--calibration", str(text), *amount]
@@ -112,6 +126,15 @@ def main() -> None:
     shutil.rmtree(control, ignore_errors=True)
     last_line([*reference, str(control), "float64"])
     masks = {"streamprune": masks_compared(model, dense, theirs), "control": masks_compared(model, control, theirs)}
+    for folder in (ties, dense):
+        shutil.rmtree(folder, ignore_errors=True)
+    with mock.patch("streamprune.pruning.group.select_weights", select_as_topk):
+        streamprune.compress(
+            model, ties, calibration=str(text), samples=given.samples, sequence_length=given.sequence_length,
+            seed=given.seed, metric="wanda", shuffle="none", refine=False, dtype="float32",
+        )  # fmt: skip
+    streamprune.export(ties, to="dense", out=dense)
+    masks["ties"] = masks_compared(model, dense, theirs)
     print(f"| {given.samples} x {given.sequence_length} tokens, {given.rounds} rounds | seconds | of llm-compressor's "
           "| peak MB | of llm-compressor's |")  # fmt: skip
     print("| --- | --- | --- | --- | --- |")
@@ -122,7 +145,12 @@ def main() -> None:
         print(f"| {name} | {seconds:.1f} | {ratios[name]['seconds']:.2f} | {peak / 1e6:.0f} "
               f"| {ratios[name]['peak_memory_bytes']:.2f} |")  # fmt: skip
     print(f"\nllm-compressor's peak before it saves its model: {unsaved / 1e6:.0f} MB")
-    for label, other_masks in (("streamprune", "streamprune's masks"), ("control", "its own with norms in float64")):
+    labels = {
+        "streamprune": "streamprune's masks",
+        "ties": "streamprune's with ties as topk has them",
+        "control": "its own with norms in float64",
+    }
+    for label, other_masks in labels.items():
         share = masks[label]
         print(f"llm-compressor's mask bits equal {other_masks}: {share['all']:.3%} of all, {share['block 0']:.4%} "
               f"of block 0, first unequal block {share['first unequal block']}")  # fmt: skip
