@@ -59,15 +59,20 @@ def last_line(command: list[str]) -> dict[str, Any]:
 def masks_compared(dense: Path, one: Path, other: Path) -> dict[str, float]:
     """Share of equal mask bits of all pruned layers, and of those of block 0; a kept zero cannot be told from a gap.
 
-    "first unequal block" is the number of blocks where all are equal.
+    "first unequal block" is the number of blocks where all are equal. Ends the program where anything but the layers of
+    blocks was changed: then one of the two did more than the other.
     """
     ours, theirs, source = open_checkpoint(one), open_checkpoint(other), open_checkpoint(dense)
     same: Counter[int] = Counter()
     total: Counter[int] = Counter()
     for name in sorted(source.tensors):
+        a, b = (file.read([name])[name] for file in (ours, theirs))
         if not name.endswith("_proj.weight"):
+            expected = source.read([name])[name]
+            if not torch.equal(a, expected) or not torch.equal(b, expected):
+                sys.exit(f"{name} is not the source's in {one} or {other}")
             continue
-        a, b = (file.read([name])[name] != 0 for file in (ours, theirs))
+        a, b = a != 0, b != 0
         block = int(name.partition(".layers.")[2].partition(".")[0])
         same[block] += int((a == b).sum())
         total[block] += a.numel()
