@@ -91,6 +91,15 @@ def select_as_topk(
     return keep, kept_sums(scores, keep)
 
 
+def compress_as_topk(model: Path, out: Path, text: Path, given: argparse.Namespace) -> None:
+    """The float32 job of streamprune in this process, with ties decided by torch.topk."""
+    with mock.patch("streamprune.pruning.group.select_weights", select_as_topk):
+        streamprune.compress(
+            model, out, calibration=str(text), samples=given.samples, sequence_length=given.sequence_length,
+            seed=given.seed, metric="wanda", shuffle="none", refine=False, dtype="float32",
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
@@ -133,11 +142,7 @@ def main() -> None:
     masks = {"streamprune": masks_compared(model, dense, theirs), "control": masks_compared(model, control, theirs)}
     for folder in (ties, dense):
         shutil.rmtree(folder, ignore_errors=True)
-    with mock.patch("streamprune.pruning.group.select_weights", select_as_topk):
-        streamprune.compress(
-            model, ties, calibration=str(text), samples=given.samples, sequence_length=given.sequence_length,
-            seed=given.seed, metric="wanda", shuffle="none", refine=False, dtype="float32",
-        )  # fmt: skip
+    compress_as_topk(model, ties, text, given)
     streamprune.export(ties, to="dense", out=dense)
     masks["ties"] = masks_compared(model, dense, theirs)
     print(f"| {given.samples} x {given.sequence_length} tokens, {given.rounds} rounds | seconds | of llm-compressor's "

@@ -62,7 +62,7 @@ def source_order(channels: torch.Tensor, weight: str, residual: FoldedPermutatio
     """Values [in] of a weight's input channels, back in the source's order where the residual stream is that input."""
     if residual is None or (weight, 1) not in residual.reorders:
         return channels
-    return torch.empty_like(channels).index_copy_(0, residual.permutation.to(channels.device), channels)
+    return torch.empty_like(channels).index_copy_(0, residual.permutation, channels)
 
 
 def _size(job: Job, side: tuple[str, int]) -> int:
