@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from streamprune_kernels import reference
 
-INTERFACE = 13  # of the compiled functions; this and cpu.cpp's number are raised together
+INTERFACE = 14  # of the compiled functions; this and cpu.cpp's number are raised together
 LANES = 16  # floats of a vector
 MOST_PATTERNS = 256  # of a group that are tried one by one
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of values, as the compiled functions number them
@@ -43,7 +43,7 @@ SIGNATURES = {
     "best_path": [],
     "product_rows": [POINTER, POINTER, *[INT64] * 4, POINTER, POINTER, INT64, POINTER, *[INT64] * 3],
     "has_product_pairs": [],
-    "product_pairs": [POINTER, POINTER, *[INT64] * 3, POINTER, POINTER, INT64, POINTER, INT64, INT64],
+    "product_pairs": [POINTER, POINTER, *[INT64] * 3, POINTER, POINTER, INT64, POINTER, *[INT64] * 3],
     "xor_of_words": [POINTER, INT64, INT64],
 }
 

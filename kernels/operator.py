@@ -54,7 +54,7 @@ def packed_linear(
         return _expanded_on_gpu(x, values, mask, bias, permutation)
     rows = x.reshape(-1, x.shape[-1])
     if library() is not None:
-        y = packed_product(rows, values, mask, permutation)
+        y = packed_product(rows, values, mask, permutation, dtype=x.dtype if bias is None else torch.float32)
     else:
         rows = rows if permutation is None else rows[:, permutation]
         y = reference.nm_linear(rows.to(torch.float32), values, mask)

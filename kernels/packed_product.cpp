@@ -4,7 +4,8 @@
 //
 // A product of few vectors is bound by memory: each packed byte is read once, whatever N:M is, and weights become
 // floats in registers (packed_rows.h). One of many tokens is bound by arithmetic, which kept weights alone take
-// (packed_panels.h), two at once where the processor multiplies bfloat16 (packed_pairs.h). Sums are float32.
+// (packed_panels.h). Where the processor multiplies bfloat16, weights go two at a time, with few vectors
+// (packed_pairs.h) and with many tokens (packed_strips.h). Sums are float32.
 
 #include <algorithm>
 #include <atomic>
@@ -79,12 +80,13 @@ INLINE uint32_t bits_of(const uint8_t* mask, int64_t left) {
     return left >= COLUMNS ? bits : bits & ((1u << left) - 1);
 }
 
-// `count` vectors: float [count, columns], of which the matrix's column c is multiplied by column place[c] (null: c).
+// `count` vectors [count, columns], of which the matrix's column c is multiplied by column place[c] (null: c).
+template <typename X>
 struct Inputs {
-    const float* x;
+    const X* x;
     const int32_t* place;
     int64_t count, columns;
-    float at(int64_t vector, int64_t column) const { return x[vector * columns + (place ? place[column] : column)]; }
+    X at(int64_t vector, int64_t column) const { return x[vector * columns + (place ? place[column] : column)]; }
 };
 
 INLINE float float_of(float value) { return value; }
@@ -114,6 +116,7 @@ namespace portable {
 const int COLUMNS = 8, PIECES = 1, LANES = 8;
 typedef float Vector __attribute__((vector_size(32)));
 typedef Vector Weight;
+typedef float Element;
 template <typename>
 constexpr int place_in_step(int column) { return column; }
 const int PANEL_TOKENS = 4 * LANES;
@@ -137,7 +140,6 @@ INLINE void expand(const T* values, uint32_t bits, Vector (&weight)[PIECES]) {
         values += bits >> column & 1;
     }
 }
-#include "packed_block.h"
 #include "packed_rows.h"
 #include "packed_panels.h"
 #undef TARGET
@@ -149,6 +151,7 @@ namespace avx2 {
 const int COLUMNS = 8, PIECES = 1, LANES = 8;
 typedef __m256 Vector;
 typedef Vector Weight;
+typedef float Element;
 template <typename>
 constexpr int place_in_step(int column) { return column; }
 
@@ -199,7 +202,6 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     __m256 taken = _mm256_permutevar8x32_ps(load(values), places);
     weight[0] = _mm256_blendv_ps(taken, _mm256_setzero_ps(), _mm256_castsi256_ps(places));  // by the top bit
 }
-#include "packed_block.h"
 #include "packed_rows.h"
 #include "packed_panels.h"
 #undef TARGET
@@ -210,6 +212,7 @@ namespace avx512 {
 const int COLUMNS = 32, PIECES = 2, LANES = 16;
 typedef __m512 Vector;
 typedef Vector Weight;
+typedef float Element;
 template <typename>
 constexpr int place_in_step(int column) { return column; }
 const int PANEL_TOKENS = 16 * LANES;
@@ -248,7 +251,6 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     weight[0] = _mm512_castsi512_ps(_mm512_maskz_expand_epi32((__mmask16)bits, low));
     weight[1] = _mm512_castsi512_ps(_mm512_maskz_expand_epi32((__mmask16)(bits >> 16), high));
 }
-#include "packed_block.h"
 #include "packed_rows.h"
 #include "packed_panels.h"
 #undef TARGET
@@ -258,7 +260,7 @@ namespace avx512_bf16 {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bf16,popcnt")))
 #include "packed_pairs.h"
 #include "packed_rows.h"
-#include "packed_panels.h"
+#include "packed_strips.h"
 #undef TARGET
 }  // namespace avx512_bf16
 #endif
@@ -283,11 +285,11 @@ CLONES int64_t xor_part(const int64_t* words, int64_t count) {
 }
 
 // Calls product(matrix, inputs, y, threads) for `step` vectors at a time. Returns how many masks are wrong.
-template <typename T, typename Product>
-int64_t in_steps(const Matrix<T>& matrix, const Inputs& x, float* y, int64_t step, int64_t threads, Product product) {
+template <typename T, typename X, typename Y, typename Product>
+int64_t in_steps(const Matrix<T>& matrix, const Inputs<X>& x, Y* y, int64_t step, int64_t threads, Product product) {
     int64_t wrong = 0, useful = std::min(threads, 1 + matrix.rows * matrix.kept * x.count / LEAST_WORK);
     for (int64_t first = 0; first < x.count; first += step) {
-        Inputs some = {x.x + first * x.columns, x.place, std::min(step, x.count - first), x.columns};
+        Inputs<X> some = {x.x + first * x.columns, x.place, std::min(step, x.count - first), x.columns};
         wrong += product(matrix, some, y + first * matrix.rows, useful);
     }
     return wrong;
@@ -317,8 +319,9 @@ int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int6
     return of_type(type, [=](auto kind) {
         using T = decltype(kind);
         Matrix<T> matrix = {(const T*)values, mask, rows, columns, kept};
-        return in_steps(matrix, {x, place, count, columns}, y, panels ? ON_PATH(path, PANEL_TOKENS) : MOST_VECTORS,
-                        threads, [=](auto... some) {
+        Inputs<float> inputs = {x, place, count, columns};
+        return in_steps(matrix, inputs, y, panels ? ON_PATH(path, PANEL_TOKENS) : MOST_VECTORS, threads,
+                        [=](auto... some) {
                             return panels ? ON_PATH(path, panel(some...)) : ON_PATH(path, few(some...));
                         });
     });
@@ -334,14 +337,20 @@ int64_t has_product_pairs() {
 #endif
 }
 
-// As product_rows, of bfloat16 values and of x whose floats are bfloat16 numbers.
+// As product_rows, of bfloat16 values and x. `strips`: by packed_strips.h, which writes y as bfloat16 if it is to be
+// `rounded`; else by packed_rows.h.
 int64_t product_pairs(const void* values, const uint8_t* mask, int64_t rows, int64_t columns, int64_t kept,
-                      const float* x, const int32_t* place, int64_t count, float* y, int64_t panels, int64_t threads) {
+                      const void* x, const int32_t* place, int64_t count, void* y, int64_t strips, int64_t rounded,
+                      int64_t threads) {
 #if HAS_X86
     namespace path = avx512_bf16;
     Matrix<Bfloat16> matrix = {(const Bfloat16*)values, mask, rows, columns, kept};
-    return in_steps(matrix, {x, place, count, columns}, y, panels ? path::PANEL_TOKENS : MOST_VECTORS, threads,
-                    [=](auto... some) { return panels ? path::panel(some...) : path::few(some...); });
+    Inputs<Bfloat16> inputs = {(const Bfloat16*)x, place, count, columns};
+    auto few = [](auto... some) { return path::few(some...); };
+    auto many = [](auto... some) { return path::strips(some...); };
+    if (!strips) return in_steps(matrix, inputs, (float*)y, MOST_VECTORS, threads, few);
+    if (rounded) return in_steps(matrix, inputs, (Bfloat16*)y, path::MOST_TOKENS, threads, many);
+    return in_steps(matrix, inputs, (float*)y, path::MOST_TOKENS, threads, many);
 #else
     return rows;
 #endif

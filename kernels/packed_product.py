@@ -27,11 +27,12 @@ def packed_product(
     mask: torch.Tensor,
     permutation: torch.Tensor | None = None,
     *,
+    dtype: torch.dtype = torch.float32,
     path: str | None = None,
     many: bool | None = None,
     pairs: bool | None = None,
 ) -> torch.Tensor:
-    """x W^T, float32 [rows, out], of x [rows, in] and a packed W as in reference.py, all on the processor.
+    """x W^T [rows, out] of x [rows, in] and a packed W as in reference.py, all on the processor, rounded to `dtype`.
 
     values bfloat16, float16 or float32 [out, kept]; mask uint8 [out, ceil(in/8)]; permutation int32 [in], the column of
     x that each place of the mask belongs to. Where x and values are bfloat16 and the processor has instructions for it,
@@ -49,17 +50,18 @@ def packed_product(
         raise ValueError(f"no pairs here: they take bfloat16, not {x.dtype} by {values.dtype}, and AVX-512 BF16")
     pairs = have_pairs if pairs is None else pairs
     # held until the end, so that their pointers stay valid
-    x, values, mask = x.to(torch.float32).contiguous(), values.contiguous(), mask.contiguous()
+    x, values, mask = (x if pairs else x.to(torch.float32)).contiguous(), values.contiguous(), mask.contiguous()
     place = None if permutation is None else permutation.contiguous()
     (rows, in_features), (out_features, kept) = x.shape, values.shape
-    y = torch.empty(rows, out_features)
+    rounded = pairs and many and dtype == torch.bfloat16
+    y = torch.empty(rows, out_features, dtype=torch.bfloat16 if rounded else torch.float32)
     packed, sizes = (values.data_ptr(), mask.data_ptr()), (out_features, in_features, kept)
     inputs = x.data_ptr(), None if place is None else place.data_ptr(), rows, y.data_ptr()
     if pairs:
-        wrong = compiled.product_pairs(*packed, *sizes, *inputs, many, torch.get_num_threads())
+        wrong = compiled.product_pairs(*packed, *sizes, *inputs, many, rounded, torch.get_num_threads())
     else:
         how = many, number, torch.get_num_threads()
         wrong = compiled.product_rows(*packed, TYPES[values.dtype], *sizes, *inputs, *how)
     if wrong:
         raise ValueError(f"a mask does not keep {kept} values in every row")
-    return y
+    return y.to(dtype)

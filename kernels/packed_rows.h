@@ -76,19 +76,19 @@ TARGET static int64_t few_part(const Matrix<T>& matrix, const Element* x, float*
 
 // Inputs as [steps][VECTORS][COLUMNS], zero beyond the last column.
 template <typename T, int VECTORS>
-static std::vector<Element> steps_of(const Inputs& x, int64_t columns) {
+static std::vector<Element> steps_of(const Inputs<Element>& x, int64_t columns) {
     std::vector<Element> steps((columns + COLUMNS - 1) / COLUMNS * VECTORS * COLUMNS);
     for (int64_t vector = 0; vector < VECTORS; vector++)
         for (int64_t column = 0; column < columns; column++) {
             int64_t step = column / COLUMNS * VECTORS + vector;
-            steps[step * COLUMNS + place_in_step<T>(column % COLUMNS)] = element_of(x.at(vector, column));
+            steps[step * COLUMNS + place_in_step<T>(column % COLUMNS)] = x.at(vector, column);
         }
     return steps;
 }
 
 // 1 to MOST_VECTORS vectors: y [vectors, rows]. Returns how many masks are wrong.
 template <typename T, int VECTORS = 1>
-static int64_t few(const Matrix<T>& matrix, const Inputs& x, float* y, int64_t threads) {
+static int64_t few(const Matrix<T>& matrix, const Inputs<Element>& x, float* y, int64_t threads) {
     if constexpr (VECTORS < MOST_VECTORS)
         if (x.count > VECTORS) return few<T, VECTORS + 1>(matrix, x, y, threads);
     std::vector<Element> steps = steps_of<T, VECTORS>(x, matrix.columns);

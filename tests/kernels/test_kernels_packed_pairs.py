@@ -64,10 +64,12 @@ def test_results_do_not_depend_on_threads_nor_on_the_other_rows(many: bool) -> N
 
 
 @kernels
-def test_permutation_gathers_the_inputs(many: bool) -> None:
-    values, mask = packed(33, 25, 2, 4)
-    order = torch.randperm(100, generator=torch.Generator().manual_seed(2)).to(torch.int32)
-    x = inputs(40, 100)
+@pytest.mark.parametrize("in_features", [100, 128])
+def test_permutation_gathers_the_inputs(in_features: int, many: bool) -> None:
+    """Of 128 inputs tokens are read as they lie, where nothing permutes them; of 100 they are laid out first."""
+    values, mask = packed(33, in_features // 4, 2, 4)
+    order = torch.randperm(in_features, generator=torch.Generator().manual_seed(2)).to(torch.int32)
+    x = inputs(40, in_features)
     assert torch.equal(
         product(x, values, mask, order, many=many, pairs=True),
         product(x[:, order], values, mask, many=many, pairs=True),
@@ -82,6 +84,17 @@ def test_infinite_tokens_stay_infinite_beside_a_value_without_a_partner() -> Non
     least = torch.finfo(torch.bfloat16).smallest_normal
     x = torch.tensor([[least, 0.0], [least / 2, 0.0]]).bfloat16()
     assert product(x, values, mask, many=True, pairs=True)[:, 0].tolist() == [2 * least, 0.0]
+
+
+@kernels
+def test_results_are_rounded_once_to_the_dtype_asked_for(many: bool) -> None:
+    values, mask = packed(40, 70, 2, 4)
+    x = inputs(50, 280)
+    y = product(x, values, mask, many=many, pairs=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rounded = product(x, values, mask, many=many, pairs=True, dtype=dtype)
+        assert rounded.dtype == dtype
+        assert torch.equal(rounded, y.to(dtype))
 
 
 @kernels

@@ -230,11 +230,11 @@ def at_the_end(tensor):
     assert libc.mprotect(ctypes.c_void_p(start + size), mmap.PAGESIZE, 0) == 0
     copy = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=size - tensor.nbytes)
     return copy.view(tensor.shape).copy_(tensor)
-for in_features, rows in ((4, 1), (4, 3), (36, 1), (36, 2), (100, 5), (1000, 3)):
+for in_features, rows in ((4, 1), (4, 3), (36, 1), (36, 2), (64, 17), (100, 5), (1000, 3)):
     values = at_the_end(torch.ones(rows, in_features // 2).to(torch.bfloat16))
     mask = torch.full((rows, -(-in_features // 8)), 0b00110011, dtype=torch.uint8)
-    x = at_the_end(torch.ones(3, in_features))
-    words = at_the_end(torch.ones(3, in_features).to(torch.bfloat16))
+    x = at_the_end(torch.ones(11, in_features))
+    words = at_the_end(torch.ones(11, in_features).to(torch.bfloat16))
     for bits in (mask, mask | 0xFF):
         ways = [{"path": path, "many": many} for path in cpu.paths() for many in (False, True)]
         for way in [*ways, *[{"pairs": True, "many": many} for many in (False, True) if packed_product.has_pairs()]]:
