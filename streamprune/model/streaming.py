@@ -26,7 +26,7 @@ from streamprune.model.skeleton import (
     record_block_inputs,
     tied_parameters,
 )
-from streamprune_kernels import FEW_ROWS
+from streamprune_kernels import FEW_ROWS, MOST_SHARED_TOKENS
 
 BlockArguments = tuple[dict[str, Any], ...]
 
@@ -125,7 +125,7 @@ def advance(
     `micro_batch` sequences go through the block at once. What a sequence becomes does not depend on it: those so short
     that several make many rows of a product go one by one, as products of few rows round differently.
     """
-    if states.shape[1] <= FEW_ROWS:
+    if states.shape[1] <= (MOST_SHARED_TOKENS if arithmetic.device.type == "cuda" else FEW_ROWS):
         micro_batch = 1
     for first in range(0, len(states), micro_batch):
         indices = range(first, min(first + micro_batch, len(states)))
