@@ -18,6 +18,7 @@ from streamprune_kernels import reference
 from streamprune_kernels.calibration import STATIC_BYTES, Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
 from streamprune_kernels.gemm import (
+    COMMON_TILE,
     nm_linear_cuda,
     nm_linear_with_error,
     nm_weight,
@@ -40,10 +41,10 @@ def check_sparse(run: Run) -> None:
     layer = random_layer(190, 320, 2, 4, torch.float16)
     weight = SparseWeight(layer.values, metadata_of_mask(layer.mask))
     x, expected = random_inputs(150, 320, torch.float16), random_inputs(150, 190, torch.float16)
-    y, error, norm = sparse_linear_with_error(x, weight, expected, layer.bias, tile=128, run=run)
+    y, error, norm = sparse_linear_with_error(x, weight, expected, layer.bias, tile=COMMON_TILE, run=run)
     assert_accurate(y, x, layer)
     assert_error_sums(y, expected, error, norm)
-    unrounded = sparse_linear(x, weight, layer.bias, float_output=True, tile=128, run=run)
+    unrounded = sparse_linear(x, weight, layer.bias, float_output=True, tile=COMMON_TILE, run=run)
     assert_accurate(unrounded, x, layer)
     assert torch.equal(y, unrounded.half()), "y is not the rounded sum"
 
