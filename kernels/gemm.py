@@ -29,8 +29,8 @@ SPARSE_STAGES = {WIDE_TILE: 4, COMMON_TILE: 3, (128, 64): 4, (128, 32): 4}
 # (docs/benchmarks.md).
 WIDE_CAPABILITY = (8, 0)
 NM_SHARED_BYTES = 2 * 128 * 128 + 3 * 128 * 128  # tiles of W and of x
-# Parts are so many that a multiprocessor gets this number of blocks, if each has steps enough to be worth its epilogue.
-# More tokens are never shared out: what a token becomes does not depend then on how many are multiplied at once.
+# Parts are as many as give each multiprocessor this number of blocks, but of so many steps at least. Products of more
+# tokens are never shared out: what such a token becomes does not depend on how many are multiplied at once.
 BLOCKS_AT_ONCE = 2
 LEAST_PART_STEPS = 4
 MOST_SHARED_TOKENS = 512

@@ -77,6 +77,13 @@ def test_product_of_any_pattern_at_the_edges(out_features, tokens):
     assert_accurate(nm_linear_cuda(x, weight, layer.bias, run=host.run), x, layer)
 
 
+def test_tiles_give_the_same_bits():
+    layer, weight = pack(150, 320, torch.bfloat16)
+    x = random_inputs(140, 320, torch.bfloat16)
+    first, *others = (sparse_linear(x, weight, layer.bias, tile=tile, run=host.run) for tile in SPARSE_STAGES)
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_tiles_beyond_the_first_group():
     """Nine tiles of output features: blocks go through groups of eight."""
     layer, weight = pack(1100, 64, torch.float16)
