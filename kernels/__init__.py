@@ -15,6 +15,7 @@ from streamprune_kernels.cpu import (
     weighted_squares,
 )
 from streamprune_kernels.gemm import (
+    MOST_SHARED_TOKENS,
     NMWeight,
     nm_linear_cuda,
     nm_linear_with_error,
@@ -34,6 +35,7 @@ from streamprune_kernels.search import excess_sums, local_swaps
 __all__ = [
     "FEW_ROWS",
     "LEAST_EXPONENT",
+    "MOST_SHARED_TOKENS",
     "KernelUnavailable",
     "NMWeight",
     "SparseWeight",

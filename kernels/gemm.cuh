@@ -1,50 +1,62 @@
 // What the products of packed weights share: Y[token, out] = sum over k of W[out, k] X[token, k], plus bias[out].
 //
-// A block computes a tile of OUT output features by TILE_TOKENS tokens in warp tiles of 64 by 64, OUT / 64 of them over
-// the output features and 2 over the tokens. It walks over the input channels in steps of K_STEP; the tiles of the next
-// steps are under way as cp.async while the tensor cores work on this one.
+// A block computes a tile of output features by tokens in warp tiles, one for each 64 output features and half of the
+// tokens. It walks over the input channels in steps of K_STEP; the tiles of the next steps are under way as cp.async
+// while the tensor cores work on this one.
+//
+// Where tiles are too few for the device, gridDim.y blocks share each: all take a part of the steps and write float sums
+// to a matrix of their own in y [parts, tokens, out_features], without bias and reference. add_parts.cu adds these up.
 #include "device.cuh"
 
 constexpr int K_STEP = 64;  // input channels: 128 bytes of X for a token, as wide as shared memory's 32 banks
-constexpr int TILE_TOKENS = 128;
-constexpr int WARP_TILE = 64;          // output features, and tokens, of one warp
-constexpr int MMA_OUT = 16;            // output features of one mma instruction
-constexpr int MMA_TOKENS = 8;          // tokens of one mma instruction
-constexpr int OUT_STEPS = WARP_TILE / MMA_OUT;
-constexpr int TOKEN_STEPS = WARP_TILE / MMA_TOKENS;
+constexpr int WARP_OUT = 64;   // output features of one warp
+constexpr int MMA_OUT = 16;    // output features of one mma instruction
+constexpr int MMA_TOKENS = 8;  // tokens of one mma instruction
+constexpr int OUT_STEPS = WARP_OUT / MMA_OUT;
 constexpr int CHUNK_BYTES = sizeof(Chunk);
-constexpr int X_TILE_BYTES = TILE_TOKENS * K_STEP * sizeof(u16);
 
-// Threads of a block whose tile has `out` output features. As many as that: in the epilogue each thread has one.
-DEVICE constexpr int threads_of(int out) { return out / WARP_TILE * (TILE_TOKENS / WARP_TILE) * 32; }
+// The tile of a block.
+template <int OUT_FEATURES, int TILE_TOKENS>
+struct TileOf {
+    static constexpr int OUT = OUT_FEATURES, TOKENS = TILE_TOKENS;
+    static constexpr int WARP_ROWS = OUT / WARP_OUT, WARP_COLUMNS = 2, WARP_TOKENS = TOKENS / WARP_COLUMNS;
+    static constexpr int TOKEN_STEPS = WARP_TOKENS / MMA_TOKENS;
+    static constexpr int THREADS = WARP_ROWS * WARP_COLUMNS * 32;
+    static constexpr int X_BYTES = TOKENS * K_STEP * sizeof(u16);
+    static_assert(THREADS == OUT, "in the epilogue each thread has one output feature");
+    typedef float Sums[OUT_STEPS][TOKEN_STEPS][4];  // a lane's
+};
 
 // What is multiplied and where results go. Matrices are row-major without gaps and aligned to 16 bytes.
 struct Product {
     const u16* x;           // [tokens, in_features]
     const u16* bias;        // [out_features] or null
     const void* reference;  // null, or outputs to compare with, in y's type and shape
-    void* y;                // [tokens, out_features], 16-bit as x, or float
+    void* y;                // [tokens, out_features], 16-bit as x, or float; of parts one such matrix each
     float* partials;        // with a reference: [token tiles, 2, out_features], sums of (y - reference)^2, reference^2
     u32 tokens, out_features, in_features;
     bool float_output;
 };
 
-// Which tile a block computes.
+// Which tile a block computes, and which steps of it.
 struct TilePlace {
-    u32 first_out, first_token, token_tile;
+    u32 first_out, first_token, token_tile, part, first_step, steps;
 };
 
 // Blocks that run at the same time should share rows of W and X in L2: they go through groups of GROUP tiles of output
-// features, in each group all tiles of tokens.
-template <int OUT>
+// features, in each group all tiles of tokens. Parts differ by one step at most, the first ones have it.
+template <class Tile>
 DEVICE TilePlace tile_of_block(const Product& product) {
     constexpr u32 GROUP = 8;
-    const u32 out_tiles = (product.out_features + OUT - 1) / OUT;
-    const u32 token_tiles = (product.tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    const u32 out_tiles = (product.out_features + Tile::OUT - 1) / Tile::OUT;
+    const u32 token_tiles = (product.tokens + Tile::TOKENS - 1) / Tile::TOKENS;
     const u32 group = blockIdx.x / (GROUP * token_tiles), in_group = blockIdx.x % (GROUP * token_tiles);
     const u32 group_tiles = min(out_tiles - group * GROUP, GROUP);
-    const u32 token_tile = in_group / group_tiles;
-    return {(group * GROUP + in_group % group_tiles) * OUT, token_tile * TILE_TOKENS, token_tile};
+    const u32 token_tile = in_group / group_tiles, first_out = (group * GROUP + in_group % group_tiles) * Tile::OUT;
+    const u32 all_steps = (product.in_features + K_STEP - 1) / K_STEP, part = blockIdx.y;
+    const u32 steps = all_steps / gridDim.y, longer = all_steps % gridDim.y;
+    const u32 first_step = part * steps + min(part, longer);
+    return {first_out, token_tile * Tile::TOKENS, token_tile, part, first_step, steps + (part < longer)};
 }
 
 // Byte offset of a chunk in a tile whose rows have ROW_CHUNKS chunks (4 or 8). The chunks of a row change places, so
@@ -87,13 +99,12 @@ struct TileCopy {
     }
 };
 
-typedef float Accumulators[OUT_STEPS][TOKEN_STEPS][4];
-
-DEVICE void clear(Accumulators& sums) {
+template <class Tile>
+DEVICE void clear(typename Tile::Sums& sums) {
 #pragma unroll
     for (int i = 0; i < OUT_STEPS; i++)
 #pragma unroll
-        for (int j = 0; j < TOKEN_STEPS; j++)
+        for (int j = 0; j < Tile::TOKEN_STEPS; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) sums[i][j][c] = 0;
 }
@@ -101,21 +112,21 @@ DEVICE void clear(Accumulators& sums) {
 // The epilogue turns the tile around: tensor cores leave a lane scattered outputs, memory wants neighbours together.
 // A token's sums lie OUT + 4 floats apart, so that the 32 lanes of a warp, 8 output features of 4 token pairs, write to
 // 32 different banks.
-template <int OUT>
+template <class Tile>
 struct OutputTile {
-    static constexpr int TOKEN_BYTES = (OUT + 4) * sizeof(float);
-    static constexpr int BYTES = TILE_TOKENS * TOKEN_BYTES;
+    static constexpr int TOKEN_BYTES = (Tile::OUT + 4) * sizeof(float);
+    static constexpr int BYTES = Tile::TOKENS * TOKEN_BYTES;
 
     // Lane 4g + t has of each 16x8 product the rows g and g + 8, columns 2t and 2t + 1.
-    static DEVICE void fill(u32 tile, const Accumulators& sums) {
+    static DEVICE void fill(u32 tile, const typename Tile::Sums& sums) {
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        const u32 out = warp % (OUT / WARP_TILE) * WARP_TILE + lane / 4;
-        const u32 token = warp / (OUT / WARP_TILE) * WARP_TILE + lane % 4 * 2;
+        const u32 out = warp % Tile::WARP_ROWS * WARP_OUT + lane / 4;
+        const u32 token = warp / Tile::WARP_ROWS * Tile::WARP_TOKENS + lane % 4 * 2;
         const u32 place = tile + token * TOKEN_BYTES + out * sizeof(float);
 #pragma unroll
         for (int i = 0; i < OUT_STEPS; i++)
 #pragma unroll
-            for (int j = 0; j < TOKEN_STEPS; j++)
+            for (int j = 0; j < Tile::TOKEN_STEPS; j++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const u32 token_bytes = (j * MMA_TOKENS + c % 2) * TOKEN_BYTES;
@@ -142,38 +153,61 @@ DEVICE float load_reference(const Product& product, u64 place) {
     return Type::to_float(((const u16*)product.reference)[place]);
 }
 
-// Each thread writes one output feature of all tokens of the tile, neighbours in memory by neighbouring threads, and,
-// against a reference, sums its error in the order of the tokens: the same bits whatever the schedule.
-template <class Type, int OUT>
-DEVICE void write_outputs(const Product& product, TilePlace place, u32 tile) {
-    static_assert(threads_of(OUT) == OUT, "one thread for each output feature");
-    const u32 out = place.first_out + threadIdx.x;
-    if (out >= product.out_features) return;
-    const float bias = product.bias ? Type::to_float(product.bias[out]) : 0.0f;
-    const u32 tokens = min(product.tokens - place.first_token, (u32)TILE_TOKENS);
-    float squared_error = 0, squared_norm = 0;
-    for (u32 token = 0; token < tokens; token++) {
-        const u32 source = tile + token * OutputTile<OUT>::TOKEN_BYTES + threadIdx.x * sizeof(float);
-        const u64 target = (u64)(place.first_token + token) * product.out_features + out;
-        const float written = store_output<Type>(product, target, load_shared_float(source) + bias);
+// One output feature of successive tokens, as it is written, and, against a reference, the sums of its error in the
+// order of the tokens: the same bits whatever the schedule.
+template <class Type>
+struct OutputColumn {
+    const Product& product;
+    const u32 out;
+    const float bias;
+    float squared_error, squared_norm;
+
+    DEVICE OutputColumn(const Product& product, u32 out)
+        : product(product),
+          out(out),
+          bias(product.bias ? Type::to_float(product.bias[out]) : 0.0f),
+          squared_error(0),
+          squared_norm(0) {}
+
+    DEVICE void write(u32 token, float sum) {
+        const u64 target = (u64)token * product.out_features + out;
+        const float written = store_output<Type>(product, target, sum + bias);
         if (product.reference) {
             const float reference = load_reference<Type>(product, target);
             squared_error += (written - reference) * (written - reference);
             squared_norm += reference * reference;
         }
     }
-    if (product.reference) {
-        float* partial = product.partials + (u64)place.token_tile * 2 * product.out_features + out;
+
+    // All tokens of a tile are written.
+    DEVICE void finish(u32 token_tile) const {
+        if (!product.reference) return;
+        float* partial = product.partials + (u64)token_tile * 2 * product.out_features + out;
         partial[0] = squared_error;
         partial[product.out_features] = squared_norm;
     }
+};
+
+// Each thread writes one output feature of all tokens of the tile, neighbours in memory by neighbouring threads.
+template <class Type, class Tile>
+DEVICE void write_outputs(const Product& product, TilePlace place, u32 tile) {
+    const u32 out = place.first_out + threadIdx.x;
+    if (out >= product.out_features) return;
+    OutputColumn<Type> column(product, out);
+    const u32 tokens = min(product.tokens - place.first_token, (u32)Tile::TOKENS);
+    const u32 first_row = place.part * product.tokens + place.first_token;  // of the parts' matrices, one after another
+    for (u32 token = 0; token < tokens; token++) {
+        const u32 source = tile + token * OutputTile<Tile>::TOKEN_BYTES + threadIdx.x * sizeof(float);
+        column.write(first_row + token, load_shared_float(source));
+    }
+    column.finish(place.token_tile);
 }
 
 // From accumulators to memory, over the main loop's tiles: no copy to them is under way any more.
-template <class Type, int OUT>
-DEVICE void finish(const Product& product, TilePlace place, u32 shared, const Accumulators& sums) {
+template <class Type, class Tile>
+DEVICE void finish(const Product& product, TilePlace place, u32 shared, const typename Tile::Sums& sums) {
     __syncthreads();  // every warp is done with the last step's tiles
-    OutputTile<OUT>::fill(shared, sums);
+    OutputTile<Tile>::fill(shared, sums);
     __syncthreads();
-    write_outputs<Type, OUT>(product, place, shared);
+    write_outputs<Type, Tile>(product, place, shared);
 }

@@ -3,6 +3,9 @@
 `sparse_linear` runs 2:4 (and padded 1:4) on sparse tensor cores, `nm_linear_cuda` any N:M on dense ones. Both take and
 return torch tensors without copies. `..._with_error` also compares y with reference outputs while it writes it, so that
 validating a layer costs no pass of its own. `run` (launch.py) is the device; tests put a CPU there.
+
+Where tiles are too few for a device, blocks share each: so many `parts` of the input channels are summed apart and then
+added in their order (split-K). Their number follows from shapes and device alone, and so do y's bits.
 """
 
 from dataclasses import dataclass
@@ -10,22 +13,28 @@ from functools import cache
 
 import torch
 
-from streamprune_kernels.launch import Argument, Launch, Run, on_device, refuse_gradients
+from streamprune_kernels.launch import Launch, Run, on_device, refuse_gradients
 from streamprune_kernels.metadata import SparseWeight
 from streamprune_kernels.reference import unpack_mask
 
 ALIGNMENT_BYTES = 16  # kernels read 16 bytes at once
 TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
-TILE_TOKENS = 128
 K_STEP = 64
-# Bytes of shared memory that the kernels declare in their comments: stages of values, x and metadata; tiles of W and x.
-SPARSE_SHARED_BYTES = {256: 4 * (256 * 64 + 128 * 128 + 4 * 512), 128: 3 * (128 * 64 + 128 * 128 + 2 * 512)}
-# Where the 256 tile is taken. It takes 136 KiB a block, which 8.6 and 8.9 do not have, and moves two thirds of what the
-# 128 tile does. Of that one two blocks share a multiprocessor: on sm_90 it is 1.3 to 1.5 times as fast
+Tile = tuple[int, int]  # output features and tokens of a block, which has as many threads as output features
+WIDE_TILE, COMMON_TILE = (256, 128), (128, 128)
+FEW_TOKENS_TILES = ((128, 32), (128, 64))  # taken for as many tokens as they have
+SPARSE_STAGES = {WIDE_TILE: 4, COMMON_TILE: 3, (128, 64): 4, (128, 32): 4}
+# Where the wide tile is taken. It takes 136 KiB a block, which 8.6 and 8.9 do not have, and moves two thirds of what
+# the common one does. Of that one two blocks share a multiprocessor: on sm_90 it is 1.3 to 1.5 times as fast
 # (docs/benchmarks.md).
 WIDE_CAPABILITY = (8, 0)
-NM_TILE_OUT = 128
-NM_SHARED_BYTES = 2 * 128 * 128 + 3 * 128 * 128
+NM_SHARED_BYTES = 2 * 128 * 128 + 3 * 128 * 128  # tiles of W and of x
+# Parts are as many as give each multiprocessor this number of blocks, but of so many steps at least. Products of more
+# tokens are never shared out: what such a token becomes does not depend on how many are multiplied at once.
+BLOCKS_AT_ONCE = 2
+LEAST_PART_STEPS = 4
+MOST_SHARED_TOKENS = 512
+ADDED_OUT, ADDED_TOKENS = 128, 4  # outputs that a block of add_parts adds
 MOST_GROUP_SIZE = 32
 ROWS_AT_ONCE = 1024  # bounds the memory of checking a mask
 
@@ -80,15 +89,17 @@ def sparse_linear(
     bias: torch.Tensor | None = None,
     *,
     float_output: bool = False,
-    tile: int | None = None,
+    tile: Tile | None = None,
+    parts: int | None = None,
     run: Run = on_device,
 ) -> torch.Tensor:
     """y [..., out] = x W^T + b on sparse tensor cores, summed in float32.
 
-    x [..., in] and bias [out] in the values' type, as is y, or float32 with `float_output`. `tile`, 256 or 128 output
-    features for a block, is chosen by the device if not given. Raises ValueError for tensors that do not fit.
+    x [..., in] and bias [out] in the values' type, as is y, or float32 with `float_output`. `tile`, a key of
+    SPARSE_STAGES, and `parts`, of the in/64 steps, follow from shapes and device if not given; of both y's rounding
+    depends on `parts` alone. Raises ValueError for tensors that do not fit, an unknown tile, and more parts than steps.
     """
-    return _sparse(x, weight, bias, None, float_output, tile, run)[0]
+    return _sparse(x, weight, bias, None, float_output, tile, parts, run)[0]
 
 
 def sparse_linear_with_error(
@@ -97,14 +108,15 @@ def sparse_linear_with_error(
     reference: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    tile: int | None = None,
+    tile: Tile | None = None,
+    parts: int | None = None,
     run: Run = on_device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`sparse_linear` beside the sums over tokens of (y - reference)^2 and of reference^2, float64 [out] each.
 
     reference has y's shape and is of x's type or float32, which is then y's type too; y is compared as it is returned.
     """
-    y, sums = _sparse(x, weight, bias, reference, reference.dtype == torch.float32, tile, run)
+    y, sums = _sparse(x, weight, bias, reference, reference.dtype == torch.float32, tile, parts, run)
     assert sums is not None, "there is a reference"
     return y, sums[0], sums[1]
 
@@ -115,14 +127,16 @@ def nm_linear_cuda(
     bias: torch.Tensor | None = None,
     *,
     float_output: bool = False,
+    parts: int | None = None,
     run: Run = on_device,
 ) -> torch.Tensor:
     """y [..., out] = x W^T + b on dense tensor cores, W expanded on the way, summed in float32.
 
-    x [..., in] and bias [out] in the values' type, as is y, or float32 with `float_output`. Raises ValueError for
-    tensors that do not fit.
+    x [..., in] and bias [out] in the values' type, as is y, or float32 with `float_output`. `parts`, of the ceil(in/64)
+    steps, follows from shapes and device if not given. Raises ValueError for tensors that do not fit, and more parts
+    than steps.
     """
-    return _dense(x, weight, bias, None, float_output, run)[0]
+    return _dense(x, weight, bias, None, float_output, parts, run)[0]
 
 
 def nm_linear_with_error(
@@ -131,15 +145,42 @@ def nm_linear_with_error(
     reference: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    parts: int | None = None,
     run: Run = on_device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`nm_linear_cuda` beside the sums over tokens of (y - reference)^2 and of reference^2, float64 [out] each.
 
     reference has y's shape and is of x's type or float32, which is then y's type too; y is compared as it is returned.
     """
-    y, sums = _dense(x, weight, bias, reference, reference.dtype == torch.float32, run)
+    y, sums = _dense(x, weight, bias, reference, reference.dtype == torch.float32, parts, run)
     assert sums is not None, "there is a reference"
     return y, sums[0], sums[1]
+
+
+def sparse_shared_bytes(tile: Tile) -> int:
+    """Dynamic shared memory of a block: its stages of values, x and metadata, as SparseStage declares them."""
+    out, tokens = tile
+    return SPARSE_STAGES[tile] * (out * K_STEP + 2 * tokens * K_STEP + out // 64 * 512)
+
+
+def sparse_tile(out_features: int, tokens: int, wide_multiprocessors: int) -> Tile:
+    """Of few tokens the tile that has as many; else the wide one on devices that have multiprocessors which it suits,
+    where all get one; else the common one."""
+    for tile in FEW_TOKENS_TILES:
+        if tokens <= tile[1]:
+            return tile
+    return WIDE_TILE if 0 < wide_multiprocessors <= tile_count(WIDE_TILE, out_features, tokens) else COMMON_TILE
+
+
+def tile_count(tile: Tile, out_features: int, tokens: int) -> int:
+    return -(-out_features // tile[0]) * -(-tokens // tile[1])
+
+
+def parts_for(tiles: int, tokens: int, steps: int, multiprocessors: int) -> int:
+    """In how many parts the steps of each tile are shared out, 1 where tiles alone fill the multiprocessors."""
+    if tokens > MOST_SHARED_TOKENS:
+        return 1
+    return max(1, min(BLOCKS_AT_ONCE * multiprocessors // max(tiles, 1), steps // LEAST_PART_STEPS))
 
 
 def _sparse(
@@ -148,15 +189,18 @@ def _sparse(
     bias: torch.Tensor | None,
     reference: torch.Tensor | None,
     float_output: bool,
-    tile: int | None,
+    tile: Tile | None,
+    parts: int | None,
     run: Run,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    tile = tile or _tile_of(x.device, weight.out_features, _tokens(x))
-    if tile not in SPARSE_SHARED_BYTES:
-        raise ValueError(f"a tile has 256 or 128 output features, not {tile}")
+    if tile is None:
+        wide = _multiprocessors(x.device) if _suits_wide_tiles(x.device) else 0
+        tile = sparse_tile(weight.out_features, _tokens(x), wide)
+    if tile not in SPARSE_STAGES:
+        raise ValueError(f"a tile of the product is one of {', '.join(map(str, SPARSE_STAGES))}, not {tile}")
     product = _Product(x, weight, weight.metadata, bias, reference, float_output)
-    kernel = f"sparse_gemm_{TYPE_NAMES[x.dtype]}_{tile}"
-    return product.run("sparse_gemm", kernel, tile, SPARSE_SHARED_BYTES[tile], (), run)
+    name = f"sparse_gemm_{TYPE_NAMES[x.dtype]}_{tile[0]}x{tile[1]}"
+    return product.run(_Kernel("sparse_gemm", name, tile, sparse_shared_bytes(tile)), parts, run)
 
 
 def _dense(
@@ -165,14 +209,25 @@ def _dense(
     bias: torch.Tensor | None,
     reference: torch.Tensor | None,
     float_output: bool,
+    parts: int | None,
     run: Run,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     product = _Product(x, weight, weight.mask, bias, reference, float_output)
     in_8_columns = 8 // weight.group_size * weight.kept if 8 % weight.group_size == 0 else 0
-    name = in_8_columns if in_8_columns in (2, 4) else "any"
+    name = f"nm_gemm_{TYPE_NAMES[x.dtype]}_{in_8_columns if in_8_columns in (2, 4) else 'any'}"
     pattern = (weight.kept, weight.group_size)
-    kernel = f"nm_gemm_{TYPE_NAMES[x.dtype]}_{name}"
-    return product.run("nm_gemm", kernel, NM_TILE_OUT, NM_SHARED_BYTES, pattern, run)
+    return product.run(_Kernel("nm_gemm", name, COMMON_TILE, NM_SHARED_BYTES, pattern), parts, run)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel of a product, what its blocks take, and the arguments that it has beyond the other's."""
+
+    source: str
+    name: str
+    tile: Tile
+    shared_bytes: int
+    pattern: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,46 +270,58 @@ class _Product:
     def y_type(self) -> torch.dtype:
         return torch.float32 if self.float_output else self.x.dtype
 
-    def run(
-        self, source: str, kernel: str, tile: int, shared_bytes: int, pattern: tuple[int, ...], run: Run
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def run(self, kernel: _Kernel, parts: int | None, run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y, and with a reference its error's sums float64 [2, out]."""
-        out, tokens = self.weight.out_features, _tokens(self.x)
-        token_tiles = -(-tokens // TILE_TOKENS)
-        y = torch.empty(*self.x.shape[:-1], out, dtype=self.y_type, device=self.x.device)
+        out, tokens, steps = self.weight.out_features, _tokens(self.x), -(-self.weight.in_features // K_STEP)
+        if parts is None:
+            tiles = tile_count(kernel.tile, out, tokens)
+            parts = parts_for(tiles, tokens, steps, _multiprocessors(self.x.device))
+        if not 1 <= parts <= steps:
+            raise ValueError(f"{steps} steps of {K_STEP} input channels cannot be shared out in {parts} parts")
+        y = self.x.new_empty(*self.x.shape[:-1], out, dtype=self.y_type)
+        summed = kernel.tile[1] if parts == 1 else ADDED_TOKENS  # tokens whose errors are summed by one thread
         partials = None
         if self.reference is not None:
-            partials = torch.empty(token_tiles, 2, out, dtype=torch.float32, device=self.x.device)
-        if tokens:
-            tensors = (
-                self.weight.values,
-                self.places,
-                self.x,
-                self.bias,
-                self.reference,
-                y,
-                partials,
-            )
-            sizes = (tokens, out, self.weight.in_features)
-            arguments: tuple[Argument, ...] = (*tensors, *sizes, *pattern, int(self.float_output))
-            blocks = -(-out // tile) * token_tiles
-            run(Launch(source, kernel, (blocks, 1, 1), (tile, 1, 1), shared_bytes, arguments))
+            partials = self.x.new_empty(-(-tokens // summed), 2, out, dtype=torch.float32)
+        results = (self.bias, self.reference, y, partials)
+        if tokens and parts == 1:
+            run(self._launch(kernel, 1, *results, self.float_output))
+        elif tokens:
+            sums = self.x.new_empty(parts, tokens, out, dtype=torch.float32)
+            run(self._launch(kernel, parts, None, None, sums, None, True))
+            grid = -(-tokens // ADDED_TOKENS), -(-out // ADDED_OUT), 1
+            arguments = (sums, *results, tokens, out, parts, int(self.float_output))
+            name = f"add_parts_{TYPE_NAMES[self.x.dtype]}"
+            run(Launch("add_parts", name, grid, (ADDED_OUT, 1, 1), 0, arguments))
         return y, None if partials is None else partials.sum(dim=0, dtype=torch.float64)
+
+    def _launch(
+        self,
+        kernel: _Kernel,
+        parts: int,
+        bias: torch.Tensor | None,
+        reference: torch.Tensor | None,
+        y: torch.Tensor,
+        partials: torch.Tensor | None,
+        float_output: bool,
+    ) -> Launch:
+        out, tokens = self.weight.out_features, _tokens(self.x)
+        tensors = (self.weight.values, self.places, self.x, bias, reference, y, partials)
+        sizes = (tokens, out, self.weight.in_features, *kernel.pattern, int(float_output))
+        grid = tile_count(kernel.tile, out, tokens), parts, 1
+        return Launch(kernel.source, kernel.name, grid, (kernel.tile[0], 1, 1), kernel.shared_bytes, (*tensors, *sizes))
 
 
 def _tokens(x: torch.Tensor) -> int:
     return x.shape[:-1].numel()
 
 
-def _tile_of(device: torch.device, out_features: int, tokens: int) -> int:
-    """256 output features for a block on devices that they suit, where all multiprocessors get one; else 128."""
-    wide = _wide_multiprocessors(device)
-    return 256 if 0 < wide <= -(-out_features // 256) * -(-tokens // TILE_TOKENS) else 128
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many a GPU has, 0 elsewhere; asked once, as that takes a share of a launch."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @cache
-def _wide_multiprocessors(device: torch.device) -> int:
-    """How many there are that the tile of 256 suits; asked once, as that takes a share of a launch."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != WIDE_CAPABILITY:
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _suits_wide_tiles(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == WIDE_CAPABILITY

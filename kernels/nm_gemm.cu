@@ -3,12 +3,13 @@
 // in_features is a multiple of 8 and of M, M at most 32.
 #include "gemm.cuh"
 
-constexpr int OUT = 128, THREADS = threads_of(OUT), STAGES = 3;
+typedef TileOf<128, 128> NmTile;
+constexpr int OUT = NmTile::OUT, THREADS = NmTile::THREADS, TOKEN_STEPS = NmTile::TOKEN_STEPS, STAGES = 3;
 constexpr int ROW_CHUNKS = K_STEP * sizeof(u16) / CHUNK_BYTES;  // of both dense tiles
-constexpr int W_TILE_BYTES = OUT * K_STEP * sizeof(u16);
+constexpr int W_TILE_BYTES = OUT * K_STEP * sizeof(u16), X_TILE_BYTES = NmTile::X_BYTES;
 constexpr int SHARED_BYTES = 2 * W_TILE_BYTES + STAGES * X_TILE_BYTES;
 constexpr int CHUNK_VALUES = 8;  // columns of a chunk: one byte of the mask
-static_assert(OutputTile<OUT>::BYTES <= SHARED_BYTES, "the epilogue's tile fits");
+static_assert(OutputTile<NmTile>::BYTES <= SHARED_BYTES, "the epilogue's tile fits");
 
 // W as it lies in the packed format.
 struct Packed {
@@ -74,10 +75,10 @@ struct Expansion {
     u64 read_values[COPIES];
     u32 read_mask[COPIES];
 
-    DEVICE Expansion(const Product& product, const Packed& packed, u32 first_out) : packed(packed) {
-        const u32 first_row = min(first_out + threadIdx.x / ROW_CHUNKS, product.out_features - 1);
+    DEVICE Expansion(const Product& product, TilePlace place, const Packed& packed) : packed(packed) {
+        const u32 first_row = min(place.first_out + threadIdx.x / ROW_CHUNKS, product.out_features - 1);
         columns = product.in_features;
-        column = threadIdx.x % ROW_CHUNKS * CHUNK_VALUES;
+        column = place.first_step * K_STEP + threadIdx.x % ROW_CHUNKS * CHUNK_VALUES;
         row_values = columns / packed.group_size * packed.kept;
         row_mask = columns / 8;
         values = packed.values + (u64)first_row * row_values;
@@ -116,12 +117,12 @@ struct Expansion {
 
 // A thread's share in fetching X; columns past the end become 0.
 struct FetchX {
-    TileCopy<TILE_TOKENS, ROW_CHUNKS, THREADS> copy;
+    TileCopy<NmTile::TOKENS, ROW_CHUNKS, THREADS> copy;
     u32 column;
 
     DEVICE FetchX(const Product& product, TilePlace place)
-        : copy(product.x, product.in_features, place.first_token, product.tokens),
-          column(threadIdx.x % ROW_CHUNKS * CHUNK_VALUES) {}
+        : copy(product.x + place.first_step * K_STEP, product.in_features, place.first_token, product.tokens),
+          column(place.first_step * K_STEP + threadIdx.x % ROW_CHUNKS * CHUNK_VALUES) {}
 
     DEVICE void begin(u32 tile, u32 in_features) {
         copy.begin(tile, column < in_features ? CHUNK_BYTES : 0);
@@ -135,16 +136,16 @@ struct DenseFragments {
 
     DEVICE DenseFragments() {
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        const u32 warp_row = warp % (OUT / WARP_TILE), warp_column = warp / (OUT / WARP_TILE);
+        const u32 warp_row = warp % NmTile::WARP_ROWS, warp_column = warp / NmTile::WARP_ROWS;
         // ldmatrix: rows 0-7, rows 8-15 of the first 8 channels, then the same of the next 8
-        w = swizzled<ROW_CHUNKS>(warp_row * WARP_TILE + lane % 16, lane / 16);
+        w = swizzled<ROW_CHUNKS>(warp_row * WARP_OUT + lane % 16, lane / 16);
         // ldmatrix: both 8 channels of tokens 0-7, then of tokens 8-15
-        x = swizzled<ROW_CHUNKS>(warp_column * WARP_TILE + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+        x = swizzled<ROW_CHUNKS>(warp_column * NmTile::WARP_TOKENS + lane / 16 * 8 + lane % 8, lane / 8 % 2);
     }
 
     // sums += the product of a whole step, 16 channels (2 chunks) at a time.
     template <class Type>
-    DEVICE void multiply(u32 w_tile, u32 x_tile, Accumulators& sums) const {
+    DEVICE void multiply(u32 w_tile, u32 x_tile, NmTile::Sums& sums) const {
 #pragma unroll
         for (int k = 0; k < ROW_CHUNKS; k += 2) {
             u32 a[OUT_STEPS][4], b[TOKEN_STEPS / 2][4];
@@ -165,14 +166,13 @@ struct DenseFragments {
 
 template <class Type, int CHUNK_KEPT>
 DEVICE void nm_gemm(const Product& product, const Packed& packed) {
-    const TilePlace place = tile_of_block<OUT>(product);
-    const u32 steps = (product.in_features + K_STEP - 1) / K_STEP;
-    const u32 shared = dynamic_shared(), x_tiles = shared + 2 * W_TILE_BYTES;
-    Expansion<CHUNK_KEPT> expansion(product, packed, place.first_out);
+    const TilePlace place = tile_of_block<NmTile>(product);
+    const u32 shared = dynamic_shared(), x_tiles = shared + 2 * W_TILE_BYTES, steps = place.steps;
+    Expansion<CHUNK_KEPT> expansion(product, place, packed);
     FetchX fetch(product, place);
     const DenseFragments fragments;
-    Accumulators sums;
-    clear(sums);
+    NmTile::Sums sums;
+    clear<NmTile>(sums);
     for (u32 step = 0; step < STAGES - 1; step++) {
         if (step < steps) fetch.begin(x_tiles + step * X_TILE_BYTES, product.in_features);
         cp_async_commit();  // empty groups too: cp_async_wait counts them
@@ -189,7 +189,7 @@ DEVICE void nm_gemm(const Product& product, const Packed& packed) {
         fragments.multiply<Type>(shared + step % 2 * W_TILE_BYTES, x_tiles + step % STAGES * X_TILE_BYTES, sums);
         if (step + 1 < steps) expansion.write(shared + (step + 1) % 2 * W_TILE_BYTES);
     }
-    finish<Type, OUT>(product, place, shared, sums);
+    finish<Type, NmTile>(product, place, shared, sums);
 }
 
 #define PARAMETERS                                                                                                \

@@ -81,11 +81,17 @@ def test_shapes_are_llamas() -> None:
     assert (bench_gpu.TOKENS[0], bench_gpu.TOKENS[-1]) == (1, 8192)
 
 
-def compared(pattern: str, tokens: int, timer: Callable[..., float], dtype: torch.dtype = torch.float16) -> Any:
+def compared(
+    pattern: str,
+    tokens: int,
+    timer: Callable[..., Any],
+    dtype: torch.dtype = torch.float16,
+    parts: tuple[int, ...] = (),
+) -> Any:
     torch.manual_seed(0)
     weights = bench_gpu.pruned_weights((72, 128), NMPattern.parse(pattern), dtype, CPU)
     x = torch.randn(tokens, 128).to(dtype)
-    return bench_gpu.compared(weights, x, A100, timer, host.run)
+    return bench_gpu.compared(weights, x, A100, timer, host.run, parts)
 
 
 @needs_compiler
@@ -119,6 +125,22 @@ def test_figures_of_a_comparison(dtype: torch.dtype) -> None:
     assert lines[5].startswith("| cuBLAS dense | 0.0010 | 0.1 | 20 | ")
     assert lines[5].endswith(" | 1.00 | 0.0700 |")
     assert all(line.count("|") == 8 for line in lines[3:])
+
+
+@needs_compiler
+def test_parts_are_swept_in_every_tile() -> None:
+    """Of the two steps there are not three parts; the last of each product is the fastest."""
+    times = iter(range(100, 0, -1))
+    found = compared(
+        "2:4", 9, lambda run, flush: (next(times) * 1e-6 if run() is not None else 0.0, 1.0), parts=(1, 2, 3)
+    )
+    names = [row["name"] for row in found["rows"] if ", parts: " in row["name"]]
+    assert len(set(names)) == len(names) == 4 * 2 + 2
+    assert bench_gpu.fastest(found) == [
+        "72x128, 2:4, float16, 9 tokens: sparse GEMM 99.0 us, at best 90.0 us: sparse GEMM 128x32, parts: 2",
+        "72x128, 2:4, float16, 9 tokens: N:M GEMM 98.0 us, at best 88.0 us: N:M GEMM, parts: 2",
+    ]
+    assert bench_gpu.fastest(compared("4:8", 9, lambda run, flush: (1.0, 1.0))) == []
 
 
 @needs_compiler

@@ -1,12 +1,15 @@
 """Speeds of the CUDA kernels on a GPU beside cuBLAS and torch's own 2:4 products, and what the device allows at most.
 
     python examples/benchmarks/bench_gpu.py [--model 7B | --shape 4096x4096] [--pattern 2:4] [--dtype float16]
-                                            [--tokens 1] [--rounds 20] [--json]
+                                            [--tokens 1] [--parts 1 --parts 4] [--rounds 20] [--json]
 
 For each layer shape (out x in) of LLaMA, pattern, type and number of tokens, y = x W^T is computed by torch.mm on dense
 weights (cuBLAS), by `sparse_linear` (2:4), `nm_linear_cuda` (any N:M) and `nm_decode` (up to 8 tokens) on packed ones,
 and by torch's semi-structured weights (CUTLASS and cuSPARSELt). Whoever cannot run says why. A speed is printed only of
 a product that was right: its error against float64, on a sample of tokens, is within the type's rounding.
+
+With `--parts` the products of packed weights are measured also in that many parts of the input channels (split-K), the
+2:4 one in every tile; at the end stands which was the fastest, beside what the launcher takes by itself.
 
 TFLOP/s count 2 out in tokens, whatever was skipped. GB/s count what must be read and written once: weights as stored, x
 and y. The roofline is the least time that arithmetic and memory allow: multiprocessors x clock x operations of tensor
@@ -22,6 +25,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import click
@@ -42,10 +46,11 @@ from streamprune_kernels import (
     unsupported_reason,
 )
 from streamprune_kernels.decode import decode_unsuitable, nm_decode
+from streamprune_kernels.gemm import K_STEP, SPARSE_STAGES
 from streamprune_kernels.launch import Run, on_device
 
 WIDTHS = {"7B": (4096, 11008), "13B": (5120, 13824), "65B": (8192, 22016)}  # hidden, intermediate (LLaMA, Table 2)
-TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 2048, 4096, 8192)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Relative error (Frobenius) of a product rounded once, with room for another order of sums; as in model/arithmetic.py.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -55,6 +60,7 @@ WARM_UP = 3
 CALLS = 50  # in a row
 HELD_CYCLES = 1 << 20  # about half a millisecond that the GPU waits, in which a call is queued
 COPIED_BYTES = 1 << 30
+SPARSE_NAME, GENERAL_NAME = "sparse GEMM", "N:M GEMM"
 
 # 16-bit operations (a multiply-add is two) of one multiprocessor's tensor cores a cycle, dense, summed in float32: the
 # figures that give the published peaks. A100: 108 x 1.41 GHz x 2048 = 312 TFLOP/s; A40: 84 x 1.74 x 1024 = 150;
@@ -155,25 +161,36 @@ def pruned_weights(shape: tuple[int, int], pattern: NMPattern, dtype: torch.dtyp
     return Weights(weight.mul_(keep), pack_values(weight, keep), pack_mask(keep), pattern)
 
 
-def contenders(weights: Weights, x: torch.Tensor, run: Run = on_device) -> list[Contender]:
-    """All ways to x W^T, in the order of the table."""
+def contenders(
+    weights: Weights, x: torch.Tensor, run: Run = on_device, swept_parts: Sequence[int] = ()
+) -> list[Contender]:
+    """All ways to x W^T, in the order of the table; each number of parts in every tile last."""
     kept, group_size = weights.pattern.kept, weights.pattern.group_size
     dense, packed_bytes = weights.dense, weights.values.nbytes + weights.mask.nbytes
+    counts = [parts for parts in swept_parts if parts <= -(-x.shape[1] // K_STEP)]
+    swept: list[Contender] = []
     found = [Contender("cuBLAS dense", lambda: torch.mm(x, dense.T), weight_bytes=dense.nbytes)]
     packed = nm_weight(weights.values, weights.mask, kept, group_size)
     reason = sparse_unsuitable(kept, group_size, x.shape[1])
     if reason is None:
         sparse = sparse_weight(weights.values, weights.mask, run=run)
         size = sparse.values.nbytes + sparse.metadata.nbytes
-        found.append(Contender("sparse GEMM", lambda: sparse_linear(x, sparse, run=run), "", True, size))
+        found.append(Contender(SPARSE_NAME, lambda: sparse_linear(x, sparse, run=run), "", True, size))
+        for tile, parts in itertools.product(SPARSE_STAGES, counts):
+            product = partial(sparse_linear, x, sparse, tile=tile, parts=parts, run=run)
+            swept.append(Contender(f"{SPARSE_NAME} {tile[0]}x{tile[1]}, parts: {parts}", product, "", True, size))
     else:
-        found.append(Contender("sparse GEMM", None, reason))
-    general = Contender("N:M GEMM", lambda: nm_linear_cuda(x, packed, run=run), weight_bytes=packed_bytes)
+        found.append(Contender(SPARSE_NAME, None, reason))
+    general = Contender(GENERAL_NAME, lambda: nm_linear_cuda(x, packed, run=run), weight_bytes=packed_bytes)
+    for parts in counts:
+        product = partial(nm_linear_cuda, x, packed, parts=parts, run=run)
+        swept.append(Contender(f"{GENERAL_NAME}, parts: {parts}", product, weight_bytes=packed_bytes))
     reason = decode_unsuitable(packed, len(x))
     decode = Contender("decode", None, reason or "")
     if reason is None:
         decode = Contender("decode", lambda: nm_decode(x, packed, run=run), weight_bytes=packed_bytes)
-    return [*found, general, decode, *(semi_structured(name, weights, x) for name in ("CUTLASS", "cuSPARSELt"))]
+    theirs = [semi_structured(name, weights, x) for name in ("CUTLASS", "cuSPARSELt")]
+    return [*found, general, decode, *theirs, *swept]
 
 
 def semi_structured(name: str, weights: Weights, x: torch.Tensor) -> Contender:
@@ -227,9 +244,16 @@ def measured(contender: Contender, weights: Weights, x: torch.Tensor, device: De
     }
 
 
-def compared(weights: Weights, x: torch.Tensor, device: Device, timer: Timer, run: Run = on_device) -> dict[str, Any]:
+def compared(
+    weights: Weights,
+    x: torch.Tensor,
+    device: Device,
+    timer: Timer,
+    run: Run = on_device,
+    swept_parts: Sequence[int] = (),
+) -> dict[str, Any]:
     """All contenders on one product, with each one's speed over cuBLAS."""
-    rows = [measured(contender, weights, x, device, timer) for contender in contenders(weights, x, run)]
+    rows = [measured(contender, weights, x, device, timer) for contender in contenders(weights, x, run, swept_parts)]
     dense = rows[0].get("seconds")
     for row in rows:
         if dense is not None and "seconds" in row:
@@ -243,12 +267,15 @@ def compared(weights: Weights, x: torch.Tensor, device: Device, timer: Timer, ru
     }
 
 
+def title(found: dict[str, Any]) -> str:
+    out_features, in_features = found["shape"]
+    return f"{out_features}x{in_features}, {found['pattern']}, {found['dtype']}, {found['tokens']} tokens"
+
+
 def table(found: dict[str, Any]) -> str:
     """One comparison as a markdown table."""
-    out_features, in_features = found["shape"]
-    title = f"{out_features}x{in_features}, {found['pattern']}, {found['dtype']}, {found['tokens']} tokens"
     lines = [
-        f"\n{title}\n",
+        f"\n{title(found)}\n",
         "| | ms | TFLOP/s | GB/s | of the roofline | times as fast as cuBLAS | ms a call in a row |",
         "|" + " --- |" * 7,
     ]
@@ -261,6 +288,18 @@ def table(found: dict[str, Any]) -> str:
         called = f"{row['call_seconds'] * 1e3:.4f}"
         lines.append(f"| {row['name']} | {speeds} | {row['of_roofline']:.0%} | {faster} | {called} |")
     return "\n".join(lines)
+
+
+def fastest(found: dict[str, Any]) -> list[str]:
+    """Of each product that was measured in several parts, a line: the launcher's choice, and the fastest."""
+    lines = []
+    for name in (SPARSE_NAME, GENERAL_NAME):
+        times = {row["name"]: row["seconds"] * 1e6 for row in found["rows"] if "seconds" in row}
+        swept = {one: time for one, time in times.items() if one.startswith(name) and one != name}
+        if swept and name in times:
+            best = min(swept, key=swept.__getitem__)
+            lines.append(f"{title(found)}: {name} {times[name]:.1f} us, at best {swept[best]:.1f} us: {best}")
+    return lines
 
 
 def wrong_rows(comparisons: Sequence[dict[str, Any]]) -> list[str]:
@@ -329,6 +368,8 @@ def described(device: torch.device) -> Device:
               show_default=True, help="Of weights and inputs; several allowed.")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(1), multiple=True, default=TOKENS, show_default=True,
               help="Rows of x; several allowed.")  # fmt: skip
+@click.option("--parts", type=click.IntRange(1), multiple=True,
+              help="Also measure packed weights in so many parts, in every tile; several allowed.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True, help="Of which medians are taken.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON and no tables.")
 def main(
@@ -337,6 +378,7 @@ def main(
     patterns: tuple[str, ...],
     dtypes: tuple[str, ...],
     tokens: tuple[int, ...],
+    parts: tuple[int, ...],
     rounds: int,
     as_json: bool,
 ) -> None:
@@ -365,11 +407,13 @@ def main(
         weights = pruned_weights(shape, pattern, DTYPES[dtype], where)
         for count in tokens:
             x = torch.randn(count, shape[1], device=where).to(DTYPES[dtype])
-            comparisons.append(compared(weights, x, device, timer))
+            comparisons.append(compared(weights, x, device, timer, on_device, parts))
             if not as_json:
                 print(table(comparisons[-1]), flush=True)
     if as_json:
         print(json.dumps({**about, "comparisons": comparisons}))
+    elif parts:
+        print("", *(line for found in comparisons for line in fastest(found)), sep="\n")
     if wrong := wrong_rows(comparisons):
         raise click.ClickException(f"products that are not right: {', '.join(wrong)}")
 

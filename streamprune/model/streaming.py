@@ -26,7 +26,7 @@ from streamprune.model.skeleton import (
     record_block_inputs,
     tied_parameters,
 )
-from streamprune_kernels import FEW_ROWS
+from streamprune_kernels import FEW_ROWS, MOST_SHARED_TOKENS
 
 BlockArguments = tuple[dict[str, Any], ...]
 
@@ -109,6 +109,13 @@ def embed(
     return moved
 
 
+def sequences_at_once(micro_batch: int, tokens: int, device: torch.device) -> int:
+    """How many sequences of so many tokens go through a block together, so that what one becomes does not depend on it:
+    those so short that several make many rows of a product go one by one, as products of few rows round differently."""
+    few = MOST_SHARED_TOKENS if device.type == "cuda" else FEW_ROWS
+    return 1 if tokens <= few else micro_batch
+
+
 def advance(
     block: nn.Module,
     name: str,
@@ -122,13 +129,11 @@ def advance(
 ) -> None:
     """Run a block on every sequence of `states`, keep its outputs in `target`, and show each (index, input, output).
 
-    `micro_batch` sequences go through the block at once. What a sequence becomes does not depend on it: those so short
-    that several make many rows of a product go one by one, as products of few rows round differently.
+    `micro_batch` sequences go through the block at once, short ones fewer (`sequences_at_once`).
     """
-    if states.shape[1] <= FEW_ROWS:
-        micro_batch = 1
-    for first in range(0, len(states), micro_batch):
-        indices = range(first, min(first + micro_batch, len(states)))
+    at_once = sequences_at_once(micro_batch, states.shape[1], arithmetic.device)
+    for first in range(0, len(states), at_once):
+        indices = range(first, min(first + at_once, len(states)))
         chunks = [states.read(index).to(arithmetic.device) for index in indices]
         x = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         del chunks

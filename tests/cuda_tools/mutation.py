@@ -18,6 +18,7 @@ from streamprune_kernels import reference
 from streamprune_kernels.calibration import STATIC_BYTES, Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
 from streamprune_kernels.gemm import (
+    COMMON_TILE,
     nm_linear_cuda,
     nm_linear_with_error,
     nm_weight,
@@ -40,10 +41,10 @@ def check_sparse(run: Run) -> None:
     layer = random_layer(190, 320, 2, 4, torch.float16)
     weight = SparseWeight(layer.values, metadata_of_mask(layer.mask))
     x, expected = random_inputs(150, 320, torch.float16), random_inputs(150, 190, torch.float16)
-    y, error, norm = sparse_linear_with_error(x, weight, expected, layer.bias, tile=128, run=run)
+    y, error, norm = sparse_linear_with_error(x, weight, expected, layer.bias, tile=COMMON_TILE, run=run)
     assert_accurate(y, x, layer)
     assert_error_sums(y, expected, error, norm)
-    unrounded = sparse_linear(x, weight, layer.bias, float_output=True, tile=128, run=run)
+    unrounded = sparse_linear(x, weight, layer.bias, float_output=True, tile=COMMON_TILE, run=run)
     assert_accurate(unrounded, x, layer)
     assert torch.equal(y, unrounded.half()), "y is not the rounded sum"
 
@@ -59,6 +60,20 @@ def check_nm(run: Run) -> None:
         assert_error_sums(y, expected, error, norm)
         unrounded = nm_linear_cuda(x, weight, layer.bias, float_output=True, run=run)
         assert torch.equal(y, unrounded.bfloat16()), "y is not the rounded sum"
+
+
+def check_parts(run: Run) -> None:
+    """Five steps in three parts, the last of which is shorter; neither tile is full, nor the last four tokens."""
+    layer = random_layer(190, 320, 2, 4, torch.float16)
+    sparse = SparseWeight(layer.values, metadata_of_mask(layer.mask))
+    x, expected = random_inputs(38, 320, torch.float16), random_inputs(38, 190, torch.float16)
+    y, error, norm = sparse_linear_with_error(x, sparse, expected, layer.bias, tile=(128, 32), parts=3, run=run)
+    assert_accurate(y, x, layer)
+    assert_error_sums(y, expected, error, norm)
+    layer = random_layer(150, 264, 3, 12, torch.bfloat16)
+    weight = nm_weight(layer.values, layer.mask, 3, 12)
+    x = random_inputs(18, 264, torch.bfloat16)
+    assert_accurate(nm_linear_cuda(x, weight, layer.bias, parts=3, run=run), x, layer)
 
 
 def check_metadata(run: Run) -> None:
@@ -157,6 +172,7 @@ def check_packing(run: Run) -> None:
 CASES: dict[str, Callable[[Run], None]] = {
     "sparse_gemm": check_sparse,
     "nm_gemm": check_nm,
+    "parts": check_parts,
     "metadata": check_metadata,
     "decode": check_decode,
     "statistics": check_statistics,

@@ -33,7 +33,7 @@ def test_a_job_by_the_kernels_of_a_gpu(prune: Callable[..., CompressResult], tmp
     prune("llama", tmp_path / "plain", **settings)
     with standing_in(run):
         prune("llama", tmp_path / "kernels", **settings)
-    assert launched["sparse_gemm_bf16_128"]
+    assert any(name.startswith("sparse_gemm_bf16") for name in launched)
     assert launched["add_tokens_bf16"]
     assert any(name.startswith("nm_gemm_bf16") for name in launched)
     assert launched["pack_values_16"]

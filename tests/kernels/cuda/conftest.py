@@ -25,4 +25,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section(f"CUDA kernels: {title}")
         for kernel, found in sorted(kernels.items()):
             texts = " | ".join(f"sm_{architecture} {text}" for architecture, text in sorted(found.items()))
-            terminalreporter.write_line(f"{kernel:20s} {texts}")
+            terminalreporter.write_line(f"{kernel:24s} {texts}")

@@ -12,7 +12,7 @@ import pytest
 from cuda_tools.nvrtc import CompilationError, compile_source, resources
 from cuda_tools.sass import Machine, disassemble, main_loop, mix, products
 
-from streamprune_kernels.gemm import NM_SHARED_BYTES, SPARSE_SHARED_BYTES
+from streamprune_kernels.gemm import COMMON_TILE, NM_SHARED_BYTES, WIDE_TILE, sparse_shared_bytes
 from streamprune_kernels.launch import FOLDER, cuda_source
 from streamprune_kernels.search import EXCESS_SHARED_BYTES, SWAPS_SHARED_BYTES
 
@@ -40,14 +40,17 @@ class Gate:
 
 GATES = {
     "sparse_gemm": [
-        Gate(r"sparse_gemm_b?f16_256", 256, 1, SPARSE_SHARED_BYTES[256], "HMMA.SP", 0.35),
-        Gate(r"sparse_gemm_b?f16_128", 128, 1, SPARSE_SHARED_BYTES[128], "HMMA.SP", 0.35),
+        Gate(r"sparse_gemm_b?f16_256x128", 256, 1, sparse_shared_bytes(WIDE_TILE), "HMMA.SP", 0.35),
+        Gate(r"sparse_gemm_b?f16_128x128", 128, 1, sparse_shared_bytes(COMMON_TILE), "HMMA.SP", 0.35),
+        Gate(r"sparse_gemm_b?f16_128x64", 128, 1, sparse_shared_bytes((128, 64)), "HMMA.SP", 0.3),
+        Gate(r"sparse_gemm_b?f16_128x32", 128, 1, sparse_shared_bytes((128, 32)), "HMMA.SP", 0.2),
     ],
     # Expanding a tile costs about six instructions for each product; `any` walks over its values one by one.
     "nm_gemm": [
         Gate(r"nm_gemm_b?f16_[24]", 128, 1, NM_SHARED_BYTES, "HMMA", 0.13),
         Gate(r"nm_gemm_b?f16_any", 128, 1, NM_SHARED_BYTES, "HMMA", 0.08),
     ],
+    "add_parts": [Gate(r"add_parts_b?f16", 128, 8)],
     "metadata": [Gate(r"sparse_metadata", 256, 8)],
     "decode": [
         Gate(r"decode_b?f16_[124]", 256, 4),
@@ -66,7 +69,7 @@ WIDE_LOADS = {
     # Before the loop and in it, of 2 turns x 2 rows, 2 x 4 and 1 x 4; then of a tile of x, 4 or 8 a thread.
     "decode24": {1: 2 * 4 + 4, 2: 2 * 4 + 4, 4: 2 * 8 + 4, 8: 2 * 4 + 8},
 }
-WIDE = re.compile(r"sparse_gemm_b?f16_256")  # its 136 KiB a block are for the GPUs that have them
+WIDE = re.compile(r"sparse_gemm_b?f16_256x128")  # its 136 KiB a block are for the GPUs that have them
 
 
 def gate_of(source: str, kernel: str) -> Gate:

@@ -9,6 +9,8 @@ from cuda_tools import host, ptx
 from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs, random_layer
 
 from streamprune_kernels.gemm import (
+    COMMON_TILE,
+    SPARSE_STAGES,
     nm_linear_cuda,
     nm_linear_with_error,
     nm_weight,
@@ -30,7 +32,7 @@ def pack(out_features: int, in_features: int, dtype: torch.dtype, seed: int = 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [128, 256])
+@pytest.mark.parametrize("tile", SPARSE_STAGES)
 @pytest.mark.parametrize("steps", range(1, 9))
 def test_sparse_product_over_every_residue_of_the_stages(dtype, tile, steps):
     layer, weight = pack(72, 64 * steps, dtype)
@@ -39,7 +41,7 @@ def test_sparse_product_over_every_residue_of_the_stages(dtype, tile, steps):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [128, 256])
+@pytest.mark.parametrize("tile", SPARSE_STAGES)
 @pytest.mark.parametrize(("out_features", "tokens"), EDGES)
 def test_sparse_product_at_the_edges(dtype, tile, out_features, tokens):
     layer, weight = pack(out_features, 128, dtype)
@@ -75,17 +77,24 @@ def test_product_of_any_pattern_at_the_edges(out_features, tokens):
     assert_accurate(nm_linear_cuda(x, weight, layer.bias, run=host.run), x, layer)
 
 
+def test_tiles_give_the_same_bits():
+    layer, weight = pack(150, 320, torch.bfloat16)
+    x = random_inputs(140, 320, torch.bfloat16)
+    first, *others = (sparse_linear(x, weight, layer.bias, tile=tile, run=host.run) for tile in SPARSE_STAGES)
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_tiles_beyond_the_first_group():
     """Nine tiles of output features: blocks go through groups of eight."""
     layer, weight = pack(1100, 64, torch.float16)
     x = random_inputs(130, 64, torch.float16)
-    assert_accurate(sparse_linear(x, weight, tile=128, run=host.run), x, layer, bias=False)
+    assert_accurate(sparse_linear(x, weight, tile=COMMON_TILE, run=host.run), x, layer, bias=False)
     dense = nm_weight(layer.values, layer.mask, 2, 4)
     assert_accurate(nm_linear_cuda(x, dense, run=host.run), x, layer, bias=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", [128, 256, None])
+@pytest.mark.parametrize("tile", [*SPARSE_STAGES, None])
 def test_shim_and_interpreter_give_the_same_bits(dtype, tile):
     """Two independent readings of the layouts, one of the C++ text and one of the PTX."""
     layer, weight = pack(40, 192, dtype)
@@ -123,7 +132,7 @@ def test_one_of_four_runs_on_sparse_tensor_cores(dtype):
 
 
 @pytest.mark.parametrize("y_type", [torch.float16, torch.float32])
-@pytest.mark.parametrize("tile", [128, 256, None])
+@pytest.mark.parametrize("tile", [*SPARSE_STAGES, None])
 def test_error_sums_are_those_of_the_plain_computation(y_type, tile):
     """`None`: the kernel for any pattern. Both products have several tiles of tokens and of output features."""
     layer, weight = pack(300, 128, torch.float16)
@@ -139,7 +148,7 @@ def test_error_sums_are_those_of_the_plain_computation(y_type, tile):
     assert_error_sums(y, reference, error, norm)
 
 
-@pytest.mark.parametrize("tile", [128, 256, None])
+@pytest.mark.parametrize("tile", [*SPARSE_STAGES, None])
 def test_bits_do_not_depend_on_the_schedule(tile):
     layer, weight = pack(140, 256, torch.float16)
     x = random_inputs(130, 256, torch.float16)
@@ -156,7 +165,7 @@ def test_bits_do_not_depend_on_the_schedule(tile):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("tile", [128, 256, None])
+@pytest.mark.parametrize("tile", [*SPARSE_STAGES, None])
 def test_work_done(tile):
     """As many products as the tiles have, half as many on sparse tensor cores, and no bank conflicts of ldmatrix."""
     layer, weight = pack(300, 320, torch.float16)
@@ -171,7 +180,8 @@ def test_work_done(tile):
     else:
         sparse_linear(x, weight, tile=tile, run=run)
     (counts,) = counted
-    tile_products = -(-300 // (tile or 128)) * 2 * ((tile or 128) // 16) * (128 // 8)
+    out, tokens = tile or COMMON_TILE
+    tile_products = -(-300 // out) * -(-140 // tokens) * (out // 16) * (tokens // 8)
     assert counts.mma_dense == (tile_products * 320 // 16 if tile is None else 0)
     assert counts.mma_sparse == (0 if tile is None else tile_products * 320 // 32)
     assert counts.bank_conflicts == 0
@@ -232,8 +242,8 @@ def test_tensors_that_do_not_fit_are_refused(changed, message):
 
 def test_tiles_that_no_kernel_has_are_refused():
     _, weight = pack(40, 64, torch.float16)
-    with pytest.raises(ValueError, match="256 or 128 output features, not 64"):
-        sparse_linear(random_inputs(4, 64, torch.float16), weight, tile=64, run=host.run)
+    with pytest.raises(ValueError, match=r"one of \(256, 128\), .*, not \(64, 64\)"):
+        sparse_linear(random_inputs(4, 64, torch.float16), weight, tile=(64, 64), run=host.run)
 
 
 def test_weights_that_are_not_packed_are_refused():

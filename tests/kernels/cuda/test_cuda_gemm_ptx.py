@@ -8,17 +8,23 @@ import torch
 from cuda_tools import ptx
 from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs, random_layer
 
-from streamprune_kernels.gemm import nm_linear_cuda, nm_linear_with_error, nm_weight, sparse_linear_with_error
+from streamprune_kernels.gemm import (
+    SPARSE_STAGES,
+    Tile,
+    nm_linear_cuda,
+    nm_linear_with_error,
+    nm_weight,
+    sparse_linear_with_error,
+)
 from streamprune_kernels.metadata import sparse_weight
 
 DTYPES = (torch.float16, torch.bfloat16)
-TILES = (128, 256)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", SPARSE_STAGES)
 @pytest.mark.parametrize("steps", range(1, 6))
-def test_sparse_product_over_every_residue_of_the_stages(dtype: torch.dtype, tile: int, steps: int) -> None:
+def test_sparse_product_over_every_residue_of_the_stages(dtype: torch.dtype, tile: Tile, steps: int) -> None:
     """Metadata by its kernel, too; sums of errors beside."""
     layer = random_layer(72, 64 * steps, 2, 4, dtype)
     weight = sparse_weight(layer.values, layer.mask, run=ptx.run)
@@ -39,9 +45,9 @@ def test_product_of_any_pattern(dtype: torch.dtype, kept: int, group_size: int, 
     assert_accurate(nm_linear_cuda(x, weight, layer.bias, run=ptx.run), x, layer)
 
 
-@pytest.mark.parametrize("tile", [*TILES, None])
+@pytest.mark.parametrize("tile", [*SPARSE_STAGES, None])
 @pytest.mark.parametrize(("out_features", "tokens"), [(1, 1), (65, 129), (300, 7)])
-def test_edges(tile: int | None, out_features: int, tokens: int) -> None:
+def test_edges(tile: Tile | None, out_features: int, tokens: int) -> None:
     """`None`: the product of any N:M."""
     layer = random_layer(out_features, 128, 2, 4, torch.bfloat16)
     x, reference = random_inputs(tokens, 128, torch.bfloat16), torch.zeros(tokens, out_features).bfloat16()
@@ -55,8 +61,8 @@ def test_edges(tile: int | None, out_features: int, tokens: int) -> None:
     assert_error_sums(y, reference, error, norm)
 
 
-@pytest.mark.parametrize("tile", [*TILES, None])
-def test_bits_do_not_depend_on_the_schedule(tile: int | None) -> None:
+@pytest.mark.parametrize("tile", [*SPARSE_STAGES, None])
+def test_bits_do_not_depend_on_the_schedule(tile: Tile | None) -> None:
     layer = random_layer(140, 256, 2, 4, torch.float16)
     x, reference = random_inputs(130, 256, torch.float16), random_inputs(130, 140, torch.float16)
     results = []

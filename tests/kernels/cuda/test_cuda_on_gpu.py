@@ -1,6 +1,7 @@
 """The CUDA kernels on a GPU: `pytest -m gpu`. They need CuPy and sm_80 or later."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from streamprune.config import NMPattern
 from streamprune_kernels import LEAST_EXPONENT, cpu, excess_sums, local_swaps, reference, refine_rows
 from streamprune_kernels.calibration import Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
-from streamprune_kernels.gemm import nm_weight, sparse_linear
+from streamprune_kernels.gemm import nm_linear_with_error, nm_weight, sparse_linear, sparse_linear_with_error
 from streamprune_kernels.launch import Launch, on_device
 from streamprune_kernels.metadata import sparse_weight
 from streamprune_kernels.packing import expand_cuda, pack_mask_cuda, pack_values_cuda, unpack_mask_cuda
@@ -42,6 +43,27 @@ def test_tile_that_the_device_chooses(dtype, shape):
     x = random_inputs(tokens, in_features, dtype)
     weight = sparse_weight(layer.values.cuda(), layer.mask.cuda())
     assert_accurate(sparse_linear(x.cuda(), weight, layer.bias.cuda()).cpu(), x, layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("parts", [None, 3, 16])
+@pytest.mark.parametrize("tokens", [16, 50, 200, 512])
+def test_products_in_parts(dtype: torch.dtype, parts: int | None, tokens: int) -> None:
+    """Both products, in as many parts as the device chooses and in others; the same bits each time."""
+    layer = random_layer(1000, 2112, 2, 4, dtype)
+    x, reference = random_inputs(tokens, 2112, dtype), random_inputs(tokens, 1000, dtype, seed=9)
+    values, mask, bias = layer.values.cuda(), layer.mask.cuda(), layer.bias.cuda()
+    for product in (
+        partial(sparse_linear_with_error, weight=sparse_weight(values, mask)),
+        partial(nm_linear_with_error, weight=nm_weight(values, mask, 2, 4)),
+    ):
+        arguments = {"reference": reference.cuda(), "bias": bias, "parts": parts}
+        found = [[one.cpu() for one in product(x.cuda(), **arguments)] for _ in range(3)]
+        y, error, norm = found[0]
+        assert_accurate(y, x, layer)
+        assert_error_sums(y, reference, error, norm)
+        for again in found[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(again, found[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

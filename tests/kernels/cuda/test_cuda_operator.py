@@ -58,7 +58,7 @@ def test_metadata_is_made_once_for_a_layer(launched: Counter[str], checked: Coun
     for tokens in (20, 33):
         x = random_inputs(tokens, 128, torch.float16)
         assert_accurate(module(x), x, layer)
-    assert launched == {"sparse_metadata": 1, "sparse_gemm_f16_128": 2}
+    assert launched == {"sparse_metadata": 1, "sparse_gemm_f16_128x32": 1, "sparse_gemm_f16_128x64": 1}
     assert not checked
     assert_accurate(module(x[:2]), x[:2], layer)
     assert launched["decode24_f16_2"] == launched["sparse_metadata"] == 1
@@ -122,7 +122,7 @@ def test_a_layer_compiles_with_its_metadata(launched: Counter[str]) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert torch.equal(compiled(x), module(x))
-    assert launched == {"sparse_metadata": 1, "sparse_gemm_f16_128": 4}
+    assert launched == {"sparse_metadata": 1, "sparse_gemm_f16_128x32": 4}
     metadata = packed_metadata(layer.values, layer.mask, 64, 4)
     tensors = (layer.values, layer.mask, layer.bias, None, 4, metadata)
     assert set(torch.library.opcheck(packed_linear, (x, *tensors)).values()) == {"SUCCESS"}
