@@ -4,8 +4,8 @@
 // tokens. It walks over the input channels in steps of K_STEP; the tiles of the next steps are under way as cp.async
 // while the tensor cores work on this one.
 //
-// Where tiles are too few for the device, gridDim.y blocks share each: all take a part of the steps and write float sums
-// to a matrix of their own in y [parts, tokens, out_features], without bias and reference. add_parts.cu adds these up.
+// Where tiles are too few for the device, gridDim.y blocks share each: all take a part of the steps, and the last of them
+// to be done adds their sums up.
 #include "device.cuh"
 
 constexpr int K_STEP = 64;  // input channels: 128 bytes of X for a token, as wide as shared memory's 32 banks
@@ -32,15 +32,17 @@ struct Product {
     const u16* x;           // [tokens, in_features]
     const u16* bias;        // [out_features] or null
     const void* reference;  // null, or outputs to compare with, in y's type and shape
-    void* y;                // [tokens, out_features], 16-bit as x, or float; of parts one such matrix each
+    void* y;                // [tokens, out_features], 16-bit as x, or float
     float* partials;        // with a reference: [token tiles, 2, out_features], sums of (y - reference)^2, reference^2
+    Chunk* sums;            // of shared tiles: [parts, tiles, tokens of a tile, its output features] floats
+    int* arrived;           // of shared tiles: [tiles], how many blocks have left their sums; 0 at first
     u32 tokens, out_features, in_features;
     bool float_output;
 };
 
 // Which tile a block computes, and which steps of it.
 struct TilePlace {
-    u32 first_out, first_token, token_tile, part, first_step, steps;
+    u32 first_out, first_token, token_tile, first_step, steps;
 };
 
 // Blocks that run at the same time should share rows of W and X in L2: they go through groups of GROUP tiles of output
@@ -56,7 +58,7 @@ DEVICE TilePlace tile_of_block(const Product& product) {
     const u32 all_steps = (product.in_features + K_STEP - 1) / K_STEP, part = blockIdx.y;
     const u32 steps = all_steps / gridDim.y, longer = all_steps % gridDim.y;
     const u32 first_step = part * steps + min(part, longer);
-    return {first_out, token_tile * Tile::TOKENS, token_tile, part, first_step, steps + (part < longer)};
+    return {first_out, token_tile * Tile::TOKENS, token_tile, first_step, steps + (part < longer)};
 }
 
 // Byte offset of a chunk in a tile whose rows have ROW_CHUNKS chunks (4 or 8). The chunks of a row change places, so
@@ -153,54 +155,74 @@ DEVICE float load_reference(const Product& product, u64 place) {
     return Type::to_float(((const u16*)product.reference)[place]);
 }
 
-// One output feature of successive tokens, as it is written, and, against a reference, the sums of its error in the
-// order of the tokens: the same bits whatever the schedule.
-template <class Type>
-struct OutputColumn {
-    const Product& product;
-    const u32 out;
-    const float bias;
-    float squared_error, squared_norm;
-
-    DEVICE OutputColumn(const Product& product, u32 out)
-        : product(product),
-          out(out),
-          bias(product.bias ? Type::to_float(product.bias[out]) : 0.0f),
-          squared_error(0),
-          squared_norm(0) {}
-
-    DEVICE void write(u32 token, float sum) {
-        const u64 target = (u64)token * product.out_features + out;
-        const float written = store_output<Type>(product, target, sum + bias);
+// Each thread writes one output feature of all tokens of the tile, neighbours in memory by neighbouring threads, and,
+// against a reference, sums its error in the order of the tokens: the same bits whatever the schedule.
+template <class Type, class Tile>
+DEVICE void write_outputs(const Product& product, TilePlace place, u32 tile) {
+    const u32 out = place.first_out + threadIdx.x;
+    if (out >= product.out_features) return;
+    const float bias = product.bias ? Type::to_float(product.bias[out]) : 0.0f;
+    const u32 tokens = min(product.tokens - place.first_token, (u32)Tile::TOKENS);
+    float squared_error = 0, squared_norm = 0;
+    for (u32 token = 0; token < tokens; token++) {
+        const u32 source = tile + token * OutputTile<Tile>::TOKEN_BYTES + threadIdx.x * sizeof(float);
+        const u64 target = (u64)(place.first_token + token) * product.out_features + out;
+        const float written = store_output<Type>(product, target, load_shared_float(source) + bias);
         if (product.reference) {
             const float reference = load_reference<Type>(product, target);
             squared_error += (written - reference) * (written - reference);
             squared_norm += reference * reference;
         }
     }
-
-    // All tokens of a tile are written.
-    DEVICE void finish(u32 token_tile) const {
-        if (!product.reference) return;
-        float* partial = product.partials + (u64)token_tile * 2 * product.out_features + out;
+    if (product.reference) {
+        float* partial = product.partials + (u64)place.token_tile * 2 * product.out_features + out;
         partial[0] = squared_error;
         partial[product.out_features] = squared_norm;
     }
-};
+}
 
-// Each thread writes one output feature of all tokens of the tile, neighbours in memory by neighbouring threads.
-template <class Type, class Tile>
-DEVICE void write_outputs(const Product& product, TilePlace place, u32 tile) {
-    const u32 out = place.first_out + threadIdx.x;
-    if (out >= product.out_features) return;
-    OutputColumn<Type> column(product, out);
-    const u32 tokens = min(product.tokens - place.first_token, (u32)Tile::TOKENS);
-    const u32 first_row = place.part * product.tokens + place.first_token;  // of the parts' matrices, one after another
-    for (u32 token = 0; token < tokens; token++) {
-        const u32 source = tile + token * OutputTile<Tile>::TOKEN_BYTES + threadIdx.x * sizeof(float);
-        column.write(first_row + token, load_shared_float(source));
+// The tile of one of the blocks that share it. Leaves its sums in memory; in the last block to do so they are replaced by
+// the sums of all parts, added in their order, so that bits are the same at every run. Returns whether this is the last.
+template <class Tile>
+DEVICE bool add_parts(const Product& product, u32 tile) {
+    constexpr u32 TOKEN_CHUNKS = Tile::OUT * sizeof(float) / CHUNK_BYTES, CHUNKS = Tile::TOKENS * TOKEN_CHUNKS;
+    constexpr u32 AT_ONCE = 4;  // chunks of a thread, so that many reads are under way
+    static_assert(CHUNKS % (AT_ONCE * Tile::THREADS) == 0, "threads take as many chunks");
+    const auto place = [=](u32 i) {
+        return tile + i / TOKEN_CHUNKS * OutputTile<Tile>::TOKEN_BYTES + i % TOKEN_CHUNKS * CHUNK_BYTES;
+    };
+    const u32 last = place(TOKEN_CHUNKS - 1) + CHUNK_BYTES;  // between two tokens there is room
+    const u64 apart = (u64)gridDim.x * CHUNKS;
+    Chunk* of_tile = product.sums + (u64)blockIdx.x * CHUNKS;
+    for (u32 i = threadIdx.x; i < CHUNKS; i += Tile::THREADS)
+        of_tile[blockIdx.y * apart + i] = load_shared_chunk(place(i));
+    __threadfence();  // before the block is counted
+    __syncthreads();
+    if (threadIdx.x == 0)
+        store_shared_float(last, atomicAdd(product.arrived + blockIdx.x, 1) == (int)gridDim.y - 1 ? 1.0f : 0.0f);
+    __syncthreads();
+    if (load_shared_float(last) == 0) return false;
+    __threadfence();  // behind the count of the others
+    for (u32 first = threadIdx.x; first < CHUNKS; first += AT_ONCE * Tile::THREADS) {
+        float added[AT_ONCE][4] = {};
+#pragma unroll 2
+        for (u32 part = 0; part < gridDim.y; part++)
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                const Chunk sums = of_tile[part * apart + first + i * Tile::THREADS];
+#pragma unroll
+                for (u32 k = 0; k < 4; k++) added[i][k] += __uint_as_float(sums.word[k]);
+            }
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++) {
+            Chunk sums;
+#pragma unroll
+            for (u32 k = 0; k < 4; k++) sums.word[k] = __float_as_uint(added[i][k]);
+            store_shared_chunk(place(first + i * Tile::THREADS), sums);
+        }
     }
-    column.finish(place.token_tile);
+    __syncthreads();
+    return true;
 }
 
 // From accumulators to memory, over the main loop's tiles: no copy to them is under way any more.
@@ -209,5 +231,6 @@ DEVICE void finish(const Product& product, TilePlace place, u32 shared, const ty
     __syncthreads();  // every warp is done with the last step's tiles
     OutputTile<Tile>::fill(shared, sums);
     __syncthreads();
+    if (gridDim.y > 1 && !add_parts<Tile>(product, shared)) return;
     write_outputs<Type, Tile>(product, place, shared);
 }

@@ -5,7 +5,7 @@ return torch tensors without copies. `..._with_error` also compares y with refer
 validating a layer costs no pass of its own. `run` (launch.py) is the device; tests put a CPU there.
 
 Where tiles are too few for a device, blocks share each: so many `parts` of the input channels are summed apart and then
-added in their order (split-K). Their number follows from shapes and device alone, and so do y's bits.
+added in their order (split-K), in one launch. Their number follows from shapes and device alone, and so do y's bits.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 K_STEP = 64
 Tile = tuple[int, int]  # output features and tokens of a block, which has as many threads as output features
 WIDE_TILE, COMMON_TILE = (256, 128), (128, 128)
-FEW_TOKENS_TILES = ((128, 32), (128, 64))  # taken for as many tokens as they have
+FEW_TOKENS_TILES = {32: (128, 32), 128: (128, 64)}  # by the most tokens that they are taken for
 SPARSE_STAGES = {WIDE_TILE: 4, COMMON_TILE: 3, (128, 64): 4, (128, 32): 4}
 # Where the wide tile is taken. It takes 136 KiB a block, which 8.6 and 8.9 do not have, and moves two thirds of what
 # the common one does. Of that one two blocks share a multiprocessor: on sm_90 it is 1.3 to 1.5 times as fast
@@ -34,7 +34,6 @@ NM_SHARED_BYTES = 2 * 128 * 128 + 3 * 128 * 128  # tiles of W and of x
 BLOCKS_AT_ONCE = 2
 LEAST_PART_STEPS = 4
 MOST_SHARED_TOKENS = 512
-ADDED_OUT, ADDED_TOKENS = 128, 4  # outputs that a block of add_parts adds
 MOST_GROUP_SIZE = 32
 ROWS_AT_ONCE = 1024  # bounds the memory of checking a mask
 
@@ -164,10 +163,10 @@ def sparse_shared_bytes(tile: Tile) -> int:
 
 
 def sparse_tile(out_features: int, tokens: int, wide_multiprocessors: int) -> Tile:
-    """Of few tokens the tile that has as many; else the wide one on devices that have multiprocessors which it suits,
+    """Of few tokens a narrow tile; else the wide one on devices that have multiprocessors which it suits,
     where all get one; else the common one."""
-    for tile in FEW_TOKENS_TILES:
-        if tokens <= tile[1]:
+    for most, tile in FEW_TOKENS_TILES.items():
+        if tokens <= most:
             return tile
     return WIDE_TILE if 0 < wide_multiprocessors <= tile_count(WIDE_TILE, out_features, tokens) else COMMON_TILE
 
@@ -273,43 +272,24 @@ class _Product:
     def run(self, kernel: _Kernel, parts: int | None, run: Run) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y, and with a reference its error's sums float64 [2, out]."""
         out, tokens, steps = self.weight.out_features, _tokens(self.x), -(-self.weight.in_features // K_STEP)
+        tiles = tile_count(kernel.tile, out, tokens)
         if parts is None:
-            tiles = tile_count(kernel.tile, out, tokens)
             parts = parts_for(tiles, tokens, steps, _multiprocessors(self.x.device))
         if not 1 <= parts <= steps:
             raise ValueError(f"{steps} steps of {K_STEP} input channels cannot be shared out in {parts} parts")
         y = self.x.new_empty(*self.x.shape[:-1], out, dtype=self.y_type)
-        summed = kernel.tile[1] if parts == 1 else ADDED_TOKENS  # tokens whose errors are summed by one thread
-        partials = None
+        partials = sums = arrived = None
         if self.reference is not None:
-            partials = self.x.new_empty(-(-tokens // summed), 2, out, dtype=torch.float32)
-        results = (self.bias, self.reference, y, partials)
-        if tokens and parts == 1:
-            run(self._launch(kernel, 1, *results, self.float_output))
-        elif tokens:
-            sums = self.x.new_empty(parts, tokens, out, dtype=torch.float32)
-            run(self._launch(kernel, parts, None, None, sums, None, True))
-            grid = -(-tokens // ADDED_TOKENS), -(-out // ADDED_OUT), 1
-            arguments = (sums, *results, tokens, out, parts, int(self.float_output))
-            name = f"add_parts_{TYPE_NAMES[self.x.dtype]}"
-            run(Launch("add_parts", name, grid, (ADDED_OUT, 1, 1), 0, arguments))
+            partials = self.x.new_empty(-(-tokens // kernel.tile[1]), 2, out, dtype=torch.float32)
+        if parts > 1:
+            sums = self.x.new_empty(parts, tiles, *kernel.tile, dtype=torch.float32)
+            arrived = self.x.new_zeros(tiles, dtype=torch.int32)
+        if tokens:
+            tensors = (self.weight.values, self.places, self.x, self.bias, self.reference, y, partials, sums, arrived)
+            sizes = (tokens, out, self.weight.in_features, *kernel.pattern, int(self.float_output))
+            block = (kernel.tile[0], 1, 1)
+            run(Launch(kernel.source, kernel.name, (tiles, parts, 1), block, kernel.shared_bytes, (*tensors, *sizes)))
         return y, None if partials is None else partials.sum(dim=0, dtype=torch.float64)
-
-    def _launch(
-        self,
-        kernel: _Kernel,
-        parts: int,
-        bias: torch.Tensor | None,
-        reference: torch.Tensor | None,
-        y: torch.Tensor,
-        partials: torch.Tensor | None,
-        float_output: bool,
-    ) -> Launch:
-        out, tokens = self.weight.out_features, _tokens(self.x)
-        tensors = (self.weight.values, self.places, self.x, bias, reference, y, partials)
-        sizes = (tokens, out, self.weight.in_features, *kernel.pattern, int(float_output))
-        grid = tile_count(kernel.tile, out, tokens), parts, 1
-        return Launch(kernel.source, kernel.name, grid, (kernel.tile[0], 1, 1), kernel.shared_bytes, (*tensors, *sizes))
 
 
 def _tokens(x: torch.Tensor) -> int:

@@ -192,11 +192,13 @@ DEVICE void nm_gemm(const Product& product, const Packed& packed) {
     finish<Type, NmTile>(product, place, shared, sums);
 }
 
-#define PARAMETERS                                                                                                \
-    const u16 *values, const u8 *mask, const u16 *x, const u16 *bias, const void *reference, void *y,             \
-        float *partials, int tokens, int out_features, int in_features, int kept, int group_size, int float_output
-#define PRODUCT \
-    {x, bias, reference, y, partials, (u32)tokens, (u32)out_features, (u32)in_features, float_output != 0}
+#define PARAMETERS                                                                                                   \
+    const u16 *values, const u8 *mask, const u16 *x, const u16 *bias, const void *reference, void *y,                \
+        float *partials, Chunk *sums, int *arrived, int tokens, int out_features,                                    \
+        int in_features, int kept, int group_size, int float_output
+#define PRODUCT                                                                                                      \
+    {x, bias, reference, y, partials, sums, arrived, (u32)tokens, (u32)out_features, (u32)in_features,               \
+     float_output != 0}
 
 extern "C" __global__ void __launch_bounds__(128, 1) nm_gemm_f16_4(PARAMETERS) {
     nm_gemm<Float16, 4>(PRODUCT, {values, mask, (u32)kept, (u32)group_size});

@@ -111,9 +111,10 @@ DEVICE void sparse_gemm(const Product& product, const u16* values, const Chunk* 
 
 #define PARAMETERS                                                                                                   \
     const u16 *values, const Chunk *metadata, const u16 *x, const u16 *bias, const void *reference, void *y,         \
-        float *partials, int tokens, int out_features, int in_features, int float_output
-#define PRODUCT \
-    {x, bias, reference, y, partials, (u32)tokens, (u32)out_features, (u32)in_features, float_output != 0}
+        float *partials, Chunk *sums, int *arrived, int tokens, int out_features, int in_features, int float_output
+#define PRODUCT                                                                                                      \
+    {x, bias, reference, y, partials, sums, arrived, (u32)tokens, (u32)out_features, (u32)in_features,               \
+     float_output != 0}
 
 // 4 stages of 256 output features take 136 KiB of shared memory: sm_80.
 extern "C" __global__ void __launch_bounds__(256, 1) sparse_gemm_f16_256x128(PARAMETERS) {

@@ -597,7 +597,12 @@ inline std::string launch(const Settings& settings, Counts& counts) {
 #define gridDim (shim::block->settings->grid)
 
 inline void __syncthreads() { shim::barrier(); }
-inline void atomicAdd(int* global, int amount) { *global += amount; }
+inline void __threadfence() {}
+inline int atomicAdd(int* global, int amount) {
+    const int former = *global;
+    *global += amount;
+    return former;
+}
 inline int __popc(u32 value) { return __builtin_popcount(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
 inline int __clz(int value) { return value ? __builtin_clz(value) : 32; }

@@ -172,13 +172,25 @@ def _reduce(kernel: Kernel, words: list[str], operands: Operands) -> Step:
 
 
 def _atomic(kernel: Kernel, words: list[str], operands: Operands) -> Step:
-    """atom whose old value, which depends on the order, nobody reads."""
-    result = operands[0]
-    if isinstance(result, Register):
-        mentions = sum(bool(re.search(rf"{re.escape(result.name)}\b", one.text)) for one in kernel.instructions)
-        if mentions > 1:
-            raise PtxError("atom whose result is read is not understood: it depends on the order")
-    return _reduce(kernel, words, operands[1:])
+    """atom. Of several lanes the old values depend on the order: nobody may read them then; blocks run in turn."""
+    result, reduce = operands[0], _reduce(kernel, words, operands[1:])
+    if not isinstance(result, Register):
+        return reduce
+    mentions = sum(bool(re.search(rf"{re.escape(result.name)}\b", one.text)) for one in kernel.instructions)
+    if mentions == 1:
+        return reduce
+    where, write, dtype = addresses(kernel, operands[1]), target(result), np.dtype(NUMPY[words[-1]])
+
+    def step(gang: Gang, lanes: Lanes) -> None:
+        if lanes.mask.sum() > 1:
+            raise PtxError("atom whose result several lanes read is not understood: it depends on the order")
+        memory, at = _in_space(words[1], gang, where(gang)[lanes.mask])
+        former = np.zeros(gang.size, dtype)
+        former[lanes.mask] = memory.load(at, dtype)[:, 0]
+        reduce(gang, lanes)
+        write(gang, lanes, former)
+
+    return step
 
 
 def _move_parts(kernel: Kernel, words: list[str], operands: Operands) -> Step:

@@ -42,15 +42,14 @@ GATES = {
     "sparse_gemm": [
         Gate(r"sparse_gemm_b?f16_256x128", 256, 1, sparse_shared_bytes(WIDE_TILE), "HMMA.SP", 0.35),
         Gate(r"sparse_gemm_b?f16_128x128", 128, 1, sparse_shared_bytes(COMMON_TILE), "HMMA.SP", 0.35),
-        Gate(r"sparse_gemm_b?f16_128x64", 128, 1, sparse_shared_bytes((128, 64)), "HMMA.SP", 0.3),
-        Gate(r"sparse_gemm_b?f16_128x32", 128, 1, sparse_shared_bytes((128, 32)), "HMMA.SP", 0.2),
+        Gate(r"sparse_gemm_b?f16_128x64", 128, 1, sparse_shared_bytes((128, 64)), "HMMA.SP", 0.29),
+        Gate(r"sparse_gemm_b?f16_128x32", 128, 1, sparse_shared_bytes((128, 32)), "HMMA.SP", 0.19),
     ],
     # Expanding a tile costs about six instructions for each product; `any` walks over its values one by one.
     "nm_gemm": [
         Gate(r"nm_gemm_b?f16_[24]", 128, 1, NM_SHARED_BYTES, "HMMA", 0.13),
         Gate(r"nm_gemm_b?f16_any", 128, 1, NM_SHARED_BYTES, "HMMA", 0.08),
     ],
-    "add_parts": [Gate(r"add_parts_b?f16", 128, 8)],
     "metadata": [Gate(r"sparse_metadata", 256, 8)],
     "decode": [
         Gate(r"decode_b?f16_[124]", 256, 4),

@@ -88,7 +88,7 @@ def test_parts_are_added_in_their_order(dtype: torch.dtype, tile: Tile | None, r
 @pytest.mark.parametrize("y_type", [torch.float16, torch.float32])
 @pytest.mark.parametrize("tile", WAYS)
 def test_error_sums_are_those_of_the_plain_computation(tile: Tile | None, y_type: torch.dtype) -> None:
-    """Blocks that add parts have four tokens each; the last has two."""
+    """Two tiles of output features, and where a tile has 32 tokens two of tokens."""
     layer = random_layer(150, COLUMNS, 2, 4, torch.float16)
     x, reference = random_inputs(34, COLUMNS, torch.float16), random_inputs(34, 150, y_type, seed=9)
     y, error, norm = product_with_error(layer, tile)(x, reference=reference, bias=layer.bias, parts=3, run=host.run)
@@ -122,9 +122,8 @@ def test_one_part_is_the_product_as_it_was(tile: Tile | None) -> None:
     x = random_inputs(6, COLUMNS, torch.float16)
     (launch,) = launches_of(product(layer, tile), x, parts=1)
     assert launch.grid[1] == 1
-    first, second = launches_of(product(layer, tile), x.view(2, 3, COLUMNS), parts=4)
-    assert (first.kernel, first.grid[1]) == (launch.kernel, 4)
-    assert second.kernel == "add_parts_f16"
+    (shared,) = launches_of(product(layer, tile), x.view(2, 3, COLUMNS), parts=4)
+    assert (shared.kernel, shared.grid) == (launch.kernel, (launch.grid[0], 4, 1))
     assert launches_of(product(layer, tile), x[:0], parts=4) == []
 
 
@@ -158,7 +157,7 @@ def test_parts_fill_the_device(tiles: int, tokens: int, steps: int, parts: int) 
 
 
 def test_tiles_follow_the_tokens() -> None:
-    for tokens, tile in ((1, (128, 32)), (32, (128, 32)), (33, (128, 64)), (64, (128, 64)), (65, COMMON_TILE)):
+    for tokens, tile in ((1, (128, 32)), (32, (128, 32)), (33, (128, 64)), (128, (128, 64)), (129, COMMON_TILE)):
         assert sparse_tile(4096, tokens, 0) == tile
     assert sparse_tile(4096, 896, 108) == WIDE_TILE
     assert sparse_tile(4096, 768, 108) == COMMON_TILE  # 96 wide tiles
