@@ -21,9 +21,9 @@ ALIGNMENT_BYTES = 16  # kernels read 16 bytes at once
 TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 K_STEP = 64
 Tile = tuple[int, int]  # output features and tokens of a block, which has as many threads as output features
-WIDE_TILE, COMMON_TILE = (256, 128), (128, 128)
-FEW_TOKENS_TILES = {32: (128, 32), 128: (128, 64)}  # by the most tokens that they are taken for
-SPARSE_STAGES = {WIDE_TILE: 4, COMMON_TILE: 3, (128, 64): 4, (128, 32): 4}
+WIDE_TILE, COMMON_TILE, NARROW_TILE = (256, 128), (128, 128), (128, 32)
+NARROW_TOKENS = 128  # up to so many the narrow tile is taken: measured, docs/benchmarks.md
+SPARSE_STAGES = {WIDE_TILE: 4, COMMON_TILE: 3, NARROW_TILE: 4}
 # Where the wide tile is taken. It takes 136 KiB a block, which 8.6 and 8.9 do not have, and moves two thirds of what
 # the common one does. Of that one two blocks share a multiprocessor: on sm_90 it is 1.3 to 1.5 times as fast
 # (docs/benchmarks.md).
@@ -32,7 +32,7 @@ NM_SHARED_BYTES = 2 * 128 * 128 + 3 * 128 * 128  # tiles of W and of x
 # Parts are as many as give each multiprocessor this number of blocks, but of so many steps at least. Products of more
 # tokens are never shared out: what such a token becomes does not depend on how many are multiplied at once.
 BLOCKS_AT_ONCE = 2
-LEAST_PART_STEPS = 4
+LEAST_PART_STEPS = 8
 MOST_SHARED_TOKENS = 512
 MOST_GROUP_SIZE = 32
 ROWS_AT_ONCE = 1024  # bounds the memory of checking a mask
@@ -163,11 +163,10 @@ def sparse_shared_bytes(tile: Tile) -> int:
 
 
 def sparse_tile(out_features: int, tokens: int, wide_multiprocessors: int) -> Tile:
-    """Of few tokens a narrow tile; else the wide one on devices that have multiprocessors which it suits,
-    where all get one; else the common one."""
-    for most, tile in FEW_TOKENS_TILES.items():
-        if tokens <= most:
-            return tile
+    """Of few tokens the narrow tile; else the wide one on devices that have multiprocessors which it suits, where all
+    get one; else the common one."""
+    if tokens <= NARROW_TOKENS:
+        return NARROW_TILE
     return WIDE_TILE if 0 < wide_multiprocessors <= tile_count(WIDE_TILE, out_features, tokens) else COMMON_TILE
 
 

@@ -134,16 +134,7 @@ extern "C" __global__ void __launch_bounds__(128, 1) sparse_gemm_bf16_128x128(PA
     sparse_gemm<BFloat16, TileOf<128, 128>, 3>(PRODUCT, values, metadata);
 }
 
-// For few tokens, of which 128 would be mostly repeated ones: 4 stages take 68 and 52 KiB. Registers are bounded so that
-// sm_90 has room for three and four blocks.
-extern "C" __global__ void __launch_bounds__(128, 3) sparse_gemm_f16_128x64(PARAMETERS) {
-    sparse_gemm<Float16, TileOf<128, 64>, 4>(PRODUCT, values, metadata);
-}
-
-extern "C" __global__ void __launch_bounds__(128, 3) sparse_gemm_bf16_128x64(PARAMETERS) {
-    sparse_gemm<BFloat16, TileOf<128, 64>, 4>(PRODUCT, values, metadata);
-}
-
+// For few tokens: 4 stages take 52 KiB. Registers are bounded so that sm_90 has room for four blocks.
 extern "C" __global__ void __launch_bounds__(128, 4) sparse_gemm_f16_128x32(PARAMETERS) {
     sparse_gemm<Float16, TileOf<128, 32>, 4>(PRODUCT, values, metadata);
 }

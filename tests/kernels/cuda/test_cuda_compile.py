@@ -12,7 +12,7 @@ import pytest
 from cuda_tools.nvrtc import CompilationError, compile_source, resources
 from cuda_tools.sass import Machine, disassemble, main_loop, mix, products
 
-from streamprune_kernels.gemm import COMMON_TILE, NM_SHARED_BYTES, WIDE_TILE, sparse_shared_bytes
+from streamprune_kernels.gemm import COMMON_TILE, NARROW_TILE, NM_SHARED_BYTES, WIDE_TILE, sparse_shared_bytes
 from streamprune_kernels.launch import FOLDER, cuda_source
 from streamprune_kernels.search import EXCESS_SHARED_BYTES, SWAPS_SHARED_BYTES
 
@@ -42,8 +42,7 @@ GATES = {
     "sparse_gemm": [
         Gate(r"sparse_gemm_b?f16_256x128", 256, 1, sparse_shared_bytes(WIDE_TILE), "HMMA.SP", 0.35),
         Gate(r"sparse_gemm_b?f16_128x128", 128, 1, sparse_shared_bytes(COMMON_TILE), "HMMA.SP", 0.35),
-        Gate(r"sparse_gemm_b?f16_128x64", 128, 1, sparse_shared_bytes((128, 64)), "HMMA.SP", 0.29),
-        Gate(r"sparse_gemm_b?f16_128x32", 128, 1, sparse_shared_bytes((128, 32)), "HMMA.SP", 0.19),
+        Gate(r"sparse_gemm_b?f16_128x32", 128, 1, sparse_shared_bytes(NARROW_TILE), "HMMA.SP", 0.19),
     ],
     # Expanding a tile costs about six instructions for each product; `any` walks over its values one by one.
     "nm_gemm": [

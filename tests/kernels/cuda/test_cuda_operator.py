@@ -55,10 +55,10 @@ def packed(layer: Layer, in_features: int) -> PackedLinear:
 def test_metadata_is_made_once_for_a_layer(launched: Counter[str], checked: Counter[str]) -> None:
     layer = random_layer(72, 128, 2, 4, torch.float16)
     module = packed(layer, 128)
-    for tokens in (20, 33):
+    for tokens in (20, 129):
         x = random_inputs(tokens, 128, torch.float16)
         assert_accurate(module(x), x, layer)
-    assert launched == {"sparse_metadata": 1, "sparse_gemm_f16_128x32": 1, "sparse_gemm_f16_128x64": 1}
+    assert launched == {"sparse_metadata": 1, "sparse_gemm_f16_128x32": 1, "sparse_gemm_f16_128x128": 1}
     assert not checked
     assert_accurate(module(x[:2]), x[:2], layer)
     assert launched["decode24_f16_2"] == launched["sparse_metadata"] == 1

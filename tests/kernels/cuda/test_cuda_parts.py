@@ -12,6 +12,7 @@ from streamprune_kernels import gemm
 from streamprune_kernels.gemm import (
     COMMON_TILE,
     MOST_SHARED_TOKENS,
+    NARROW_TILE,
     SPARSE_STAGES,
     WIDE_TILE,
     Tile,
@@ -97,7 +98,7 @@ def test_error_sums_are_those_of_the_plain_computation(tile: Tile | None, y_type
     assert_error_sums(y, reference, error, norm)
 
 
-@pytest.mark.parametrize("tile", [(128, 32), None])
+@pytest.mark.parametrize("tile", [NARROW_TILE, None])
 def test_bits_do_not_depend_on_the_runner(tile: Tile | None) -> None:
     """Both tools under three schedules; they may fuse sums of squares, but y is the same."""
     layer = random_layer(70, COLUMNS, 2, 4, torch.bfloat16)
@@ -145,10 +146,10 @@ def test_parts_that_cannot_be_are_refused(tile: Tile | None, parts: int) -> None
         (86, 128, 64, 3),
         (132, 256, 64, 2),
         (133, 256, 64, 1),  # a part more would not fit
-        (1, 16, 64, 16),  # at least four steps each
+        (1, 16, 64, 8),  # at least eight steps each
         (1, 16, 7, 1),
         (4, 513, 64, 1),
-        (0, 0, 64, 16),
+        (0, 0, 64, 8),
     ],
 )
 def test_parts_fill_the_device(tiles: int, tokens: int, steps: int, parts: int) -> None:
@@ -157,22 +158,22 @@ def test_parts_fill_the_device(tiles: int, tokens: int, steps: int, parts: int) 
 
 
 def test_tiles_follow_the_tokens() -> None:
-    for tokens, tile in ((1, (128, 32)), (32, (128, 32)), (33, (128, 64)), (128, (128, 64)), (129, COMMON_TILE)):
+    for tokens, tile in ((1, NARROW_TILE), (128, NARROW_TILE), (129, COMMON_TILE)):
         assert sparse_tile(4096, tokens, 0) == tile
     assert sparse_tile(4096, 896, 108) == WIDE_TILE
     assert sparse_tile(4096, 768, 108) == COMMON_TILE  # 96 wide tiles
-    assert sparse_tile(1 << 20, 20, 108) == (128, 32)
+    assert sparse_tile(1 << 20, 20, 108) == NARROW_TILE
 
 
-@pytest.mark.parametrize("tile", [(128, 64), None])
+@pytest.mark.parametrize("tile", [NARROW_TILE, None])
 def test_a_device_chooses(monkeypatch: pytest.MonkeyPatch, tile: Tile | None) -> None:
     """Parts by its multiprocessors; many tokens are never shared out, whatever their number."""
-    monkeypatch.setattr(gemm, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(gemm, "_multiprocessors", lambda device: 2)
     layer = random_layer(130, 1024, 2, 4, torch.float16)
     linear = product(layer, tile)
-    x = random_inputs(40, 1024, torch.float16)
-    assert launches_of(linear, x)[0].grid == (2, 3, 1)
-    assert torch.equal(linear(x, run=host.run), linear(x, parts=3, run=host.run))
+    x = random_inputs(20, 1024, torch.float16)
+    assert launches_of(linear, x)[0].grid == (2, 2, 1)
+    assert torch.equal(linear(x, run=host.run), linear(x, parts=2, run=host.run))
     many = torch.zeros(MOST_SHARED_TOKENS + 1, 1024).half()
     monkeypatch.setattr(gemm, "_multiprocessors", lambda device: H100)
     assert launches_of(linear, many[1:])[0].grid[1] > 1
