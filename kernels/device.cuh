@@ -140,6 +140,14 @@ struct BFloat16 {
     MMA_DENSE("bf16")
 };
 
+// threadIdx.x, read anew: where it is wanted once more at a kernel's end, so that no register holds it through the main
+// loop, nor the loop works out again what follows from it.
+DEVICE u32 thread_anew() {
+    u32 thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // Values of other lanes; every lane of the warp takes part.
 const u32 WHOLE_WARP = 0xffffffffu;
 

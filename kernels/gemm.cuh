@@ -188,22 +188,23 @@ DEVICE bool add_parts(const Product& product, u32 tile) {
     constexpr u32 TOKEN_CHUNKS = Tile::OUT * sizeof(float) / CHUNK_BYTES, CHUNKS = Tile::TOKENS * TOKEN_CHUNKS;
     constexpr u32 AT_ONCE = 4;  // chunks of a thread, so that many reads are under way
     static_assert(CHUNKS % (AT_ONCE * Tile::THREADS) == 0, "threads take as many chunks");
+    const u32 thread = thread_anew();
     const auto place = [=](u32 i) {
         return tile + i / TOKEN_CHUNKS * OutputTile<Tile>::TOKEN_BYTES + i % TOKEN_CHUNKS * CHUNK_BYTES;
     };
     const u32 last = place(TOKEN_CHUNKS - 1) + CHUNK_BYTES;  // between two tokens there is room
     const u64 apart = (u64)gridDim.x * CHUNKS;
     Chunk* of_tile = product.sums + (u64)blockIdx.x * CHUNKS;
-    for (u32 i = threadIdx.x; i < CHUNKS; i += Tile::THREADS)
+    for (u32 i = thread; i < CHUNKS; i += Tile::THREADS)
         of_tile[blockIdx.y * apart + i] = load_shared_chunk(place(i));
     __threadfence();  // before the block is counted
     __syncthreads();
-    if (threadIdx.x == 0)
+    if (thread == 0)
         store_shared_float(last, atomicAdd(product.arrived + blockIdx.x, 1) == (int)gridDim.y - 1 ? 1.0f : 0.0f);
     __syncthreads();
     if (load_shared_float(last) == 0) return false;
     __threadfence();  // behind the count of the others
-    for (u32 first = threadIdx.x; first < CHUNKS; first += AT_ONCE * Tile::THREADS) {
+    for (u32 first = thread; first < CHUNKS; first += AT_ONCE * Tile::THREADS) {
         float added[AT_ONCE][4] = {};
 #pragma unroll 2
         for (u32 part = 0; part < gridDim.y; part++)

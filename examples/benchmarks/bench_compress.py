@@ -249,7 +249,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes[0].axvline(1, color="black", linestyle="--", linewidth=1)
     axes[0].set_yticks(range(len(stages)), list(stages))
     axes[0].set_xlabel("time, over two forward passes of transformers (dashed)")
-    axes[0].legend(fontsize=8, ncols=2, loc="lower right")
+    axes[0].legend(fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     for part, label in (("depth", "blocks"), ("tokens", "sequences of 256 tokens")):
         counts = [int(name.split()[0]) for name in found[part]]
         axes[1].plot(

@@ -597,6 +597,7 @@ inline std::string launch(const Settings& settings, Counts& counts) {
 #define gridDim (shim::block->settings->grid)
 
 inline void __syncthreads() { shim::barrier(); }
+inline u32 thread_anew() { return threadIdx.x; }
 inline void __threadfence() {}
 inline int atomicAdd(int* global, int amount) {
     const int former = *global;
