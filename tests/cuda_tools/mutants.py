@@ -164,8 +164,8 @@ MUTANTS = (
         "partial sums of token tiles overlap",
         "gemm.cuh",
         "sparse_gemm",
-        "(u64)token_tile * 2 * product.out_features",
-        "(u64)token_tile * product.out_features",
+        "(u64)place.token_tile * 2 * product.out_features",
+        "(u64)place.token_tile * product.out_features",
     ),
     Mutant(
         "norm of y, not of the reference",
