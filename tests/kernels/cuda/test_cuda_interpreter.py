@@ -217,12 +217,19 @@ def test_a_missing_barrier_shows_between_schedules() -> None:
         ("if (tid < 16) { u32 f[4]; ldmatrix_x4(f, dynamic_shared()); out[tid] = f[0]; }", "part of a warp"),
         ("if (tid < 16) __syncthreads();", "a barrier is not reached by all threads"),
         ("out[tid] = (int)__sinf((float)tid);", "not understood: sin.approx"),
-        ("out[tid] = atomicAdd(out, 1);", "result is read"),
+        ("out[tid] = atomicAdd(out, 1);", "result several lanes read"),
     ],
 )
 def test_faults(body: str, message: str) -> None:
     with pytest.raises(PtxError, match=message):
         run(body, words(), parameters="int* out", shared=128)
+
+
+def test_the_old_value_of_an_atomic_addition_by_one_lane() -> None:
+    out = words()
+    out[0] = 5
+    run("if (tid == 7) out[tid] = atomicAdd(out, 3);", out, parameters="int* out")
+    assert (int(out[0]), int(out[7])) == (8, 5)
 
 
 def test_a_part_of_a_warp_at_another_barrier() -> None:
