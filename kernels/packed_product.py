@@ -1,7 +1,7 @@
 """Launcher of packed_product.cpp: products of packed N:M weights on a processor.
 
 Few rows of x are bound by memory: they multiply weights as these come, a step of columns at a time. Many are bound by
-arithmetic: there a kept weight multiplies a whole panel of rows, and a dropped one costs nothing. Sums are float32.
+arithmetic: there a kept weight multiplies many of them, and a dropped one costs nothing. Sums are float32.
 Neither depends on the number of threads, nor does a row's result on the other rows, as long as they stay few or many.
 """
 
