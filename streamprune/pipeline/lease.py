@@ -1,13 +1,14 @@
 """One writer of an output folder: a lease that is a folder, so that the file system itself fences an old writer off.
 
-OUT/.work/epoch-N-TOKEN/             there is one; files that are not yet in their places lie in it
-OUT/.work/epoch-N-TOKEN/holder.json  who works there; its time of modification is the heartbeat
-OUT/.work-TOKEN/                     about to be .work, or to be removed
+OUT/.work/epoch-N-TOKEN/                   there is one; files that are not yet in their places lie in it
+OUT/.work/epoch-N-TOKEN/holder-TOKEN.json  who works there; its time of modification is the heartbeat
+OUT/.work-TOKEN/                           about to be .work, or to be removed
 
-A successor renames the epoch's folder, which only one of several can, and no name comes twice. A writer that wakes up
-afterwards finds that its paths are gone: nothing of it can be renamed out of the folder any more, and what it wants to
-remove it would have had to rename into it. No locks of the operating system: clusters keep jobs on file systems where
-they do not hold.
+A successor writes its own holder file into the epoch's folder and then renames that folder to the holder file's token,
+which only one of several can: no epoch is seen without the one who holds it, and no name comes twice. A writer that
+wakes up afterwards finds that its paths are gone: nothing of it can be renamed out of the folder any more, and what it
+wants to remove it would have had to rename into it. No locks of the operating system: clusters keep jobs on file
+systems where they do not hold.
 """
 
 import errno
@@ -31,8 +32,12 @@ from streamprune.errors import CheckpointError, Interrupted, OutputError
 HEARTBEAT_SECONDS = 5.0
 FRESH_SECONDS = 15.0  # three heartbeats: the holder lives
 STALE_SECONDS = 60.0  # nobody holds a file system up for so long and then goes on
-HOLDER_FILE = "holder.json"
 PREFIX = "epoch-"
+
+
+def holder_file(epoch: Path) -> Path:
+    """Of the folder of an epoch, whose name ends in the holder's token."""
+    return epoch / f"holder-{epoch.name.rpartition('-')[2]}.json"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise OutputError where another process has taken the lease over."""
-        if not (self.folder / HOLDER_FILE).exists():
+        if not holder_file(self.folder).exists():
             raise OutputError(
                 f"{self.folder.parent.parent}: another process has taken this output over, because nothing was heard "
                 "of this one for a minute; this one stops"
@@ -95,7 +100,7 @@ def leased(work: Path, should_stop: Callable[[], bool] = lambda: False) -> Itera
     def beat() -> None:
         while not done.wait(HEARTBEAT_SECONDS):
             try:
-                os.utime(lease.folder / HOLDER_FILE)
+                os.utime(holder_file(lease.folder))
             except FileNotFoundError:
                 return  # taken over; whoever works finds out at its next step
             except OSError:
@@ -112,17 +117,17 @@ def leased(work: Path, should_stop: Callable[[], bool] = lambda: False) -> Itera
         done.set()
         heartbeat.join()
         with suppress(OSError):
-            (lease.folder / HOLDER_FILE).unlink()
+            holder_file(lease.folder).unlink()
 
 
 def _acquire(work: Path, should_stop: Callable[[], bool]) -> Lease:
     while True:
-        epochs = sorted(work.glob(f"{PREFIX}*"), key=_number)
         try:
-            if not epochs and not work.exists():
+            if not work.exists():
                 return _first(work)
-            if not epochs:  # of a job that was finished and could not remove it all
-                _remove(work.rename(work.with_name(f"{work.name}-{secrets.token_hex(8)}")))
+            epochs = sorted(work.glob(f"{PREFIX}*"), key=_number)
+            if not epochs:
+                _clear(work)
                 continue
             folder = epochs[-1]
             holder, age = _holder(folder), _age_seconds(folder)
@@ -140,12 +145,21 @@ def _acquire(work: Path, should_stop: Callable[[], bool]) -> Lease:
         time.sleep(0.2)
 
 
+def _clear(work: Path) -> None:
+    """Remove the folder of a job that was finished and could not remove it all."""
+    away = work.rename(work.with_name(f"{work.name}-{secrets.token_hex(8)}"))
+    if any(away.glob(f"{PREFIX}*")):  # the name stood for another's folder by then
+        away.rename(work)
+    else:
+        _remove(away)
+
+
 def _first(work: Path) -> Lease:
     """The work folder appears together with its epoch and holder; renaming it onto another's, not empty, fails."""
     new = work.with_name(f"{work.name}-{secrets.token_hex(8)}")
-    name = f"{PREFIX}1-{secrets.token_hex(8)}"
-    (new / name).mkdir(parents=True)
-    _write_holder(new / name)
+    folder = new / f"{PREFIX}1-{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
+    _sign(holder_file(folder))
     try:
         new.rename(work)
     except OSError as error:
@@ -153,28 +167,28 @@ def _first(work: Path) -> Lease:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise FileNotFoundError from error  # another was first
         raise
-    return Lease(work / name, sole=True)
+    return Lease(work / folder.name, sole=True)
 
 
 def _take_over(old: Path, *, sole: bool) -> Lease:
-    folder = old.rename(old.with_name(f"{PREFIX}{_number(old) + 1}-{secrets.token_hex(8)}"))
+    folder = old.with_name(f"{PREFIX}{_number(old) + 1}-{secrets.token_hex(8)}")
+    holder = holder_file(folder)
+    _sign(old / holder.name)  # which nobody reads before the folder has that name
+    old.rename(folder)
     for path in folder.iterdir():
-        if path.name != HOLDER_FILE:  # the old one, until the new one takes its place
+        if path != holder:
             _remove(path)
-    _write_holder(folder)
     return Lease(folder, sole)
 
 
-def _write_holder(folder: Path) -> None:
-    new = folder / f"{HOLDER_FILE}.new"
-    new.write_text(json.dumps(_myself()), encoding="utf-8")
-    new.rename(folder / HOLDER_FILE)
+def _sign(holder: Path) -> None:
+    holder.write_text(json.dumps(_myself()), encoding="utf-8")
 
 
 def _holder(folder: Path) -> dict[str, Any] | None:
     """Who holds an epoch; None where it was given back, or nothing can be read of it."""
     try:
-        return read_json(folder / HOLDER_FILE)
+        return read_json(holder_file(folder))
     except CheckpointError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
@@ -188,7 +202,7 @@ def _age_seconds(folder: Path) -> float:
     probe.touch()
     now = probe.stat().st_mtime
     probe.unlink(missing_ok=True)
-    holder = folder / HOLDER_FILE
+    holder = holder_file(folder)
     return max(0.0, now - (holder if holder.exists() else folder).stat().st_mtime)
 
 

@@ -218,7 +218,7 @@ def lose_power(attacked: Attacked, attacks: int, seed: int) -> Campaign:
             attacked.worker.run(attacked.at(out), fault={"action": "kill", "at": draw.randrange(attacked.operations)})
             if (out / tiny.MANIFEST_DIGEST).exists():
                 continue  # finished: everything had been synced
-            files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "holder.json")
+            files = sorted(path for path in out.rglob("*") if path.is_file() and not path.name.startswith("holder-"))
             for path in draw.sample(files, min(len(files), draw.randint(1, 3))):
                 campaign.count(_harm(path, draw))
             ended = attacked.worker.run(attacked.at(out))
@@ -237,7 +237,7 @@ def wake_at(attacked: Attacked, successor: Worker, points: Iterable[int]) -> Cam
             fault = {"action": "stop", "at": point, "kinds": ("rename",)}
             attacked.worker.start(attacked.at(out), fault=fault)
             stopped = _wait_until_stopped(attacked.worker)
-            for holder in out.glob(".work*/epoch-*/holder.json"):
+            for holder in out.glob(".work*/epoch-*/holder-*.json"):
                 os.utime(holder, (0, 0))
             broken = [*look(attacked, out)]
             taken = successor.run(attacked.at(out))

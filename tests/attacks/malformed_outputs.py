@@ -412,7 +412,7 @@ def a_holder_that_is_deep_json(case: Path) -> None:
     """What lies in an unfinished output may be as malformed as anything else: nobody holds it, and the job goes on."""
     epoch = case / "out" / ".work" / "epoch-1-0"
     epoch.mkdir(parents=True)
-    (epoch / "holder.json").write_text("[" * 100_000)
+    (epoch / "holder-0.json").write_text("[" * 100_000)
 
 
 @CATALOGUE.entry("llama", "compress", 0)

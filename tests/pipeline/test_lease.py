@@ -1,21 +1,25 @@
 """One writer: who holds an output folder, who takes it over, and what a writer that was taken over can still do."""
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
 from streamprune.errors import Interrupted, OutputError
 from streamprune.pipeline import lease as module
-from streamprune.pipeline.lease import HOLDER_FILE, Lease, leased
+from streamprune.pipeline.lease import Lease, holder_file, leased
 
 HOLD = """
 import sys, time
@@ -56,15 +60,15 @@ def process(code: str, work: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def holder(work: Path) -> dict[str, Any]:
-    (path,) = work.glob(f"epoch-*/{HOLDER_FILE}")
-    return dict(json.loads(path.read_text()))
+    (epoch,) = work.glob("epoch-*")
+    return dict(json.loads(holder_file(epoch).read_text()))
 
 
 def pretend(work: Path, seconds: float = 0.0, **changes: Any) -> Path:
     """A folder held by somebody, last heard of `seconds` ago."""
     with leased(work) as held:
         about = holder(work)
-    path = held.folder / HOLDER_FILE
+    path = holder_file(held.folder)
     path.write_text(json.dumps(about | changes))
     beat = time.time() - seconds
     os.utime(path, (beat, beat))
@@ -80,7 +84,8 @@ def test_the_second_is_refused_by_name_and_the_first_not_disturbed(work: Path) -
             pass
         first.check()
         assert [path.name for path in work.iterdir()] == [first.folder.name]
-    assert not list(work.glob(f"epoch-*/{HOLDER_FILE}"))
+    assert not holder_file(first.folder).exists()
+    assert first.folder.exists()
 
 
 def test_one_that_was_given_back_or_whose_process_is_gone_is_taken_over_at_once(work: Path) -> None:
@@ -89,7 +94,7 @@ def test_one_that_was_given_back_or_whose_process_is_gone_is_taken_over_at_once(
     with leased(work) as second:
         assert second.sole
         assert second.folder != first.folder
-        assert [path.name for path in second.folder.iterdir()] == [HOLDER_FILE]
+        assert [path.name for path in second.folder.iterdir()] == [holder_file(second.folder).name]
     with process(HOLD, work) as other:
         assert other.stdout is not None
         assert other.stdout.readline().strip()
@@ -127,13 +132,13 @@ def test_a_holder_in_doubt_is_watched_until_it_beats_or_is_stale(work: Path, mon
     def beats() -> bool:
         asked.append(module._age_seconds(folder))
         if len(asked) == 2:
-            os.utime(folder / HOLDER_FILE)
+            os.utime(holder_file(folder))
         return False
 
     with pytest.raises(OutputError, match="in use by process"), leased(work, beats):
         pass
     assert len(asked) == 2
-    os.utime(folder / HOLDER_FILE, (time.time() - module.STALE_SECONDS + 1,) * 2)
+    os.utime(holder_file(folder), (time.time() - module.STALE_SECONDS + 1,) * 2)
     with leased(work) as taken:
         assert not taken.sole
     pretend(work, module.FRESH_SECONDS + 1, host="elsewhere")
@@ -144,7 +149,7 @@ def test_a_holder_in_doubt_is_watched_until_it_beats_or_is_stale(work: Path, mon
 def test_a_heartbeat_keeps_it_fresh(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.02)
     with leased(work) as held:
-        path = held.folder / HOLDER_FILE
+        path = holder_file(held.folder)
         os.utime(path, (0, 0))
         deadline = time.monotonic() + 10
         while path.stat().st_mtime == 0 and time.monotonic() < deadline:
@@ -157,7 +162,7 @@ def taken_over(work: Path) -> Iterator[Lease]:
     """A lease that its holder believes to have."""
     with leased(work) as held:
         old = held.folder
-        os.utime(old / HOLDER_FILE, (0, 0))
+        os.utime(holder_file(old), (0, 0))
         with leased(work) as successor:
             assert not successor.sole
             (work / "entry").write_text("the successor's")
@@ -180,7 +185,7 @@ def test_whoever_was_taken_over_can_publish_discard_and_close_nothing(taken_over
 def test_a_rename_that_fails_says_who_has_the_folder_now(work: Path) -> None:
     def work_on() -> None:
         with leased(work) as held:
-            os.utime(held.folder / HOLDER_FILE, (0, 0))
+            os.utime(holder_file(held.folder), (0, 0))
             with leased(work):
                 raise OutputError("shard: cannot be written")
 
@@ -212,11 +217,136 @@ def test_what_a_kill_leaves_is_removed(work: Path) -> None:
 def test_a_torn_holder_file_holds_nothing(work: Path) -> None:
     folder = pretend(work)
     for content in ("", "{", "[1]"):
-        (folder / HOLDER_FILE).write_text(content)
+        holder_file(folder).write_text(content)
         with leased(work) as taken:
             assert taken.folder != folder
             folder = taken.folder
-        (folder / HOLDER_FILE).touch()
+        holder_file(folder).touch()
+
+
+def as_left(work: Path, state: str) -> None:
+    work.parent.mkdir()
+    if state == "given back":
+        with leased(work):
+            pass
+    if state == "stale":
+        pretend(work, 3600, host="elsewhere")
+    if state == "killed while closing":
+        (work / "closing").mkdir(parents=True)
+        (work / "block-00000.json").write_text("{}")
+
+
+@contextmanager
+def held_up(at: int, meanwhile: Callable[[], object]) -> Iterator[list[int]]:
+    """Whoever begins in here does `meanwhile` before line `at`, counted as they run, of those that see the folders."""
+    alone = ("holder_file", "_number", "_myself", "_start_of", "_is_dead", "_described")
+    lines = [0]
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
+        code = frame.f_code
+        if code.co_filename != module.__file__ or code.co_name in alone:
+            return None
+        if event == "line":
+            lines[0] += 1
+            if lines[0] == at:
+                meanwhile()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+class Race(ExitStack):
+    """Several that begin in one folder and go on until it ends."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__()
+        self.work = work
+        self.said: list[str] = []
+        self.held: list[Lease] = []
+
+    def begin(self) -> None:
+        try:
+            self.held.append(self.enter_context(leased(self.work)))
+            (self.work / "record").touch()
+        except OutputError as error:
+            self.said.append(str(error))
+
+    def one_runs(self) -> bool:
+        (lease,) = self.held
+        lease.check()
+        return lease.folder.is_dir() and (self.work / "record").exists() and all("in use by" in t for t in self.said)
+
+
+STATES = ["new", "given back", "stale", "killed while closing"]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_job_that_ends_and_one_that_begins_while_another_begins(state: str, tmp_path: Path) -> None:
+    def end_and_begin(race: Race) -> None:
+        with suppress(OutputError), leased(race.work) as lease:
+            lease.close()
+        race.begin()
+
+    for at in itertools.count(1):
+        work = tmp_path / str(at) / ".work"
+        as_left(work, state)
+        with Race(work) as race:
+            with held_up(at, partial(end_and_begin, race)) as lines:
+                race.begin()
+            assert race.one_runs(), (at, race.said)
+        if lines[0] < at:
+            break
+    assert at > 20
+
+
+class HeldUp:
+    """One that begins in a thread of its own and stands at line `at` until it is told to go on."""
+
+    def __init__(self, race: Race, at: int) -> None:
+        self.race, self.at, self.stood = race, at, False
+        self.seen, self.told = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self.begin)
+        self.thread.start()
+        self.seen.wait()
+
+    def begin(self) -> None:
+        with held_up(self.at, self.stand):
+            self.race.begin()
+        self.seen.set()
+
+    def stand(self) -> None:
+        self.stood = True
+        self.seen.set()
+        self.told.wait()
+
+    def go_on(self) -> None:
+        self.told.set()
+        self.thread.join()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_two_begin_and_hold_each_other_up(state: str, tmp_path: Path) -> None:
+    """One stops at some line, then the other begins and stops at some line, then one goes on and then the other."""
+    for at in itertools.count(1):
+        for other_at in itertools.count(1):
+            work = tmp_path / f"{at} {other_at}" / ".work"
+            as_left(work, state)
+            with Race(work) as race:
+                one = HeldUp(race, at)
+                with held_up(other_at, one.go_on) as lines:
+                    race.begin()
+                one.go_on()
+                assert race.one_runs(), (at, other_at, race.said)
+            if lines[0] < other_at:
+                break
+        if not one.stood:
+            break
+    assert at > 20
 
 
 @pytest.mark.parametrize("state", ["new", "given back", "stale"])
@@ -254,7 +384,7 @@ def test_a_stopped_writer_that_wakes_up_after_it_was_taken_over(work: Path) -> N
         assert writer.stdin is not None
         folder = Path(writer.stdout.readline().strip())
         os.kill(writer.pid, signal.SIGSTOP)
-        os.utime(folder / HOLDER_FILE, (0, 0))
+        os.utime(holder_file(folder), (0, 0))
         with leased(work) as successor:
             assert not successor.sole
             os.kill(writer.pid, signal.SIGCONT)
@@ -262,4 +392,4 @@ def test_a_stopped_writer_that_wakes_up_after_it_was_taken_over(work: Path) -> N
             writer.stdin.flush()
             assert writer.wait(timeout=60) != 0
             successor.check()
-            assert [path.name for path in successor.folder.iterdir()] == [HOLDER_FILE]
+            assert [path.name for path in successor.folder.iterdir()] == [holder_file(successor.folder).name]

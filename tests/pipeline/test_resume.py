@@ -18,6 +18,7 @@ from streamprune.errors import Interrupted, JobMismatchError, OutputError
 from streamprune.pipeline import scheduler
 from streamprune.pipeline.compress import CompressResult
 from streamprune.pipeline.journal import output_leased
+from streamprune.pipeline.lease import holder_file
 
 Prune = Callable[..., CompressResult]
 
@@ -370,7 +371,7 @@ def test_a_folder_in_use_is_refused(prune: Prune, sources: Callable[[str], Path]
 
 def test_a_lease_that_was_given_back_holds_nothing(prune: Prune, tmp_path: Path) -> None:
     with output_leased(tmp_path / "out") as journal:
-        assert tiny.read_json(journal.temporary / "holder.json")["process"] == os.getpid()
+        assert tiny.read_json(holder_file(journal.temporary))["process"] == os.getpid()
     assert (tmp_path / "out" / ".work").exists()
     assert prune("llama", tmp_path / "out").status == "finished"
     assert not (tmp_path / "out" / ".work").exists()
