@@ -6,9 +6,10 @@ DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` m
 environment of its own under DIR/bench, made on the first run (it wants an older transformers). Both compute in float32,
 and streamprune once more in its default dtype. Each job has a process of its own; seconds are from the first byte read
 to the last written, without imports, and peak memory is the process's. Then the float32 masks are compared. A bit that
-differs changes the inputs of every later block; so there are two controls: llm-compressor's masks where it sums the
-inputs' norms in float64, for what rounding alone turns, and streamprune's where equal scores are decided as torch.topk
-does, whose order is not specified. Prints a table and one line of JSON.
+differs changes the inputs of every later block; so there are controls: llm-compressor's masks of the first round, which
+may differ from those of the last; those where it sums the inputs' norms in float64, for what rounding alone turns; and
+streamprune's where equal scores are decided as torch.topk does, whose order is not specified. Prints a table and one
+line of JSON.
 """
 
 import argparse
@@ -100,6 +101,27 @@ def compress_as_topk(model: Path, out: Path, text: Path, given: argparse.Namespa
         )  # fmt: skip
 
 
+def all_masks_compared(
+    model: Path, text: Path, work: Path, reference: list[str], given: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """llm-compressor's masks with streamprune's and with each control's, by what they are compared with."""
+    ties, control, dense = (work / f"wanda-{end}" for end in ("ties", "control", "dense"))
+    for folder in (ties, control):
+        shutil.rmtree(folder, ignore_errors=True)
+    last_line([*reference, str(control), "float64"])
+    compress_as_topk(model, ties, text, given)
+    theirs, first = work / "wanda-llmcompressor", work / "wanda-llmcompressor-first"
+    compared = {}
+    for name, folder in {"streamprune": work / "wanda", "ties": ties}.items():
+        shutil.rmtree(dense, ignore_errors=True)
+        streamprune.export(folder, to="dense", out=dense)
+        compared[name] = masks_compared(model, dense, theirs)
+    compared["control"] = masks_compared(model, control, theirs)
+    if first.exists():
+        compared["first"] = masks_compared(model, first, theirs)
+    return compared
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
@@ -114,8 +136,9 @@ def main() -> None:
     python = interpreter(work / "llmcompressor")
     tokens = calibration_tokens(model, str(text), given.samples, given.sequence_length, given.seed)
     (work / "tokens.json").write_text(json.dumps(tokens.tolist()))
-    ends = ("", "-default", "-llmcompressor", "-control", "-ties", "-dense")
-    ours, default, theirs, control, ties, dense = (work / f"wanda{end}" for end in ends)
+    ours, default, theirs, first = (
+        work / f"wanda{end}" for end in ("", "-default", "-llmcompressor", "-llmcompressor-first")
+    )
     amount = ["--samples", str(given.samples), "--sequence-length", str(given.sequence_length)]
     amount += ["--seed", str(given.seed)]
     method = ["--metric", "wanda", "--shuffle", "none", "--no-refine", "--calibration", str(text), *amount]
@@ -128,23 +151,17 @@ def main() -> None:
         "llm-compressor": (theirs, [*reference, str(theirs), "float32"]),
     }
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
-    for _ in range(given.rounds):
+    shutil.rmtree(first, ignore_errors=True)
+    for number in range(given.rounds):
         for name, (folder, command) in jobs.items():
             shutil.rmtree(folder, ignore_errors=True)
             found[name].append(last_line(command))
+        if number == 0 and given.rounds > 1:
+            theirs.rename(first)
     keys = ("seconds", "peak_memory_bytes")
     medians = {name: {key: statistics.median(run[key] for run in runs) for key in keys} for name, runs in found.items()}
     unsaved = statistics.median(run["peak_before_saving_bytes"] for run in found["llm-compressor"])
-    shutil.rmtree(dense, ignore_errors=True)
-    streamprune.export(ours, to="dense", out=dense)
-    shutil.rmtree(control, ignore_errors=True)
-    last_line([*reference, str(control), "float64"])
-    masks = {"streamprune": masks_compared(model, dense, theirs), "control": masks_compared(model, control, theirs)}
-    for folder in (ties, dense):
-        shutil.rmtree(folder, ignore_errors=True)
-    compress_as_topk(model, ties, text, given)
-    streamprune.export(ties, to="dense", out=dense)
-    masks["ties"] = masks_compared(model, dense, theirs)
+    masks = all_masks_compared(model, text, work, reference, given)
     print(f"| {given.samples} x {given.sequence_length} tokens, {given.rounds} rounds | seconds | of llm-compressor's "
           "| peak MB | of llm-compressor's |")  # fmt: skip
     print("| --- | --- | --- | --- | --- |")
@@ -159,10 +176,10 @@ def main() -> None:
         "streamprune": "streamprune's masks",
         "ties": "streamprune's with ties as topk has them",
         "control": "its own with norms in float64",
+        "first": "its own of the first round",
     }
-    for label, other_masks in labels.items():
-        share = masks[label]
-        print(f"llm-compressor's mask bits equal {other_masks}: {share['all']:.3%} of all, {share['block 0']:.4%} "
+    for label, share in masks.items():
+        print(f"llm-compressor's mask bits equal {labels[label]}: {share['all']:.3%} of all, {share['block 0']:.4%} "
               f"of block 0, first unequal block {share['first unequal block']}")  # fmt: skip
     print()
     about = {"ours": versions(), "theirs": found["llm-compressor"][0]["versions"]}
