@@ -1,4 +1,4 @@
-"""The command line: parse, call one library function of the same signature, format its result."""
+"""The command line: parse, call one library function of the same signature, show its result."""
 
 import dataclasses
 import functools
@@ -17,6 +17,15 @@ import click
 import streamprune
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
+from streamprune.summaries import (
+    say,
+    show_compression,
+    show_evaluation,
+    show_export,
+    show_inspection,
+    show_plan,
+    show_verification,
+)
 
 # Of transformers errors alone are heard: what it warns of is of other uses, and errors are one line.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -25,7 +34,6 @@ EXIT_CODES = (
     "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on), "
     "130 ended by Ctrl-C."
 )
-MOST_CHARACTERS = 2000  # of a line that is printed
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 DTYPE = click.option(
     "--dtype", default="auto", show_default=True, help="Arithmetic: auto, float32, bfloat16, float16. Stored bits stay."
@@ -106,7 +114,7 @@ def _errors_in_one_line() -> Iterator[None]:
             raise
         expected = isinstance(error, StreampruneError)
         message = str(error) if expected else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-        _say(f"streamprune: {' '.join(message.split())}", err=True)
+        say(f"streamprune: {' '.join(message.split())}", err=True)
         sys.exit(error.exit_code if isinstance(error, StreampruneError) else 1)
 
 
@@ -207,38 +215,6 @@ RESOURCES = _options(
 )
 
 
-def show_compression(result: Any) -> None:
-    """The closing summary of `compress`."""
-    share = result.packed_bytes / result.dense_bytes if result.dense_bytes else 0.0
-    rows = [
-        ("time", f"{result.seconds:.1f} s"),
-        ("peak memory", _size(result.peak_memory_bytes)),
-        ("model", f"{_size(result.source_bytes)} -> {_size(result.output_bytes)}"),
-        ("pruned layers", f"{_size(result.dense_bytes)} -> {_size(result.packed_bytes)} ({share:.2%})"),
-        ("permutations", f"{_size(result.permutation_bytes)} stored beside them"),
-        *([("second moments", f"{_size(result.moments_bytes)} at once")] if result.moments_bytes else []),
-        ("worst block", "unknown: not validated, no text has passed the model")
-        if result.worst_block is None
-        else ("worst block", f"{result.worst_block[0]}  block error {result.worst_block[1]:.4f}"),
-        *(("worst layer", f"{name}  layer error {error:.4f}") for name, error in result.worst_layers),
-        *(("kept dense", f"{name} (above the budget)") for name in result.kept_dense),
-    ]
-    kept = tuple(f"{name}." for name in result.kept_dense)
-    unfit = [f"{name}: {reason}" for name, reason in result.dense_layers.items() if not name.startswith(kept)]
-    rows += [("not pruned", text) for text in unfit[:10]]
-    if len(unfit) > 10:
-        rows.append(("not pruned", f"and {len(unfit) - 10} more; see streamprune inspect"))
-    if result.layers_in_moment_blocks:
-        count, first = len(result.layers_in_moment_blocks), result.layers_in_moment_blocks[0]
-        rows.append(("in blocks", f"{count} layers' inputs are wider than --moments-width (first {first})"))
-    if result.reconstructed:
-        rows.append(("reconstructed", "kept weights were fitted: they are NOT the source's"))
-    rows.append(("manifest sha256", result.manifest_sha256))
-    _say(f"{result.status}: {result.out}, {result.blocks} blocks")
-    for label, text in rows:
-        _say(f"  {label:17} {text}")
-
-
 @command(
     show_compression,
     "compress /models/llama-65b --out ./pruned",
@@ -272,33 +248,6 @@ def compress(quiet: bool, **settings: Any) -> Any:
         return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
 
 
-def show_plan(result: Any) -> None:
-    """What a job would do, then what would stay dense."""
-    memory = dataclasses.asdict(result.memory)
-    ahead, on_gpu = memory.pop("blocks_ahead"), memory.pop("on_gpu")
-    rows = [
-        (
-            "model",
-            f"{result.blocks} blocks, {result.parameters / 1e9:.2f} G parameters, {result.layers} layers to prune",
-        ),
-        ("read", _size(result.read_bytes)),
-        ("written", _size(result.written_bytes)),
-        ("scratch", _size(result.scratch_bytes)),
-        ("peak memory", f"{_size(result.peak_memory_bytes)}, estimated"),
-        *([("  of the GPU", _size(result.peak_device_memory_bytes))] if on_gpu else []),
-        *((f"  {stage.replace('_', ' ')}", _size(count)) for stage, count in memory.items()),
-        ("pace", f"{result.micro_batch} sequences at once, {ahead} blocks read ahead"),
-        ("moments", f"blocks of at most {result.moments_width} channels"),
-        ("time", f"{result.seconds / 3600:.1f} h" if result.seconds > 3600 else f"{result.seconds:.0f} s"),
-        ("", f"assuming {result.assumption}"),
-        *(("stays dense", f"{name}: {reason}") for name, reason in list(result.dense_layers.items())[:10]),
-    ]
-    if len(result.dense_layers) > 10:
-        rows.append(("stays dense", f"and {len(result.dense_layers) - 10} more; --json lists all"))
-    for label, text in rows:
-        _say(f"  {label:17} {text}")
-
-
 @command(
     show_plan,
     "plan /models/llama-65b",
@@ -315,24 +264,6 @@ def plan(**settings: Any) -> Any:
     return streamprune.plan(**settings)
 
 
-def show_verification(result: Any) -> None:
-    """Faults, then what was checked."""
-    for fault in result.faults:
-        _say(f"FAULT  {fault}")
-    if result.reconstructed:
-        _say("weights were reconstructed: kept values are not the source's, only masks are compared with it")
-    if result.ok and not result.validated:
-        _say("not validated: no text has passed the model, what pruning costs is unknown (evaluate measures it)")
-    if result.quick:
-        _say("sizes and headers checked; no weight was read")
-    else:
-        how = "against the source, position by position" if result.against_source else "by itself, without its source"
-        worst = max((layer.relative_error for layer in result.layers if layer.relative_error is not None), default=0.0)
-        _say(f"{len(result.layers)} layers checked {how}; largest error of a sparse product {worst:.2g}")
-    _say(f"manifest sha256 {result.manifest_sha256}")
-    _say("ok" if result.ok else f"{len(result.faults)} fault{'s' if len(result.faults) > 1 else ''}")
-
-
 @command(
     show_verification, "verify ./pruned", "verify ./pruned --source /models/llama-65b --json", "verify ./pruned --quick"
 )
@@ -343,14 +274,6 @@ def show_verification(result: Any) -> None:
 def verify(quiet: bool, **settings: Any) -> Any:
     """Check every byte of an output FOLDER; exit code 1 on any fault."""
     return streamprune.verify(progress=not quiet, **settings)
-
-
-def show_evaluation(result: Any) -> None:
-    """One line."""
-    _say(
-        f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {result.sequence_length} "
-        f"({result.seconds:.1f} s, peak memory {_size(result.peak_memory_bytes)})"
-    )
 
 
 @command(
@@ -373,17 +296,6 @@ def evaluate(quiet: bool, **settings: Any) -> Any:
     return streamprune.evaluate(progress=not quiet, **settings)
 
 
-def show_export(result: Any) -> None:
-    """What was written, and what of it is N:M in memory order."""
-    in_order, regathered = len(result.in_memory_order), result.regathered
-    _say(f"{result.out}: {_size(result.output_bytes)}; {in_order} layers are N:M as they lie in the file")
-    if regathered:
-        _say(
-            f"{len(regathered)} layers had a stored permutation undone: same function, but N:M only through it "
-            f"(first {regathered[0]})"
-        )
-
-
 @command(show_export, "export ./pruned --to dense --out ./pruned-dense")
 @click.argument("folder", type=click.Path())
 @click.option("--to", default="dense", show_default=True, help="dense: zeros in place, for plain transformers.")
@@ -392,35 +304,6 @@ def show_export(result: Any) -> None:
 def export(quiet: bool, **settings: Any) -> Any:
     """Write an output FOLDER as a dense checkpoint that needs nothing of streamprune."""
     return streamprune.export(progress=not quiet, **settings)
-
-
-def show_inspection(result: Any) -> None:
-    """The table of layers, then the sums."""
-    width = max([len(row.name) for row in result.layers] + [5])
-    names = ("selection", "shuffle", "refinement", "reconstruction")
-    _say(
-        f"{'layer':{width}}  N:M   {'shape':>13}  {'packed':>10}  {'kept':>6}  kernel err  layer err  block err"
-        f"  output error after {', '.join(names)}"
-    )
-    for row in result.layers:
-        shape = f"{row.shape[0]} x {row.shape[1]}"
-        first, last = row.steps[0]["retained_score"], row.steps[-1]["retained_score"]
-        after = {step["name"]: step["output_error"] for step in row.steps}
-        errors = "  ".join(f"{_figure(after.get(name), '.4f'):>6}" for name in names)
-        _say(
-            f"{row.name:{width}}  {row.pattern:4}  {shape:>13}  {_size(row.packed_bytes):>10}"
-            f"  {last / first if first else 1.0:6.3f}"
-            f"  {_figure(row.kernel_error, '.1e'):>10}  {_figure(row.layer_error, '.4f'):>9}"
-            f"  {_figure(row.block_error, '.4f'):>9}  {errors}"
-        )
-    for name, reason in result.dense_layers.items():
-        _say(f"{name:{width}}  dense: {reason}")
-    share = result.packed_bytes / result.dense_bytes if result.dense_bytes else 0.0
-    _say(
-        f"{len(result.layers)} pruned layers: {_size(result.dense_bytes)} dense, {_size(result.packed_bytes)} packed "
-        f"({share:.2%}), and {_size(result.permutation_bytes)} of stored permutations"
-    )
-    _say("kept: retained score after the last step over that of the plain selection")
 
 
 @command(show_inspection, "inspect ./pruned", "inspect ./pruned --json")
@@ -445,21 +328,3 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for kind, handler in former.items():
             signal.signal(kind, handler)
-
-
-def _say(text: str, err: bool = False) -> None:
-    """Print a line. It may hold names from files: what a terminal would obey is escaped, and no line is endless."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MOST_CHARACTERS + 1])
-    click.echo(shown if len(text) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}...", err=err)
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -1,0 +1,151 @@
+"""What the commands print for people: the results of the library's functions, line by line."""
+
+import dataclasses
+from typing import Any
+
+import click
+
+MOST_CHARACTERS = 2000  # of a line that is printed
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a line. It may hold names from files: what a terminal would obey is escaped, and no line is endless."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MOST_CHARACTERS + 1])
+    click.echo(shown if len(text) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}...", err=err)
+
+
+def show_compression(result: Any) -> None:
+    """The closing summary of `compress`."""
+    share = result.packed_bytes / result.dense_bytes if result.dense_bytes else 0.0
+    rows = [
+        ("time", f"{result.seconds:.1f} s"),
+        ("peak memory", _size(result.peak_memory_bytes)),
+        ("model", f"{_size(result.source_bytes)} -> {_size(result.output_bytes)}"),
+        ("pruned layers", f"{_size(result.dense_bytes)} -> {_size(result.packed_bytes)} ({share:.2%})"),
+        ("permutations", f"{_size(result.permutation_bytes)} stored beside them"),
+        *([("second moments", f"{_size(result.moments_bytes)} at once")] if result.moments_bytes else []),
+        ("worst block", "unknown: not validated, no text has passed the model")
+        if result.worst_block is None
+        else ("worst block", f"{result.worst_block[0]}  block error {result.worst_block[1]:.4f}"),
+        *(("worst layer", f"{name}  layer error {error:.4f}") for name, error in result.worst_layers),
+        *(("kept dense", f"{name} (above the budget)") for name in result.kept_dense),
+    ]
+    kept = tuple(f"{name}." for name in result.kept_dense)
+    unfit = [f"{name}: {reason}" for name, reason in result.dense_layers.items() if not name.startswith(kept)]
+    rows += [("not pruned", text) for text in unfit[:10]]
+    if len(unfit) > 10:
+        rows.append(("not pruned", f"and {len(unfit) - 10} more; see streamprune inspect"))
+    if result.layers_in_moment_blocks:
+        count, first = len(result.layers_in_moment_blocks), result.layers_in_moment_blocks[0]
+        rows.append(("in blocks", f"{count} layers' inputs are wider than --moments-width (first {first})"))
+    if result.reconstructed:
+        rows.append(("reconstructed", "kept weights were fitted: they are NOT the source's"))
+    rows.append(("manifest sha256", result.manifest_sha256))
+    say(f"{result.status}: {result.out}, {result.blocks} blocks")
+    for label, text in rows:
+        say(f"  {label:17} {text}")
+
+
+def show_plan(result: Any) -> None:
+    """What a job would do, then what would stay dense."""
+    memory = dataclasses.asdict(result.memory)
+    ahead, on_gpu = memory.pop("blocks_ahead"), memory.pop("on_gpu")
+    rows = [
+        (
+            "model",
+            f"{result.blocks} blocks, {result.parameters / 1e9:.2f} G parameters, {result.layers} layers to prune",
+        ),
+        ("read", _size(result.read_bytes)),
+        ("written", _size(result.written_bytes)),
+        ("scratch", _size(result.scratch_bytes)),
+        ("peak memory", f"{_size(result.peak_memory_bytes)}, estimated"),
+        *([("  of the GPU", _size(result.peak_device_memory_bytes))] if on_gpu else []),
+        *((f"  {stage.replace('_', ' ')}", _size(count)) for stage, count in memory.items()),
+        ("pace", f"{result.micro_batch} sequences at once, {ahead} blocks read ahead"),
+        ("moments", f"blocks of at most {result.moments_width} channels"),
+        ("time", f"{result.seconds / 3600:.1f} h" if result.seconds > 3600 else f"{result.seconds:.0f} s"),
+        ("", f"assuming {result.assumption}"),
+        *(("stays dense", f"{name}: {reason}") for name, reason in list(result.dense_layers.items())[:10]),
+    ]
+    if len(result.dense_layers) > 10:
+        rows.append(("stays dense", f"and {len(result.dense_layers) - 10} more; --json lists all"))
+    for label, text in rows:
+        say(f"  {label:17} {text}")
+
+
+def show_verification(result: Any) -> None:
+    """Faults, then what was checked."""
+    for fault in result.faults:
+        say(f"FAULT  {fault}")
+    if result.reconstructed:
+        say("weights were reconstructed: kept values are not the source's, only masks are compared with it")
+    if result.ok and not result.validated:
+        say("not validated: no text has passed the model, what pruning costs is unknown (evaluate measures it)")
+    if result.quick:
+        say("sizes and headers checked; no weight was read")
+    else:
+        how = "against the source, position by position" if result.against_source else "by itself, without its source"
+        worst = max((layer.relative_error for layer in result.layers if layer.relative_error is not None), default=0.0)
+        say(f"{len(result.layers)} layers checked {how}; largest error of a sparse product {worst:.2g}")
+    say(f"manifest sha256 {result.manifest_sha256}")
+    say("ok" if result.ok else f"{len(result.faults)} fault{'s' if len(result.faults) > 1 else ''}")
+
+
+def show_evaluation(result: Any) -> None:
+    """One line."""
+    say(
+        f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {result.sequence_length} "
+        f"({result.seconds:.1f} s, peak memory {_size(result.peak_memory_bytes)})"
+    )
+
+
+def show_export(result: Any) -> None:
+    """What was written, and what of it is N:M in memory order."""
+    in_order, regathered = len(result.in_memory_order), result.regathered
+    say(f"{result.out}: {_size(result.output_bytes)}; {in_order} layers are N:M as they lie in the file")
+    if regathered:
+        say(
+            f"{len(regathered)} layers had a stored permutation undone: same function, but N:M only through it "
+            f"(first {regathered[0]})"
+        )
+
+
+def show_inspection(result: Any) -> None:
+    """The table of layers, then the sums."""
+    width = max([len(row.name) for row in result.layers] + [5])
+    names = ("selection", "shuffle", "refinement", "reconstruction")
+    say(
+        f"{'layer':{width}}  N:M   {'shape':>13}  {'packed':>10}  {'kept':>6}  kernel err  layer err  block err"
+        f"  output error after {', '.join(names)}"
+    )
+    for row in result.layers:
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        first, last = row.steps[0]["retained_score"], row.steps[-1]["retained_score"]
+        after = {step["name"]: step["output_error"] for step in row.steps}
+        errors = "  ".join(f"{_figure(after.get(name), '.4f'):>6}" for name in names)
+        say(
+            f"{row.name:{width}}  {row.pattern:4}  {shape:>13}  {_size(row.packed_bytes):>10}"
+            f"  {last / first if first else 1.0:6.3f}"
+            f"  {_figure(row.kernel_error, '.1e'):>10}  {_figure(row.layer_error, '.4f'):>9}"
+            f"  {_figure(row.block_error, '.4f'):>9}  {errors}"
+        )
+    for name, reason in result.dense_layers.items():
+        say(f"{name:{width}}  dense: {reason}")
+    share = result.packed_bytes / result.dense_bytes if result.dense_bytes else 0.0
+    say(
+        f"{len(result.layers)} pruned layers: {_size(result.dense_bytes)} dense, {_size(result.packed_bytes)} packed "
+        f"({share:.2%}), and {_size(result.permutation_bytes)} of stored permutations"
+    )
+    say("kept: retained score after the last step over that of the plain selection")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.1f} TiB"
