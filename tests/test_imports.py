@@ -1,4 +1,4 @@
-"""The layering: cli -> public names -> pipeline, runtime -> model, pruning, checkpoint -> streamprune_kernels; and lean imports."""
+"""The layering: cli -> pipeline, runtime (by public names) -> model, pruning, checkpoint -> streamprune_kernels."""
 
 import ast
 import os
