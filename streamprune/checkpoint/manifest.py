@@ -81,6 +81,15 @@ def read_checked(path: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """Dotted names of the entries in which two nested objects differ, with both values in short."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
+    elif old != new:
+        yield name, _short(old), _short(new)
+
+
 def _faults(value: Any, kind: Any, where: str) -> Iterator[str]:
     container = list if isinstance(kind, Items) else dict if isinstance(kind, Entries | dict) else None
     if container is not None and not isinstance(value, container):
@@ -113,3 +122,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return f"{value!r:.40}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def _short(value: Any) -> str:
+    text = "other entries" if isinstance(value, dict) else str(value)
+    return text if len(text) <= 40 else f"{text[:8]}..."  # a digest

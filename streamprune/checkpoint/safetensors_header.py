@@ -27,6 +27,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+QUANTISED_DTYPES = ("F8_", "F6_", "F4")  # how the format's names of them begin
+QUANTISED = "the source is quantised; give an unquantised checkpoint, or let transformers dequantise it and save it"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are not strings")
         data_start = 8 + header_bytes
+        kinds = {name: value["dtype"] for name, value in header.items()}
+        if quantised := next((n for n, kind in kinds.items() if str(kind).startswith(QUANTISED_DTYPES)), None):
+            raise CheckpointError(f"{path}: tensor {quantised!r:.80} is {kinds[quantised]!s:.20}: {QUANTISED}")
         entries = {name: _entry(name, value, data_start) for name, value in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: the safetensors header is malformed ({error})") from error

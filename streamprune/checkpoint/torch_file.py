@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from streamprune.checkpoint.safetensors_header import DTYPES
+from streamprune.checkpoint.safetensors_header import DTYPES, QUANTISED
 from streamprune.checkpoint.untrusted import MAX_KEY_CHARACTERS, open_regular
 from streamprune.errors import CheckpointError
 
@@ -69,6 +69,8 @@ def _fault(name: object, tensor: torch.Tensor) -> str | None:
     """What makes a tensor none of a checkpoint's."""
     if not isinstance(name, str) or len(name) > MAX_KEY_CHARACTERS or not name.isascii():
         return "has no name of plain text"
+    if str(tensor.dtype).startswith(("torch.float8", "torch.float4", "torch.q")):
+        return f"is {tensor.dtype}: {QUANTISED}"
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
         return f"is {tensor.dtype} on {tensor.device}, {tensor.layout}; only plain numbers are read"
     if tensor.is_conj() or tensor.is_neg():

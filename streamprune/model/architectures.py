@@ -106,6 +106,7 @@ _OPT = Architecture(
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
+    "ministral": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,

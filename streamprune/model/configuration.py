@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.configuration_utils import get_configuration_file
 
+from streamprune.checkpoint.packed import QUANT_METHOD
 from streamprune.checkpoint.reader import Checkpoint
+from streamprune.checkpoint.safetensors_header import QUANTISED
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture, architecture_of
@@ -26,42 +29,76 @@ DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "head
 LENGTHS = ("max_position_embeddings", "sliding_window")  # that need not be a tensor's
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor")
 SHARES = ("partial_rotary_factor",)  # more than 1 would make rotary frequencies of any number
-FOREIGN = ("auto_map", "quantization_config")
+# Fields that do not reach the logits of a causal LM: labels of other tasks, what else a forward returns, the dtype of
+# loading, how attention is computed, notes. Some are dangerous to build (ten billion labels). tests/model/
+# test_model_configuration.py sets each to another value and compares the logits with transformers'.
+NOT_OF_THE_FORWARD = frozenset(
+    {
+        *("id2label", "label2id", "num_labels", "problem_type", "architectures", "auto_map", "model_type"),
+        *("output_attentions", "output_hidden_states", "tie_last_hidden_states", "return_dict", "use_return_dict"),
+        *("dtype", "torch_dtype", "transformers_version", "name_or_path", "_name_or_path", "_commit_hash"),
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+        *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+        *("quantization_config", "configuration_files"),  # looked at by _other_model
+    }
+)
+OLD_SPELLINGS = frozenset({"rope_scaling"})  # properties of the class that published configs set
+# Beside these fields and tensors from_pretrained would take something else too.
+OTHER_PARTS = {
+    "compression_config": f"says that {QUANTISED}",
+    "fusion_config": "has modules fused, which is not supported; remove the entry and merge nothing",
+    "per_layer_config": "gives blocks different shapes, which is not supported",
+    "transformers_weights": "names other files of weights; remove the entry, or rename those files",
+}
 
 
 def model_config(folder: Path, checkpoint: Checkpoint) -> tuple[PretrainedConfig, Architecture]:
     """A model's config object and its row of the table of architectures.
 
-    Raises CheckpointError for a config.json that is malformed or that the checkpoint's headers contradict,
-    UnsupportedModelError for a model that is not in the table. No code of the checkpoint's own is run.
+    Raises CheckpointError for a config.json that is malformed, that the checkpoint's headers contradict, or of which
+    transformers would make another model than of these fields and tensors; UnsupportedModelError for a model that is
+    not in the table. No code of the checkpoint's own is run.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
     values = read_json(path)
     architecture = architecture_in(path, values)
+    if fault := next(_other_model(folder, values), None):
+        raise CheckpointError(f"{path}: {fault}")
     if fault := next(_faults(values, checkpoint, architecture), None):
         raise CheckpointError(f"{path}: {fault}; give a config.json that belongs to the weights")
     return config_of(path, values), architecture
 
 
 def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
-    """What transformers makes of the fields of a config.json of a known model_type that concern its forward.
+    """What transformers makes of a config.json of a known model_type, as far as it reaches the forward.
 
-    Raises CheckpointError where that is nothing.
+    Raises CheckpointError where that is nothing, and for a field with the name of something else of the class: it would
+    change what the class does.
     """
-    config_class = CONFIG_MAPPING[values["model_type"]]
-    general = {field.name for field in dataclasses.fields(PretrainedConfig)}
-    own = {field.name for field in dataclasses.fields(config_class)} - general
-
-    def wanted(name: str) -> bool:
-        """Not what concerns other tasks than a causal LM's forward, nor a name of the class that is no field."""
-        return name in own or not (name in general or name in FOREIGN or name[:1] == "_" or hasattr(config_class, name))
-
+    config_class = CONFIG_MAPPING[model_type_in(values)]
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    for name in sorted(values.keys() - fields - NOT_OF_THE_FORWARD - OLD_SPELLINGS):
+        if hasattr(config_class, name):
+            raise CheckpointError(f"{path}: {name} is not a setting but a name of transformers' own; remove it")
     try:
-        return config_class.from_dict({name: value for name, value in values.items() if wanted(name)})
+        return config_class.from_dict({k: v for k, v in values.items() if k not in NOT_OF_THE_FORWARD})
     except Exception as error:  # transformers raises many kinds for a bad config
         raise CheckpointError(f"{path}: makes no model ({one_line(error)})") from error
+
+
+def forward_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """All of a config that reaches the forward, as plain data for JSON: two equal ones make the same model."""
+    unimportant = NOT_OF_THE_FORWARD | {"use_cache"}  # the skeleton switches it off
+    settings = {name: value for name, value in config.to_dict().items() if name not in unimportant}
+    return {"model_type": config.model_type, **settings}
+
+
+def model_type_in(values: Mapping[str, Any]) -> Any:
+    """The model_type by which AutoConfig chooses a class: one of a mistral that lists its blocks' types is another."""
+    name = values.get("model_type")
+    return "ministral" if name == "mistral" and "layer_types" in values else name
 
 
 def one_line(error: BaseException) -> str:
@@ -74,7 +111,7 @@ def one_line(error: BaseException) -> str:
 
 def architecture_in(path: Path, values: Mapping[str, Any]) -> Architecture:
     """The row of the table for a config.json's model_type. Raises UnsupportedModelError where there is none."""
-    name = values.get("model_type")
+    name = model_type_in(values)
     if not isinstance(name, str):
         raise CheckpointError(f"{path}: has no model_type; give the folder of a transformers checkpoint")
     try:
@@ -88,6 +125,27 @@ def architecture_in(path: Path, values: Mapping[str, Any]) -> Architecture:
     if "auto_map" in values:
         logger.warning("%s: names Python code of its own (auto_map); it is not run, transformers' own is", path)
     return architecture
+
+
+def _other_model(folder: Path, values: Mapping[str, Any]) -> Iterator[str]:
+    """Why from_pretrained would make another model of this folder than its config.json and its weights say."""
+    quantised = values.get("quantization_config")
+    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        yield f"quantization_config is {method!r:.40}: {QUANTISED}"
+    for name, reason in OTHER_PARTS.items():
+        if values.get(name) is not None:
+            yield f"{name} {reason}"
+    if (folder / "adapter_config.json").exists():
+        yield "an adapter lies beside it (adapter_config.json); merge it into the weights first"
+    if (others := values.get("configuration_files")) is not None:
+        try:
+            chosen = get_configuration_file(others)
+        except Exception as error:  # of versions that are none
+            yield f"configuration_files cannot be read ({one_line(error)}); remove the entry"
+        else:
+            if chosen != "config.json":
+                yield f"configuration_files has transformers read {chosen!r:.80} instead; put that in this one's place"
 
 
 def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, architecture: Architecture) -> Iterator[str]:
@@ -113,8 +171,6 @@ def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, architecture: Arc
     kv_heads = values.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-    if "per_layer_config" in values:
-        yield "per_layer_config gives blocks different shapes, which is not supported"
 
 
 def _number_faults(values: Mapping[str, Any]) -> Iterator[str]:

@@ -6,6 +6,7 @@ blocks' places, so nothing about masks or position embeddings is spelled here.
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
+from streamprune.checkpoint.safetensors_header import QUANTISED
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture, InputGroup
 from streamprune.model.configuration import model_config, one_line
@@ -30,6 +32,11 @@ logger = logging.getLogger("streamprune")
 # Buffers that old checkpoints carry and current modules compute for themselves.
 OBSOLETE_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 UNKNOWN_LISTED = 10  # tensors that belong to no parameter
+# What lies beside a quantised weight, under the names that published checkpoints use.
+QUANTISED_PART = re.compile(
+    r"(?P<layer>.+?)\.((weight_)?scales?(_inv|_2)?|input_scale|(weight_)?zero_point|qweight|qzeros|g_idx|SCB"
+    r"|weight_(packed|shape|format)|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..+)"
+)
 
 
 @dataclass(frozen=True)
@@ -137,17 +144,15 @@ def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
         other = names.pop(parameter, None)
         if other is not None and names.setdefault(stored, other) != other:
             _check_shape(checkpoint, other, checkpoint.tensors[other], shapes[stored])
+    if part := next((name for name in unknown if _is_quantised(skeleton, name, shapes)), None):
+        raise CheckpointError(f"{checkpoint.folder}: tensor {part} is a part of a quantised weight: {QUANTISED}")
     missing = sorted(set(shapes) - set(names) - set(tied))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
     for parameter, name in names.items():
         _check_shape(checkpoint, name, checkpoint.tensors[name], shapes[parameter])
     strange = [name for name in unknown if not name.endswith(OBSOLETE_SUFFIXES)]
-    if beyond := next((name for name in strange if _is_in_a_later_block(skeleton, name)), None):
-        raise CheckpointError(
-            f"{checkpoint.folder}: tensor {beyond} is of a block beyond the {len(skeleton.blocks)} of config.json; "
-            "give a config.json that belongs to the weights"
-        )
+    strange = _without_predicting_blocks(skeleton, checkpoint, strange)
     for name in strange[:UNKNOWN_LISTED]:
         logger.warning("%s: tensor %s belongs to no parameter of the model and is left out", checkpoint.folder, name)
     if len(strange) > UNKNOWN_LISTED:
@@ -155,13 +160,43 @@ def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _is_in_a_later_block(skeleton: Skeleton, name: str) -> bool:
+def _without_predicting_blocks(skeleton: Skeleton, checkpoint: Checkpoint, unknown: list[str]) -> list[str]:
+    """Unknown tensors without those of blocks for multi-token prediction, which follow the model's own in their list.
+
+    They are no part of a causal LM's forward: from_pretrained drops them, and so does this, in a line. Raises
+    CheckpointError for a block that config.json does not know of.
+    """
+    count = len(skeleton.blocks)
+    predicting = getattr(skeleton.model.config, "num_nextn_predict_layers", None)
+    last = count + (predicting if type(predicting) is int else 0)
+    later = {name: number for name in unknown if (number := _number_of_block(skeleton, name)) >= count}
+    if beyond := next((name for name, number in later.items() if number >= last), None):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {beyond} is of a block beyond the {last} of config.json; "
+            "give a config.json that belongs to the weights"
+        )
+    if later:
+        logger.warning(
+            "%s: %d tensors of blocks for multi-token prediction (first %s) are left out; the causal LM does without",
+            *(checkpoint.folder, len(later), next(iter(later))),
+        )
+    return [name for name in unknown if name not in later]
+
+
+def _number_of_block(skeleton: Skeleton, name: str) -> int:
+    """The number in a tensor's name that it would have in the list of blocks; -1 where it has none."""
     path = skeleton.architecture.blocks
     for start in (f"{path}.", f"{path}.".removeprefix(f"{skeleton.model.base_model_prefix}.")):
         number = name.removeprefix(start).partition(".")[0]
         if name.startswith(start) and number.isdecimal():
-            return len(number) > 9 or int(number) >= len(skeleton.blocks)
-    return False
+            return int(number[:10])  # a longer one is beyond all blocks as well
+    return -1
+
+
+def _is_quantised(skeleton: Skeleton, name: str, shapes: Mapping[str, Any]) -> bool:
+    """Whether a tensor that belongs to no parameter is a part of a quantised weight."""
+    part, prefix = QUANTISED_PART.fullmatch(name), f"{skeleton.model.base_model_prefix}."
+    return part is not None and not shapes.keys().isdisjoint(f"{start}{part['layer']}.weight" for start in ("", prefix))
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, source: TensorSource, shape: tuple[int, ...]) -> None:

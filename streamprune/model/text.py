@@ -1,6 +1,7 @@
 """Text and its tokens: files, data sets, the text that ships with the package, and the checkpoint's own tokenizer."""
 
 import gzip
+import hashlib
 import importlib.resources
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, open_regular, parse_json, read_json
+from streamprune.checkpoint.untrusted import (
+    MAX_JSON_BYTES,
+    MAX_TOKENIZER_BYTES,
+    open_regular,
+    parse_json,
+    read_bounded,
+    read_json,
+)
 from streamprune.errors import CalibrationError, CheckpointError
 from streamprune.model.configuration import architecture_in, config_of, one_line
 
@@ -20,11 +28,15 @@ PARQUET_ROWS = 256  # made text at once
 BATCH_CHARACTERS = 1 << 20  # read and tokenised at once
 
 
+def tokenizer_digests(model: Path) -> dict[str, str]:
+    """sha256 of each file that makes the tokenizer, by name; {} where there is none. Raises CheckpointError."""
+    return {path.name: hashlib.sha256(read_bounded(path, MAX_TOKENIZER_BYTES)).hexdigest() for path in _files(model)}
+
+
 def load_tokenizer(model: Path) -> Any:
     """The checkpoint's own tokenizer, without remote code. Raises CheckpointError where it is none."""
-    for pattern in TOKENIZER_FILES:
-        for path in sorted(model.glob(pattern)):
-            _check_size(path)
+    for path in _files(model):
+        _check_size(path)
     configs = [read_json(model / name) for name in TOKENIZER_CONFIGS if (model / name).exists()]
     coded = " without Python code of its own (auto_map), which is never run" * any("auto_map" in c for c in configs)
     path = model / "config.json"
@@ -43,6 +55,10 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
     """
     with _tokenizer_errors(f"{tokenizer.name_or_path}: its tokenizer fails on the text"):
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _files(model: Path) -> list[Path]:
+    return sorted({path for pattern in TOKENIZER_FILES for path in model.glob(pattern) if not path.is_dir()})
 
 
 def _check_size(path: Path) -> None:

@@ -13,8 +13,10 @@ from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, SettingsError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
+from streamprune.model.configuration import forward_settings
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
 from streamprune.model.streaming import check_tied
+from streamprune.model.text import tokenizer_digests
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 from streamprune.pipeline.plan import Plan, make_plan
 
@@ -89,7 +91,11 @@ def resolve_job(
         amount = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
         calibrated = {"tokens": tokens_digest(tokens), **amount}
     identity = {
-        "source": {"fingerprint": checkpoint.fingerprint()},
+        "source": {
+            "fingerprint": checkpoint.fingerprint(),
+            "config": forward_settings(skeleton.model.config),
+            "tokenizer": tokenizer_digests(model),
+        },
         "calibration": calibrated,
         "settings": config.to_dict(),
         "compute": arithmetic.identity,

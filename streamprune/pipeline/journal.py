@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamprune.checkpoint.manifest import differences
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.reader import SAFETENSORS_INDEX
 from streamprune.checkpoint.untrusted import read_json
@@ -93,10 +94,8 @@ class Journal:
 
 def check_identity(out: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise JobMismatchError naming each entry in which two identities differ."""
-    old, new = _flatten(recorded), _flatten(asked)
-    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if differing:
-        shown = "; ".join(f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now" for name in differing)
+    shown = "; ".join(f"{name}: {old} there, {new} now" for name, old, new in differences(recorded, asked))
+    if shown:
         raise JobMismatchError(
             f"{out}: holds a job with other settings ({shown}); use them, another --out, or --restart"
         )
@@ -150,18 +149,3 @@ def _is_as_recorded(path: Path, digest: str) -> bool:
         return file_digest(path) == digest
     except OSError:
         return False
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:8]}..."  # a digest
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            flat.update(_flatten(inner, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = inner
-    return flat

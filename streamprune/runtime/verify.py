@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from streamprune.checkpoint.manifest import read_manifest
+from streamprune.checkpoint.manifest import differences, read_manifest
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
@@ -35,8 +36,10 @@ from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, read_bounded
 from streamprune.checkpoint.writer import file_digest
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
+from streamprune.model.configuration import forward_settings, model_config
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
 from streamprune.model.streaming import output_names
+from streamprune.model.text import tokenizer_digests
 from streamprune.pruning.selection import stable_sum, weighted_error
 from streamprune_kernels import nm_linear
 
@@ -237,6 +240,7 @@ def _product_error(layer: PackedLayer, seed: int) -> float:
 
 
 def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Findings, progress: bool) -> None:
+    findings.faults += _other_settings(output, checkpoint)
     names = match_names(output.skeleton, checkpoint)
     orders = _orders(output)
     rms = open_file(output.folder / STATISTICS_FILE)
@@ -257,6 +261,16 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
         if faults:
             faulty.add(layer_name)
     findings.layers = [LayerCheck(c.name, c.relative_error, c.ok and c.name not in faulty) for c in findings.layers]
+
+
+def _other_settings(output: _Output, checkpoint: Checkpoint) -> Iterator[str]:
+    """What of the source's config.json and tokenizer is not what lies in the output."""
+    config, _ = model_config(checkpoint.folder, checkpoint)
+    settings = forward_settings(config), forward_settings(output.skeleton.model.config)
+    for name, theirs, ours in differences(*settings):
+        yield f"config.json: {name} is {theirs} in the source, {ours} here"
+    for name, _, _ in differences(tokenizer_digests(checkpoint.folder), tokenizer_digests(output.folder)):
+        yield f"{name}: is not the source's"
 
 
 def _in_output_order(name: str, tensor: torch.Tensor, orders: list[tuple[int, torch.Tensor]]) -> torch.Tensor:

@@ -99,7 +99,7 @@ BINS: dict[str, tuple[Callable[[], Any], str]] = {
     "a compressed sparse tensor": (lambda: {"a": torch.eye(3).to_sparse_csr()}, "only plain numbers are read"),
     "a meta tensor": (lambda: {"a": torch.empty(10**6, 10**6, device="meta")}, "only plain numbers are read"),
     "complex numbers": (lambda: {"a": torch.ones(3, dtype=torch.complex64)}, "only plain numbers are read"),
-    "float8": (lambda: {"a": torch.ones(3).to(torch.float8_e4m3fn)}, "only plain numbers are read"),
+    "float8": (lambda: {"a": torch.ones(3).to(torch.float8_e4m3fn)}, "is torch.float8_e4m3fn: the source is quantised"),
     "quantised": (
         lambda: {"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)},
         "only plain numbers are read",

@@ -112,6 +112,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "blocks of different shapes": ({"per_layer_config": [{"hidden_size": 1}]}, "per_layer_config gives blocks"),
     "positions beyond 2^31": ({"max_position_embeddings": 2**31}, "max_position_embeddings is 2147483648"),
+    "a quantisation that is none": (
+        {"quantization_config": {"quant_method": "none such", "bits": "x"}},
+        "quantization_config is 'none such': the source is quantised",
+    ),
+    "a quantisation of text": ({"quantization_config": "x"}, "quantization_config is 'x': the source is quantised"),
+    "a quantisation of nothing": ({"quantization_config": {}}, "quantization_config is None: the source is quantised"),
+    "a method's name": ({"validate": 1}, "validate is not a setting but a name of transformers' own"),
+    "names of methods": ({"to_dict": "x", "get_text_config": 5, "from_dict": 1}, "from_dict is not a setting"),
+    "a name of every class": ({"__class__": "int"}, "__class__ is not a setting"),
+    "names of other fields": ({"attribute_map": {"hidden_size": "num_labels"}}, "attribute_map is not a setting"),
+    "another configuration file": (
+        {"configuration_files": ["config.json", "config.1.0.0.json"]},
+        "configuration_files has transformers read 'config.1.0.0.json' instead",
+    ),
+    "configuration files of numbers": ({"configuration_files": [1, 2]}, "configuration_files cannot be read"),
+    "weights of another name": ({"transformers_weights": "/etc/passwd"}, "transformers_weights names other files"),
     "an initialiser of text": ({"initializer_range": "x"}, "makes no model"),
     "padding outside the vocabulary": ({"pad_token_id": 10**6}, "makes no model"),
     "padding of text": ({"pad_token_id": "x"}, "makes no model"),
@@ -122,7 +138,6 @@ for fault, (changes, message) in WRONG.items():
 
 HARMLESS: dict[str, dict[str, Any]] = {
     "ten billion labels": {"num_labels": 10**10},
-    "names of methods": {"validate": 1, "to_dict": "x", "get_text_config": 5, "from_dict": None, "__class__": "int"},
     "private fields": {
         "_attn_implementation": "someone/kernel",
         "_attn_implementation_internal": "x",
@@ -131,8 +146,6 @@ HARMLESS: dict[str, dict[str, Any]] = {
     "outputs as tuples": {"return_dict": False, "output_hidden_states": True, "output_attentions": True},
     "a dtype that is none": {"dtype": "float0", "torch_dtype": 7},
     "labels that are none": {"id2label": {"x": 1}, "label2id": [1], "problem_type": 5},
-    "a quantisation that is none": {"quantization_config": {"quant_method": "none such", "bits": "x"}},
-    "a quantisation of text": {"quantization_config": "x"},
     "architectures that are none": {"architectures": [1, "../x"], "transformers_version": 9},
     "other configuration files": {"configuration_files": ["config.9.0.0.json", "/etc/passwd"]},
 }

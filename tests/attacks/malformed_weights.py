@@ -304,3 +304,22 @@ def a_shard_that_is_cut_short(case: Path) -> None:
     """A download that stopped in the middle of a file."""
     path = case / "model" / "model-00002-of-00003.safetensors"
     os.truncate(path, path.stat().st_size // 2)
+
+
+def with_tensor(case: Path, name: str, tensor: torch.Tensor) -> None:
+    path = case / "model" / SINGLE
+    save_file({**load_file(path), name: tensor}, path)
+
+
+QUANTISED = "the source is quantised"
+UP = "model.layers.1.mlp.up_proj"
+for part in ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weight.absmax"):
+    make = functools.partial(with_tensor, name=f"{UP}.{part}", tensor=torch.ones(1))
+    CATALOGUE.put(f"a weight's {part}", "llama", "compress", 3, f"{UP}.{part} is a part", make, QUANTISED)
+for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+    make = functools.partial(with_tensor, name=f"{UP}.weight", tensor=torch.zeros(160, 64).to(kind))
+    CATALOGUE.put(f"a weight of {kind}", "llama", "plan", 3, f"tensor '{UP}.weight' is F8_", make, QUANTISED)
+CATALOGUE.put(
+    "a block beyond those for multi-token prediction", "llama", "plan", 3, "is of a block beyond the 3 of config.json",
+    functools.partial(with_tensor, name="model.layers.3.mlp.up_proj.weight", tensor=torch.ones(2)), "one too many",
+)  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from pieces import TOKENS, block_of, outer_tensors, recorded
 from safetensors.torch import save_file
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,10 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import ARCHITECTURES
-from streamprune.model.blocks import dense_block, run_block
+from streamprune.model.blocks import run_block
 from streamprune.model.skeleton import (
-    BlockInputs,
-    Skeleton,
     arguments_equal,
     build_skeleton,
     match_names,
@@ -28,35 +27,13 @@ from streamprune.model.skeleton import (
     tied_parameters,
 )
 
-CPU = torch.device("cpu")
 NAMES = ["llama", "llama-plain", "opt", "mistral", "qwen2", "qwen3"]
-TOKENS = torch.tensor([[ord(character) for character in "Twenty-nine letters and more."]])
 
 Models = Callable[[str], Path]
 
 
 def plain_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-
-
-def outer_tensors(skeleton: Skeleton, folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
-    names = match_names(skeleton, checkpoint)
-    tensors = checkpoint.read(names[name] for name in skeleton.outer_parameters())
-    return {name: tensors[names[name]].float() for name in skeleton.outer_parameters()}
-
-
-def recorded(skeleton: Skeleton, folder: Path, tokens: torch.Tensor = TOKENS) -> BlockInputs:
-    outer = outer_tensors(skeleton, folder)
-    return record_block_inputs(skeleton, outer, outer[skeleton.embedding][tokens])
-
-
-def block_of(skeleton: Skeleton, folder: Path, index: int) -> Any:
-    checkpoint = open_checkpoint(folder)
-    names = match_names(skeleton, checkpoint)
-    parameters = skeleton.block_parameters(index)
-    stored = checkpoint.read(names[name] for name in parameters)
-    return dense_block(skeleton, index, {name: stored[names[name]] for name in parameters}, CPU, torch.float32)
 
 
 def copy_with(source: Path, folder: Path, tensors: dict[str, torch.Tensor]) -> Path:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from streamprune.pipeline import scheduler
 from streamprune.pipeline.compress import CompressResult
 from streamprune.pipeline.journal import output_leased
 from streamprune.pipeline.lease import holder_file
+from streamprune.runtime.verify import verify
 
 Prune = Callable[..., CompressResult]
 
@@ -246,6 +248,12 @@ OTHER_SETTINGS = [
 ]
 
 
+@pytest.fixture
+def source(sources: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A source that a test may change."""
+    return Path(shutil.copytree(sources("llama"), tmp_path / "source"))
+
+
 @pytest.fixture(scope="module")
 def unfinished(prune: Prune, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unfinished") / "out"
@@ -266,6 +274,50 @@ def test_other_settings_are_refused_by_name(
         with pytest.raises(JobMismatchError, match=rf"holds a job with other settings .*{name}: .* now") as caught:
             prune("llama", out, **settings)
         assert "--restart" in str(caught.value)
+
+
+OTHER_CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ("rms_norm_eps", {"rms_norm_eps": 0.5}),
+    ("hidden_act", {"hidden_act": "gelu"}),
+    ("max_position_embeddings", {"max_position_embeddings": 256}),
+    ("pretraining_tp", {"pretraining_tp": 2}),
+    ("attention_dropout", {"attention_dropout": 0.5}),
+    ("initializer_range", {"initializer_range": 0.5}),
+    ("eos_token_id", {"eos_token_id": 2}),
+    ("is_causal", {"is_causal": False}),
+    ("rope_parameters.rope_theta", {"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}),
+    ("rope_parameters.rope_theta", {"rope_parameters": None, "rope_theta": 10.0}),
+    ("rope_parameters.factor", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), OTHER_CONFIGS, ids=str)
+def test_another_config_of_the_same_weights_is_refused_by_name(
+    name: str, changes: dict[str, Any], prune: Prune, finished: Path, unfinished: Path, source: Path
+) -> None:
+    tiny.write_json(source / "config.json", {**tiny.read_json(source / "config.json"), **changes})
+    for out in (unfinished, finished):
+        with pytest.raises(JobMismatchError, match=rf"source\.config\.{re.escape(name)}: .* there, .* now"):
+            prune(source, out)
+    checked = verify(finished, source=source)
+    assert [fault.split(" is ")[0] for fault in checked.faults if name in fault] == [f"config.json: {name}"]
+
+
+def test_the_same_config_spelled_otherwise_is_the_same_job(prune: Prune, finished: Path, source: Path) -> None:
+    config = tiny.read_json(source / "config.json")
+    parameters = config.pop("rope_parameters")
+    tiny.write_json(source / "config.json", {**config, "rope_theta": parameters["rope_theta"], "num_labels": 7})
+    assert prune(source, finished).status == "already finished"
+    assert verify(finished, source=source).ok
+
+
+def test_another_tokenizer_is_refused(prune: Prune, finished: Path, unfinished: Path, source: Path) -> None:
+    path = source / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+    for out in (unfinished, finished):
+        with pytest.raises(JobMismatchError, match=r"source\.tokenizer\.tokenizer\.json: [0-9a-f]{8}\.\.\. there"):
+            prune(source, out)
+    assert verify(finished, source=source).faults == ["tokenizer.json: is not the source's"]
 
 
 def test_another_text_is_refused(prune: Prune, finished: Path, held_out: Path) -> None:
