@@ -1,0 +1,92 @@
+"""Packed values, masks and permutations are, byte for byte, those of earlier versions.
+
+The digests in packed_digests.json were made by the version before blocks and weights became objects, with
+`python tests/pipeline/test_packed_digests.py`. They are equal with AVX2 and with AVX-512; a change of the method itself
+makes them anew and says so in CHANGELOG.md.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+from streamprune.errors import Interrupted
+from streamprune.pipeline.compress import compress
+
+DIGESTS = Path(__file__).with_name("packed_digests.json")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"metric {metric}": {"metric": metric} for metric in ("wanda", "ria", "magnitude")},
+    **{
+        f"shuffle {shuffle}": {"shuffle": shuffle, "refine": False}
+        for shuffle in ("none", "stride", "global", "local", "assignment", "stride+global+local", "residual+assignment")
+    },
+    "residual, refined": {"shuffle": "residual+local"},
+    "across heads": {"fold": "free"},
+    "4:8": {"pattern": "4:8", "entropy_range": "layer", "relative": True, "amplitude": "rms"},
+    "1:4, energy": {"pattern": "1:4", "objective": "energy", "correction": 0.0},
+    "narrow moments": {"moments_width": 64, "shrinkage": 0.2, "correction_stride": 1},
+    "reconstructed": {"reconstruct": True},
+    "not validated": {"metric": "magnitude", "validate": False},
+    "kept dense": {"max_block_error": 0.3, "on_excess": "keep-dense"},
+}
+SOURCES: dict[str, Callable[[Path], Path]] = {"llama": tiny.write_llama, "opt": tiny.write_opt}
+PARTS = (".weight_values", ".weight_mask", ".input_permutation", ".output_permutation", "residual.permutation")
+
+
+def digest_of(out: Path, settings: dict[str, Any]) -> str:
+    """sha256 over name, dtype, shape and bytes of every packed part in a folder, whatever the files are called.
+
+    Reconstructed values are left out: solving for them rounds as the processor's library does.
+    """
+    parts = PARTS[1:] if settings.get("reconstruct") else PARTS
+    digest = hashlib.sha256()
+    tensors = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for name in sorted(name for name in tensors if name.endswith(parts)):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(dtype=tiny.torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pruned(source: Path, out: Path, text: Path, settings: dict[str, Any], resumed: bool) -> Path:
+    given = {"calibration": str(text), **tiny.CALIBRATION, **settings}
+    if resumed:
+        with pytest.raises(Interrupted):
+            compress(source, out, should_stop=(out / ".work" / "block-00000.json").exists, **given)
+    compress(source, out, **given)
+    return out
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["at once", "resumed"])
+@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize("source", list(SOURCES))
+def test_packed_parts_are_those_of_before(
+    source: str, name: str, resumed: bool, sources: Callable[[str], Path], calibration: Path, tmp_path: Path
+) -> None:
+    out = pruned(sources(source), tmp_path / "out", calibration, SETTINGS[name], resumed)
+    assert digest_of(out, SETTINGS[name]) == json.loads(DIGESTS.read_text())[f"{source}, {name}"]
+
+
+def main() -> None:
+    """Write the digests of this version."""
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "calibration.txt"
+        text.write_text(tiny.text(20_000, seed=1))
+        for source, write in SOURCES.items():
+            model = write(Path(folder) / source)
+            for name, settings in SETTINGS.items():
+                out = Path(folder) / f"{source} {name}"
+                found[f"{source}, {name}"] = digest_of(pruned(model, out, text, settings, resumed=False), settings)
+    DIGESTS.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
