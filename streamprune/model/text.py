@@ -65,9 +65,8 @@ def load_tokenizer(model: Path) -> Any:
 
     Raises CheckpointError where it is none.
     """
-    for pattern in TOKENIZER_FILES:
-        for path in sorted(model.glob(pattern)):
-            _check_size(path)
+    for path in _files(model):
+        _check_size(path)
     configs = {name: read_json(model / name) for name in TOKENIZER_CONFIGS if (model / name).exists()}
     coded = any("auto_map" in config for config in configs.values())
     path = model / "config.json"
@@ -100,6 +99,10 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
     """
     with _tokenizer_errors(f"{tokenizer.name_or_path}: its tokenizer fails on the text"):
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _files(model: Path) -> list[Path]:
+    return sorted({path for pattern in TOKENIZER_FILES for path in model.glob(pattern) if not path.is_dir()})
 
 
 def _check_size(path: Path) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import importlib.resources
+import io
 import json
 import random
 import shutil
@@ -13,8 +14,10 @@ import datasets
 import pytest
 import tiny
 import torch
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from streamprune.errors import CalibrationError, SettingsError
+from streamprune.model.text import load_tokenizer, tokenize
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 from streamprune.pipeline.compress import CompressResult
 
@@ -108,6 +111,26 @@ def test_the_job_is_the_same_whatever_its_tokens_lay_in(prune: Callable[..., Com
     assert prune("llama", tmp_path / "out", **again).status == "already finished"
     with pytest.raises(CalibrationError, match="line 1 is not a JSON object with a string 'text'"):
         prune("llama", tmp_path / "other", **{**again, "text_column": "text"})
+
+
+def test_a_job_on_tokenizer_model_alone(
+    prune: Callable[..., CompressResult], llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The output's tokenizer is the source's."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*")))
+    written = io.BytesIO()
+    lines = iter(TEXT.lower().splitlines())
+    settings = {"vocab_size": 100, "model_type": "bpe", "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=lines, model_writer=written, **settings)
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    prune(folder, tmp_path / "out", calibration=str(texts / "whole.txt"))
+    ids = SentencePieceProcessor(model_proto=written.getvalue()).encode(TEXT)
+    assert tokenize(load_tokenizer(tmp_path / "out"), TEXT) == ids
+    tokens = calibration_tokens(folder, str(texts / "whole.txt"), 4, 48, seed=0)
+    manifest = tiny.read_json(tmp_path / "out" / tiny.MANIFEST)
+    assert manifest["identity"]["calibration"]["tokens"] == tokens_digest(tokens)
+    windows = [ids[start : start + 48] for start in range(0, len(ids), 48)]
+    assert all(window in windows for window in tokens.tolist())
 
 
 def test_a_data_sets_other_split(llama: Path, texts: Path) -> None:
