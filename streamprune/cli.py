@@ -27,7 +27,8 @@ from streamprune.summaries import (
     show_verification,
 )
 
-# Of transformers errors alone are heard: what it warns of is of other uses, and errors are one line.
+# Of transformers errors alone are heard: most of what it warns of is of other uses. Where it may be of our results,
+# streamprune.model.library_warnings hears it all the same.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 EXIT_CODES = (
     "Exit codes: 0 done, 1 fault, 2 settings, 3 checkpoint, 4 text, 5 output folder, 6 NaN or infinity, 7 "
@@ -39,6 +40,10 @@ DTYPE = click.option(
     "--dtype", default="auto", show_default=True, help="Arithmetic: auto, float32, bfloat16, float16. Stored bits stay."
 )
 SCRATCH = click.option("--scratch", type=click.Path(), help="Folder for hidden states; a fast local disk is best.")
+TEXT_FILES = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
+TEXT_COLUMN = click.option(
+    "--text-column", default="text", show_default=True, help="Column or key that holds the text, in all files but .txt."
+)
 QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 
@@ -218,13 +223,14 @@ RESOURCES = _options(
 @command(
     show_compression,
     "compress /models/llama-65b --out ./pruned",
-    "compress ./opt-66b --out ./pruned --pattern 4:8 --calibration c4.jsonl --samples 64",
+    "compress ./opt-66b --out ./pruned --pattern 4:8 --calibration c4-train.00000-of-01024.json.gz --samples 64",
     "compress ./llama --out ./pruned --max-block-error 0.5 --on-excess keep-dense",
 )
 @click.argument("model", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Output folder; the same command again goes on there.")
-@click.option("--calibration", help="A .txt, .jsonl or .parquet file, or a data set NAME[:CONFIG[:SPLIT]]. "
+@click.option("--calibration", help=f"A file, {TEXT_FILES}, or a data set NAME[:CONFIG[:SPLIT]]. "
                                     "Default: a text that ships with the package.")  # fmt: skip
+@TEXT_COLUMN
 @AMOUNT
 @click.option("--seed", default=0, show_default=True, help="Draws the calibration sequences.")
 @METHOD
@@ -282,9 +288,8 @@ def verify(quiet: bool, **settings: Any) -> Any:
     "evaluate /models/llama-65b --text wiki.txt --sequence-length 1024 --max-tokens 20480 --json",
 )
 @click.argument("model", type=click.Path())
-@click.option(
-    "--text", required=True, type=click.Path(), help="A .txt, .jsonl or .parquet file, not the calibration's."
-)
+@click.option("--text", required=True, type=click.Path(), help=f"A file, {TEXT_FILES}, not the calibration's.")
+@TEXT_COLUMN
 @click.option("--sequence-length", default=2048, show_default=True, help="Tokens in a window.")
 @click.option("--max-tokens", type=int, help="Use only the first tokens of the text.")
 @DEVICE

@@ -1,8 +1,8 @@
-"""Text and its tokens: files, data sets, the text that ships with the package, and the checkpoint's own tokenizer."""
+"""Tokenizers: the checkpoint's own, and the ids it makes of a text."""
 
-import gzip
 import hashlib
-import importlib.resources
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,22 +10,55 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from streamprune.checkpoint.untrusted import (
-    MAX_JSON_BYTES,
-    MAX_TOKENIZER_BYTES,
-    open_regular,
-    parse_json,
-    read_bounded,
-    read_json,
-)
-from streamprune.errors import CalibrationError, CheckpointError
+from streamprune.checkpoint.untrusted import MAX_TOKENIZER_BYTES, open_regular, read_bounded, read_json
+from streamprune.errors import CheckpointError
 from streamprune.model.configuration import architecture_in, config_of, one_line
+from streamprune.model.library_warnings import pass_on, warnings_heard
 
-SHIPPED_TEXT = "calibration.txt.gz"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+logger = logging.getLogger("streamprune")
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json")
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-PARQUET_ROWS = 256  # made text at once
-BATCH_CHARACTERS = 1 << 20  # read and tokenised at once
+SENTENCEPIECE_FILE = "tokenizer.model"
+COMPLETE_FILES = ("tokenizer.json", "tekken.json")  # that say themselves how a text is split
+# What transformers warns of that is no fault of the ids: it reads a byte-level tokenizer.json as it is, rather than by
+# the class that tokenizer_config.json names; chat templates play no part.
+HARMLESS = ("is ByteLevel; loading `TokenizersBackend`", "generate chat template")
+MISTRAL_FIX = "fix_mistral_regex"  # transformers' name of the option, which its warning also holds
+MISTRALS_INST = 3  # the id of "[INST]" in each of Mistral's large vocabularies
+CONVERTERS_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class SentencePiece:
+    """A tokenizer.model that stands alone, tokenised by sentencepiece itself: what the model was trained on.
+
+    transformers, without a tokenizer.json, has rules of its own in place of the file's. Called as its tokenizers are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError where the file is no sentencepiece model, or the package is not there."""
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise CheckpointError(
+                f"{path}: needs the package sentencepiece, which is not installed; pip install sentencepiece"
+            ) from error
+        self.name_or_path = str(path.parent)
+        self.processor = SentencePieceProcessor()
+        content = read_bounded(path, MAX_TOKENIZER_BYTES)
+        try:
+            self.processor.LoadFromSerializedProto(content)
+        except Exception as error:  # of several kinds
+            raise CheckpointError(
+                f"{path}: is no whole sentencepiece model ({one_line(error)}); give one, or a tokenizer.json beside it"
+            ) from error
+
+    def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+        """Ids of a text; special tokens are never added."""
+        return {"input_ids": self.processor.encode(text, add_bos=False, add_eos=False)}
 
 
 def tokenizer_digests(model: Path) -> dict[str, str]:
@@ -34,18 +67,35 @@ def tokenizer_digests(model: Path) -> dict[str, str]:
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The checkpoint's own tokenizer, without remote code. Raises CheckpointError where it is none."""
+    """The checkpoint's own tokenizer, without remote code; warnings about it are passed on.
+
+    Raises CheckpointError where it is none.
+    """
     for path in _files(model):
         _check_size(path)
-    configs = [read_json(model / name) for name in TOKENIZER_CONFIGS if (model / name).exists()]
-    coded = " without Python code of its own (auto_map), which is never run" * any("auto_map" in c for c in configs)
+    configs = {name: read_json(model / name) for name in TOKENIZER_CONFIGS if (model / name).exists()}
+    coded = any("auto_map" in config for config in configs.values())
     path = model / "config.json"
     values = read_json(path)
     architecture_in(path, values)
+    if (model / SENTENCEPIECE_FILE).exists() and not any((model / name).exists() for name in COMPLETE_FILES):
+        return _sentencepiece(model / SENTENCEPIECE_FILE, configs.get("tokenizer_config.json", {}), coded)
     config = config_of(path, values)
     config.name_or_path = str(model)
-    with _tokenizer_errors(f"{model}: its tokenizer cannot be loaded{coded}"):
-        return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
+    without = " without Python code of its own (auto_map), which is never run" * coded
+
+    def load(**options: bool) -> tuple[Any, list[str]]:
+        """A tokenizer of transformers', and its warnings of it."""
+        with warnings_heard() as heard, _tokenizer_errors(f"{model}: its tokenizer cannot be loaded{without}"):
+            tokenizer = AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False, **options)
+        return tokenizer, [message for message in heard if not any(part in message for part in HARMLESS)]
+
+    tokenizer, warnings = load()
+    if any(MISTRAL_FIX in warning for warning in warnings):
+        mended, _ = load(**{MISTRAL_FIX: True})
+        tokenizer, warnings = _judged(model, tokenizer, mended, warnings)
+    pass_on(model, warnings)
+    return tokenizer
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
@@ -68,6 +118,37 @@ def _check_size(path: Path) -> None:
         raise CheckpointError(f"{path}: has {size_bytes} bytes where at most {MAX_TOKENIZER_BYTES} are read")
 
 
+def _sentencepiece(path: Path, config: dict[str, Any], coded: bool) -> SentencePiece:
+    if config.get("add_prefix_space") is False:
+        raise CheckpointError(
+            f"{path}: does not do what tokenizer_config.json asks for (add_prefix_space false); give a tokenizer.json"
+        )
+    if coded:
+        logger.warning("%s: its Python code (auto_map) is not run; sentencepiece alone tokenises", path)
+    return SentencePiece(path)
+
+
+def _judged(model: Path, tokenizer: Any, mended: Any, warnings: list[str]) -> tuple[Any, list[str]]:
+    """Whether to mend how a Mistral's tokenizer splits words: the tokenizer to use, and the warnings to pass on.
+
+    transformers suspects each large one from before its version 5, since its converter of then wrote a wrong pattern.
+    It is certain where that pattern is found beside Mistral's own special tokens, and unfounded where the right one is.
+    """
+    asis, right = (json.loads(one.backend_tokenizer.pre_tokenizer.__getstate__()) for one in (tokenizer, mended))
+    others = [warning for warning in warnings if MISTRAL_FIX not in warning]
+    if asis == right:
+        return tokenizer, others
+    right["pretokenizers"][0]["pattern"] = {"Regex": CONVERTERS_PATTERN}
+    if asis == right and tokenizer.convert_tokens_to_ids("[INST]") == MISTRALS_INST:
+        logger.warning(
+            "%s: its tokenizer.json splits words by a pattern that is wrong for Mistral, from a converter of "
+            "transformers before 5; Mistral's own is used (%s)", model, MISTRAL_FIX
+        )  # fmt: skip
+        return mended, others
+    advice = f'It is used as it is; decide by "{MISTRAL_FIX}": true or false in tokenizer_config.json'
+    return tokenizer, [f"{warning} {advice}" if MISTRAL_FIX in warning else warning for warning in warnings]
+
+
 @contextmanager
 def _tokenizer_errors(what: str) -> Iterator[None]:
     """Raise what the libraries raise, of many kinds, as CheckpointError; a panic of Rust code is no Exception there."""
@@ -77,104 +158,3 @@ def _tokenizer_errors(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{what} ({one_line(error)}); give a folder whose tokenizer loads") from error
-
-
-def documents(calibration: str | None) -> Iterator[str]:
-    """The documents of a .txt, .jsonl or .parquet file, of a `datasets` data set, or of the shipped text.
-
-    A data set is NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split "train" if not given); .jsonl and .parquet and data sets
-    have their text in the column "text".
-    """
-    if calibration is None:
-        shipped = importlib.resources.files("streamprune.data") / SHIPPED_TEXT
-        yield gzip.decompress(shipped.read_bytes()).decode()
-        return
-    path = Path(calibration)
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.is_file():
-        if path.suffix not in readers:
-            raise CalibrationError(f"{path}: unknown kind of file; use .txt, .jsonl or .parquet")
-        try:
-            yield from readers[path.suffix](path)
-        except OSError as error:
-            raise CalibrationError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from error
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    elif path.suffix in readers:
-        raise CalibrationError(f"{path}: no such file")
-    else:
-        yield from _read_dataset(calibration)
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    lines: list[str] = []
-    size = 0
-    with path.open(encoding="utf-8") as file:
-        while line := file.readline(BATCH_CHARACTERS):  # a file may be one line
-            if "\0" in line:
-                raise CalibrationError(f"{path}: is not text (it holds zero bytes); give UTF-8 text")
-            lines.append(line)
-            size += len(line)
-            if size >= BATCH_CHARACTERS:
-                yield "".join(lines)
-                lines, size = [], 0
-    yield "".join(lines)
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    number = 0
-    with path.open("rb") as file:
-        while line := file.readline(MAX_JSON_BYTES + 1):
-            number += 1
-            try:
-                if len(line) > MAX_JSON_BYTES:
-                    raise ValueError(f"at most {MAX_JSON_BYTES} bytes are read")
-                if not line.strip():
-                    continue
-                yield _text_of(parse_json(line))
-            except UnicodeDecodeError:
-                raise
-            except (ValueError, TypeError, KeyError) as error:
-                raise CalibrationError(
-                    f"{path}: line {number} is not a JSON object with a string 'text' ({error})"
-                ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            kind = file.schema_arrow.field("text").type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise CalibrationError(f"{path}: its column 'text' is of {kind}; give one of strings")
-            for batch in file.iter_batches(PARQUET_ROWS, columns=["text"]):
-                yield from (text for text in batch.column("text").to_pylist() if text)
-    except (pyarrow.ArrowException, KeyError, OSError) as error:
-        reason = one_line(error)
-        raise CalibrationError(f"{path}: is not a parquet file with a column 'text' ({reason})") from error
-
-
-def _read_dataset(name: str) -> Iterator[str]:
-    import datasets
-
-    dataset, _, rest = name.partition(":")
-    config, _, split = rest.partition(":")
-    try:
-        rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            yield _text_of(row)
-    except CalibrationError:
-        raise
-    except Exception as error:  # the library's errors are many: network, names, formats
-        raise CalibrationError(
-            f"{name}: is neither a file nor a data set that can be loaded ({one_line(error)})"
-        ) from error
-
-
-def _text_of(row: Any) -> str:
-    text = row["text"]
-    if not isinstance(text, str):
-        raise TypeError("text is not a string")
-    return text

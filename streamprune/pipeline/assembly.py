@@ -45,6 +45,7 @@ COPIED_FILES = (
     "chat_template*",
     "vocab.json",
     "merges.txt",
+    "tekken.json",
     "LICENSE*",
 )
 

@@ -7,26 +7,35 @@ from pathlib import Path
 import torch
 
 from streamprune.errors import CalibrationError, SettingsError
-from streamprune.model.text import BATCH_CHARACTERS, documents, load_tokenizer, tokenize
+from streamprune.model.documents import BATCH_CHARACTERS, CHARACTERS_PER_TOKEN, TEXT_COLUMN, documents
+from streamprune.model.text import load_tokenizer, tokenize
 
 CANDIDATES_PER_SAMPLE = 8  # reading stops when the text could give this many times the samples asked for
 
 
 def calibration_tokens(
-    model: Path, calibration: str | None, samples: int, sequence_length: int, seed: int
+    model: Path,
+    calibration: str | None,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    text_column: str = TEXT_COLUMN,
 ) -> torch.Tensor:
     """Token ids int64 [samples, sequence_length], windows that do not overlap, drawn by `seed`, without special tokens.
 
-    Raises CalibrationError where the text is missing, is not text, or is too short for that many windows.
+    Reading stops when there are enough. Raises CalibrationError where the text is missing, is not text, or is too short
+    for that many windows.
     """
     if samples < 1 or sequence_length < 2:
         raise SettingsError("calibration needs at least 1 sample of at least 2 tokens")
     tokenizer = load_tokenizer(model)
     enough = CANDIDATES_PER_SAMPLE * samples * sequence_length
     tokens: list[int] = []
-    for batch in _batches(documents(calibration)):
+    characters = 0
+    for batch in _batches(documents(calibration, text_column)):
         tokens += tokenize(tokenizer, batch)
-        if len(tokens) >= enough:
+        characters += len(batch)
+        if len(tokens) >= enough or characters >= CHARACTERS_PER_TOKEN * enough:
             break
     windows = len(tokens) // sequence_length
     if windows < samples:

@@ -22,6 +22,7 @@ from streamprune.checkpoint.writer import file_digest, write_json
 from streamprune.config import NMPattern, PruneConfig, parse_bytes
 from streamprune.errors import OutputError
 from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes
+from streamprune.model.documents import TEXT_COLUMN
 from streamprune.pipeline.assembly import assemble, stage_outer, write_manifest
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
@@ -74,6 +75,7 @@ def compress(
     *,
     pattern: str = "2:4",
     calibration: str | None = None,
+    text_column: str = TEXT_COLUMN,
     samples: int = 128,
     sequence_length: int = 2048,
     seed: int = 0,
@@ -91,7 +93,8 @@ def compress(
 ) -> CompressResult:
     """Prune a causal LM to N:M sparsity, block by block from disk, into the folder `out`.
 
-    `settings` are the fields of streamprune.config.PruneConfig but the pattern. `max_memory` ("12GiB") limits host
+    `settings` are the fields of streamprune.config.PruneConfig but the pattern. `text_column` holds the texts in a
+    calibration file of JSON or .parquet, or in a data set. `max_memory` ("12GiB") limits host
     memory by an estimate, `max_device_memory` a GPU's: fewer sequences go through a block at once than `micro_batch`
     (default: as make up 1024 tokens), fewer blocks are read ahead than `prefetch`, then second moments are cut into
     blocks; a job that cannot fit is refused. With `validate=False` no text passes the model and no error is known.
@@ -110,7 +113,7 @@ def compress(
         raise OutputError(f"{out}: lies in the source folder; choose another --out")
     amount = samples, sequence_length, seed
     resources: dict[str, Any] = {"limits": limits, "micro_batch": micro_batch, "prefetch": prefetch}
-    job = resolve_job(model, config, calibration, *amount, device, dtype, **resources)
+    job = resolve_job(model, config, calibration, *amount, device, dtype, text_column=text_column, **resources)
     if is_finished(out) and not restart and not (out / WORK_FOLDER).exists():
         return _already_finished(job, out)
     with output_leased(out, should_stop) as journal:

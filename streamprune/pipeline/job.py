@@ -14,6 +14,7 @@ from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, SettingsError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
 from streamprune.model.configuration import forward_settings
+from streamprune.model.documents import TEXT_COLUMN
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
 from streamprune.model.streaming import check_tied
 from streamprune.model.text import tokenizer_digests
@@ -61,6 +62,8 @@ def resolve_job(
     seed: int,
     device: str,
     dtype: str,
+    *,
+    text_column: str = TEXT_COLUMN,
     **resources: Any,
 ) -> Job:
     """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work.
@@ -79,7 +82,7 @@ def resolve_job(
     if config.moments_width < asked:
         logger.warning("second moments in blocks of at most %d channels, to keep to the memory", config.moments_width)
     if config.validate:
-        tokens = calibration_tokens(model, calibration, samples, sequence_length, seed)
+        tokens = calibration_tokens(model, calibration, samples, sequence_length, seed, text_column)
     else:
         tokens = torch.empty(0, 0, dtype=torch.int64)  # no text passes the model
     return_free_memory()  # a tokenizer takes much for a moment

@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -16,10 +17,19 @@ from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import CalibrationError, CheckpointError, SettingsError
 from streamprune.model.arithmetic import Arithmetic, peak_memory_bytes, resolve_arithmetic, warn_without_kernels
+from streamprune.model.documents import (
+    BATCH_CHARACTERS,
+    CHARACTERS_PER_TOKEN,
+    TEXT_COLUMN,
+    check_file,
+    documents,
+    kind_of,
+)
 from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
 from streamprune.model.streaming import advance, check_tied, embed, load_block, output_names, read_outer, text_inputs
-from streamprune.model.text import documents, load_tokenizer, tokenize
+from streamprune.model.text import load_tokenizer, tokenize
 
+WHOLE_CHARACTERS = 1 << 24  # tokenised at once without max_tokens: up to 6 GB, 400 bytes a token
 LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabulary of 49,152
 
 
@@ -40,6 +50,7 @@ def evaluate(
     model: str | Path,
     *,
     text: str | Path,
+    text_column: str = TEXT_COLUMN,
     sequence_length: int = 2048,
     max_tokens: int | None = None,
     device: str = "auto",
@@ -51,7 +62,8 @@ def evaluate(
 
     The whole text is tokenised without special tokens and cut into windows of `sequence_length` without overlap, the
     remainder dropped; the mean negative log-likelihood is over the sequence_length - 1 targets of each window (docs/
-    method.md). `scratch` is a folder for hidden states (default: the system's temporary folder).
+    method.md). With `max_tokens` a long text is read only until it gives that many. In a file of JSON or .parquet
+    `text_column` holds the texts. `scratch` is a folder for hidden states (default: the system's temporary folder).
     """
     start = time.perf_counter()
     if scratch is not None and not Path(scratch).is_dir():
@@ -63,7 +75,7 @@ def evaluate(
     skeleton = build_skeleton(folder, checkpoint)
     names = output_names(skeleton, checkpoint, layers)
     check_tied(skeleton, checkpoint, names)
-    windows = _windows(folder, text, sequence_length, max_tokens)
+    windows = _windows(folder, text, text_column, sequence_length, max_tokens)
     _check_fits(skeleton, windows)
     source_dtype = checkpoint.tensors[names[skeleton.outer_parameters()[0]]].dtype
     arithmetic = resolve_arithmetic(device, dtype, source_dtype)
@@ -98,14 +110,14 @@ def evaluate(
     return Evaluation(math.exp(loss), loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
 
 
-def _windows(folder: Path, text: str | Path, sequence_length: int, max_tokens: int | None) -> torch.Tensor:
+def _windows(
+    folder: Path, text: str | Path, text_column: str, sequence_length: int, max_tokens: int | None
+) -> torch.Tensor:
     if sequence_length < 2:
         raise SettingsError("sequence length must be at least 2: the first token has no prediction")
     if max_tokens is not None and max_tokens < 1:
         raise SettingsError(f"max tokens {max_tokens} must be at least 1")
-    ids = tokenize(load_tokenizer(folder), _whole(text))
-    if max_tokens is not None:
-        ids = ids[:max_tokens]
+    ids = _ids(load_tokenizer(folder), Path(text), text_column, max_tokens)[:max_tokens]
     count = len(ids) // sequence_length
     if count == 0:
         raise CalibrationError(
@@ -114,11 +126,27 @@ def _windows(folder: Path, text: str | Path, sequence_length: int, max_tokens: i
     return torch.tensor(ids[: count * sequence_length]).view(count, sequence_length)
 
 
-def _whole(text: str | Path) -> str:
-    if not Path(text).is_file():
-        raise CalibrationError(f"{text}: no such file; give a .txt, .jsonl or .parquet file")
-    separator = "" if Path(text).suffix == ".txt" else "\n\n"
-    return separator.join(documents(str(text)))
+def _ids(tokenizer: Any, path: Path, text_column: str, max_tokens: int | None) -> list[int]:
+    """Ids of a whole text, or of as many of its first documents as give `max_tokens`."""
+    check_file(path)
+    separator = "" if kind_of(path)[0] == ".txt" else "\n\n"
+    most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * (max_tokens or 0))
+    read: list[str] = []
+    size, look_at = 0, BATCH_CHARACTERS
+    for document in documents(str(path), text_column):
+        read.append(document)
+        size += len(document)
+        if size > most:
+            few = (
+                f"do not make {max_tokens} tokens; give another text" if max_tokens else "are there; give --max-tokens"
+            )
+            raise CalibrationError(f"{path}: more than {most} characters {few}")
+        if max_tokens and size >= look_at:
+            ids = tokenize(tokenizer, separator.join(read))
+            if len(ids) >= max_tokens:
+                return ids
+            look_at = 2 * size  # in all no more than twice the text is tokenised
+    return tokenize(tokenizer, separator.join(read))
 
 
 def _check_fits(skeleton: Skeleton, windows: torch.Tensor) -> None:

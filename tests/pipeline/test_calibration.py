@@ -3,7 +3,10 @@
 import gzip
 import hashlib
 import importlib.resources
+import io
 import json
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +14,12 @@ import datasets
 import pytest
 import tiny
 import torch
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from streamprune.errors import CalibrationError, SettingsError
+from streamprune.model.text import load_tokenizer, tokenize
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
+from streamprune.pipeline.compress import CompressResult
 
 TEXT = tiny.text(4_000, seed=7)
 DOCUMENTS = [TEXT[start : start + 400] for start in range(0, 4_000, 400)]
@@ -26,13 +32,15 @@ def llama(sources: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One text as .txt, and as documents in .jsonl, .parquet and a data set's folder."""
+    """One text as .txt, and as documents in .jsonl, as C4 comes, in .parquet and a data set's folder."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "whole.txt").write_text(TEXT)
     (folder / "joined.txt").write_text("\n\n".join(DOCUMENTS))
     (folder / "documents.jsonl").write_text(
         "\n".join(json.dumps({"text": document, "id": 1}) for document in DOCUMENTS)
     )
+    packed = gzip.compress((folder / "documents.jsonl").read_bytes())
+    (folder / "c4-train.00000-of-01024.json.gz").write_bytes(packed)
     datasets.Dataset.from_dict({"text": DOCUMENTS, "id": range(10)}).to_parquet(folder / "documents.parquet")
     (folder / "set").mkdir()
     (folder / "set" / "train.jsonl").write_text((folder / "documents.jsonl").read_text())
@@ -72,10 +80,57 @@ def test_digest_is_stable() -> None:
     assert tokens_digest(tokens) == tokens_digest(tokens.to(torch.int32)) == expected
 
 
-@pytest.mark.parametrize("name", ["documents.jsonl", "documents.parquet", "set", "set::train"])
+@pytest.mark.parametrize(
+    "name", ["documents.jsonl", "c4-train.00000-of-01024.json.gz", "documents.parquet", "set", "set::train"]
+)
 def test_documents_are_joined_by_blank_lines(name: str, llama: Path, texts: Path) -> None:
     expected = calibration_tokens(llama, str(texts / "joined.txt"), 8, 100, seed=0)
     assert torch.equal(calibration_tokens(llama, str(texts / name), 8, 100, seed=0), expected)
+
+
+@pytest.mark.parametrize("text", ["word " * 250_000, " " * 1_250_000])
+def test_reading_stops_when_there_is_enough(text: str, llama: Path, tmp_path: Path) -> None:
+    """What comes behind, here a cut, is not looked at; a tokenizer that makes nothing of spaces is not fed for ever."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    value = tiny.read_json(folder / "tokenizer.json")
+    value["normalizer"] = {"type": "Replace", "pattern": {"Regex": "  +"}, "content": "  "}
+    tiny.write_json(folder / "tokenizer.json", value)
+    content = gzip.compress(f"{tiny.text(1_000)}\n{text}".encode() + random.Random(0).randbytes(100_000))
+    (tmp_path / "text.txt.gz").write_bytes(content[:-50_000])
+    assert calibration_tokens(folder, str(tmp_path / "text.txt.gz"), 2, 100, seed=0).shape == (2, 100)
+    with pytest.raises(CalibrationError, match=r"text\.txt\.gz: "):
+        calibration_tokens(folder, str(tmp_path / "text.txt.gz"), 2_000, 1_000, seed=0)
+
+
+def test_the_job_is_the_same_whatever_its_tokens_lay_in(prune: Callable[..., CompressResult], tmp_path: Path) -> None:
+    """Kind of file, name and column are no part of what a job is."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "packed.json.gz").write_bytes(gzip.compress(json.dumps({"body": TEXT, "text": 5}).encode()))
+    prune("llama", tmp_path / "out", calibration=str(tmp_path / "text.txt"))
+    again = {"calibration": str(tmp_path / "packed.json.gz"), "text_column": "body"}
+    assert prune("llama", tmp_path / "out", **again).status == "already finished"
+    with pytest.raises(CalibrationError, match="line 1 is not a JSON object with a string 'text'"):
+        prune("llama", tmp_path / "other", **{**again, "text_column": "text"})
+
+
+def test_a_job_on_tokenizer_model_alone(
+    prune: Callable[..., CompressResult], llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    """The output's tokenizer is the source's."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*")))
+    written = io.BytesIO()
+    lines = iter(TEXT.lower().splitlines())
+    settings = {"vocab_size": 100, "model_type": "bpe", "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=lines, model_writer=written, **settings)
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    prune(folder, tmp_path / "out", calibration=str(texts / "whole.txt"))
+    ids = SentencePieceProcessor(model_proto=written.getvalue()).encode(TEXT)
+    assert tokenize(load_tokenizer(tmp_path / "out"), TEXT) == ids
+    tokens = calibration_tokens(folder, str(texts / "whole.txt"), 4, 48, seed=0)
+    manifest = tiny.read_json(tmp_path / "out" / tiny.MANIFEST)
+    assert manifest["identity"]["calibration"]["tokens"] == tokens_digest(tokens)
+    windows = [ids[start : start + 48] for start in range(0, len(ids), 48)]
+    assert all(window in windows for window in tokens.tolist())
 
 
 def test_a_data_sets_other_split(llama: Path, texts: Path) -> None:
@@ -105,15 +160,15 @@ def test_too_short_says_by_how_much(llama: Path, texts: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"good\n" * 9 + b"\xff\xfe bad", r"a\.txt: is not UTF-8"),
+        ("a.txt", b"good\n" * 9 + b"\xff\xfe bad", r"a\.txt: line 10 is not UTF-8"),
         ("a.txt", b"", r"a\.txt: 0 tokens make 0 windows"),
         ("a.jsonl", b'{"text": "one"}\n{"words": 1}\n', r"a\.jsonl: line 2 is not a JSON object with a string 'text'"),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl: line 1 "),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl: line 1 "),
         ("a.jsonl", b"not json\n", r"a\.jsonl: line 1 "),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: is not UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl: line 1 is not UTF-8"),
         ("a.parquet", b"PAR1 no", r"a\.parquet: is not a parquet file"),
-        ("a.docx", b"text", r"a\.docx: unknown kind of file; use \.txt, \.jsonl or \.parquet"),
+        ("a.docx", b"text", r"a\.docx: unknown kind of file; use \.txt, \.jsonl, "),
     ],
 )
 def test_what_is_not_text_is_refused(name: str, content: bytes, message: str, llama: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Perplexity streamed block by block is transformers' own loss on the same windows."""
 
+import gzip
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamprune.errors import CalibrationError, CheckpointError, Interrupted, NumericsError, SettingsError
+from streamprune.model import documents
+from streamprune.runtime import evaluate as evaluation
 from streamprune.runtime.evaluate import LOGIT_POSITIONS, evaluate
 
 
@@ -44,16 +48,41 @@ def test_bfloat16_is_near(sources: Callable[[str], Path], held_out: Path) -> Non
     assert half.loss != full.loss
 
 
-@pytest.mark.parametrize("name", ["text.jsonl", "text.parquet"])
+@pytest.mark.parametrize("name", ["text.jsonl", "text.JSON.GZ", "text.parquet"])
 def test_other_kinds_of_text(name: str, sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
-    documents = [held_out.read_text()[:500], held_out.read_text()[500:900]]
-    (tmp_path / "joined.txt").write_text("\n\n".join(documents))
-    if name.endswith("jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    parts = [held_out.read_text()[:500], held_out.read_text()[500:900]]
+    (tmp_path / "joined.txt").write_text("\n\n".join(parts))
+    lines = "".join(json.dumps({"body": part}) + "\n" for part in parts).encode()
+    if name.endswith("parquet"):
+        datasets.Dataset.from_dict({"body": parts}).to_parquet(tmp_path / name)
     else:
-        datasets.Dataset.from_dict({"text": documents}).to_parquet(tmp_path / name)
+        (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("GZ") else lines)
     expected = evaluate(sources("opt"), text=tmp_path / "joined.txt", sequence_length=100)
-    assert evaluate(sources("opt"), text=tmp_path / name, sequence_length=100).loss == expected.loss
+    got = evaluate(sources("opt"), text=tmp_path / name, text_column="body", sequence_length=100)
+    assert (got.loss, got.tokens) == (expected.loss, expected.tokens)
+
+
+@pytest.mark.parametrize("name", ["text.txt.gz", "text.jsonl.gz"])
+def test_a_long_text_is_read_until_it_gives_enough_tokens(
+    name: str, sources: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is cut off here; without a number of tokens, or with one that it never gives, there is an end too."""
+    text = tiny.text(30_000, seed=3)
+    lines = "".join(json.dumps({"text": line}) + "\n" for line in text.splitlines())
+    noise = random.Random(0).randbytes(100_000)
+    content = (text if "txt" in name else lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content + noise)[:-50_000])
+    (tmp_path / "head.txt").write_text(text[:2_000] if "txt" in name else "\n\n".join(text.splitlines())[:2_000])
+    for module in (evaluation, documents):
+        monkeypatch.setattr(module, "BATCH_CHARACTERS", 1_000)
+    monkeypatch.setattr(evaluation, "WHOLE_CHARACTERS", 10_000)
+    expected = evaluate(sources("opt"), text=tmp_path / "head.txt", sequence_length=100)
+    assert evaluate(sources("opt"), text=tmp_path / name, sequence_length=100, max_tokens=2_000).loss == expected.loss
+    with pytest.raises(CalibrationError, match=rf"{name}: more than 10000 characters are there; give --max-tokens"):
+        evaluate(sources("opt"), text=tmp_path / name, sequence_length=100)
+    monkeypatch.setattr(evaluation, "CHARACTERS_PER_TOKEN", 0)
+    with pytest.raises(CalibrationError, match=rf"{name}: more than 10000 characters do not make 20000 tokens"):
+        evaluate(sources("opt"), text=tmp_path / name, sequence_length=100, max_tokens=20_000)
 
 
 def test_scratch_is_used_and_cleaned(sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
