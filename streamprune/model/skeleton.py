@@ -26,6 +26,7 @@ from streamprune.checkpoint.safetensors_header import QUANTISED
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture, InputGroup
 from streamprune.model.configuration import model_config, one_line
+from streamprune.model.library_warnings import pass_on, warnings_heard
 
 logger = logging.getLogger("streamprune")
 
@@ -101,14 +102,16 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     Raises CheckpointError for a config that makes no model or one that the checkpoint's headers contradict,
     UnsupportedModelError for one that is not in the table.
     """
-    config, architecture = model_config(folder, checkpoint)
-    config.use_cache = False
-    try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        model.tie_weights()
-    except Exception as error:
-        raise CheckpointError(f"{folder}/config.json: makes no model ({one_line(error)})") from error
+    with warnings_heard() as warnings:
+        config, architecture = model_config(folder, checkpoint)
+        config.use_cache = False
+        try:
+            with init_empty_weights(include_buffers=False), no_init_weights():
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+            model.tie_weights()
+        except Exception as error:
+            raise CheckpointError(f"{folder}/config.json: makes no model ({one_line(error)})") from error
+    pass_on(f"{folder}/config.json", warnings)
     model.eval()
     try:
         count = len(list(model.get_submodule(architecture.blocks).children()))

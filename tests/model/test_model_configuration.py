@@ -296,3 +296,15 @@ def test_blocks_for_multi_token_prediction_are_left_out_in_a_line(
     folder = with_tensors(base("llama"), tmp_path / "two", beyond, num_nextn_predict_layers=1)
     with pytest.raises(CheckpointError, match=r"layers\.3\.mlp\.up_proj\.weight is of a block beyond the 3 of config"):
         logits_in_pieces(folder, TOKENS)
+
+
+def test_what_transformers_warns_of_a_config_is_passed_on(
+    base: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the command line's setting, errors alone, and of what was said before of another model."""
+    for name, key in (("one", "facter"), ("two", "facter"), ("three", "beta")):
+        rope = {"rope_type": "default", "rope_theta": 100.0, key: 2.0}
+        folder = respell(base("llama"), tmp_path / name, {"rope_parameters": rope})
+        build_skeleton(folder, open_checkpoint(folder))
+        assert f"{folder}/config.json: transformers warns: Unrecognized keys in `rope_parameters`" in caplog.text
+        assert f"{{'{key}'}}" in caplog.records[-1].getMessage()
