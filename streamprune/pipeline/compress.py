@@ -115,7 +115,7 @@ def compress(
     if is_finished(out) and not restart and not (out / WORK_FOLDER).exists():
         return _already_finished(job, out)
     with output_leased(out, should_stop) as journal:
-        if restart:
+        if restart or journal.is_removing():
             remove_output(journal)
         elif is_finished(out):  # but for a kill at its very end, or by another process a moment ago
             result = _already_finished(job, out)

@@ -5,7 +5,7 @@ OUT/.work/identity.json        what the job is; another identity is refused by n
 OUT/.work/residual.json        the residual stream's permutation, where the job has one
 OUT/.work/block-00003.json     one entry for each finished block, written after its shard is on disk
 OUT/.work/block-00003.safetensors   its folded permutations and input RMS, merged at the end
-OUT/.work/copied.json          names of files that this job, or one before it, copied or is about to copy into OUT
+OUT/.work/copied.json          names of files that are, or soon will be, copied into OUT; whether all is being removed
 """
 
 import hashlib
@@ -96,7 +96,7 @@ class Journal:
         return value if isinstance(value, dict) and content.get("sha256") == _sealed(value) else None
 
     def copied(self) -> set[str]:
-        """Names of the files that this job, or one before it, may have copied into the output."""
+        """Names of the files that may have been copied into the output."""
         return _copied((self.read(self.copied_path) or {}).get("names"))
 
     def note_copied(self, names: Iterable[str]) -> None:
@@ -105,6 +105,10 @@ class Journal:
         for stale in sorted(self.copied() - wanted):
             self.discard(stale)
         self.write(self.copied_path, {"names": sorted(wanted)})
+
+    def is_removing(self) -> bool:
+        """Whether the removal of all of it has begun, and was interrupted."""
+        return (self.read(self.copied_path) or {}).get("removing") is True
 
     def discard(self, name: str) -> None:
         """Remove a file of the output by its relative name, with the folders around it that are empty then."""
@@ -162,12 +166,12 @@ def _refuse_links(out: Path) -> None:
 def remove_output(journal: Journal) -> None:
     """Remove what a job of ours left in a folder, foreign files excepted; for --restart.
 
-    Killed at any point it can be done again: what is to be removed stays on record until it is.
+    Interrupted at any point it is to be done again: that, and what is to be removed, stays on record until all is.
     """
     ours = journal.copied()
     with suppress(CheckpointError):  # of a finished output; a malformed one names nothing
         ours |= _copied(list(read_manifest(journal.out / MANIFEST_FILE)["files"]))
-    journal.write(journal.copied_path, {"names": sorted(ours)})
+    journal.write(journal.copied_path, {"names": sorted(ours), "removing": True})
     journal.lease.discard(journal.out / MANIFEST_DIGEST_FILE)  # now it is no finished output any more
     for name in sorted(ours):
         journal.discard(name)
@@ -175,8 +179,9 @@ def remove_output(journal: Journal) -> None:
         for path in journal.out.glob(pattern):
             journal.lease.discard(path)
     for path in journal.work.iterdir():
-        if path != journal.lease.folder:
+        if path not in (journal.lease.folder, journal.copied_path):
             journal.lease.discard(path)
+    journal.lease.discard(journal.copied_path)
 
 
 def _copied(names: Any) -> set[str]:
