@@ -14,7 +14,15 @@ from streamprune.errors import CalibrationError, CheckpointError
 from streamprune.model.configuration import architecture_in, config_of, one_line
 
 SHIPPED_TEXT = "calibration.txt.gz"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.j*",
+    "additional_chat_templates/*.jinja",
+)
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PARQUET_ROWS = 256  # made text at once
 BATCH_CHARACTERS = 1 << 20  # read and tokenised at once
