@@ -90,16 +90,15 @@ def resolve_job(
     if config.validate:
         amount = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
         calibrated = {"tokens": tokens_digest(tokens), **amount}
-    known = {"config.json", *INDEX_FILES, *(source.path.name for source in checkpoint.tensors.values())}
     identity = {
         "source": {"fingerprint": checkpoint.fingerprint()},
         "calibration": calibrated,
         "settings": config.to_dict(),
         "compute": arithmetic.identity,
     }
-    return Job(
-        model, skeleton, checkpoint, names, config, plan, tokens, arithmetic, identity, list_beside(model, known)
-    )
+    known = {"config.json", *INDEX_FILES, *(source.path.name for source in checkpoint.tensors.values())}
+    beside = list_beside(model, known)
+    return Job(model, skeleton, checkpoint, names, config, plan, tokens, arithmetic, identity, beside)
 
 
 def open_model(model: Path) -> tuple[Skeleton, Checkpoint, dict[str, str]]:

@@ -147,7 +147,8 @@ def output_leased(out: Path, should_stop: Callable[[], bool] = lambda: False) ->
     """Hold an output folder, made if it is missing. Raises OutputError where it is in use or holds other files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        foreign = any(not path.name.startswith((WORK_FOLDER, LOST_FOUND)) for path in out.iterdir())
+        names = [path.name for path in out.iterdir() if path.name != LOST_FOUND]
+        foreign = any(not name.startswith(WORK_FOLDER) for name in names)
         if foreign and not is_finished(out) and not (out / WORK_FOLDER).exists():
             raise OutputError(f"{out}: is not empty and not an output of streamprune; choose another --out")
         _refuse_links(out)
