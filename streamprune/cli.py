@@ -6,17 +6,15 @@ import gc
 import json
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 import streamprune
 from streamprune.config import PruneConfig
-from streamprune.errors import StreampruneError
+from streamprune.endings import ResultLost, end_on_signals, guard_streams, one_line_errors, stop_on_signals
 from streamprune.summaries import (
     say,
     show_compression,
@@ -33,7 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 EXIT_CODES = (
     "Exit codes: 0 done, 1 fault, 2 settings, 3 checkpoint, 4 text, 5 output folder, 6 NaN or infinity, 7 "
     "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on), "
-    "130 ended by Ctrl-C."
+    "130 ended by Ctrl-C, 128 + N by signal N."
 )
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 DTYPE = click.option(
@@ -64,7 +62,12 @@ def cli(context: click.Context, debug: bool) -> None:
 
 def main() -> None:
     """Entry point of `streamprune`."""
-    cli(prog_name="streamprune")
+    guard_streams()
+    try:
+        cli(prog_name="streamprune")
+    except ResultLost as error:
+        say(f"streamprune: {error}", err=True)
+        sys.exit(error.exit_code)
 
 
 def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[..., Any]], click.Command]:
@@ -78,9 +81,10 @@ def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[.
         @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
         @functools.wraps(function)
         def wrapped(as_json: bool, **settings: Any) -> None:
-            with _errors_in_one_line():
+            with one_line_errors():
                 _import(function.__name__)
-                result = function(**settings)
+                with end_on_signals():
+                    result = function(**settings)
             if as_json:
                 click.echo(json.dumps(dataclasses.asdict(result), indent=2))
             else:
@@ -105,22 +109,6 @@ def _import(name: str) -> None:
         gc.freeze()
     finally:
         gc.enable()
-
-
-@contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("streamprune: interrupted", err=True)
-        sys.exit(130)
-    except Exception as error:
-        if click.get_current_context().find_root().obj:  # --debug
-            raise
-        expected = isinstance(error, StreampruneError)
-        message = str(error) if expected else f"unexpected {type(error).__name__}: {error} (--debug shows where)"
-        say(f"streamprune: {' '.join(message.split())}", err=True)
-        sys.exit(error.exit_code if isinstance(error, StreampruneError) else 1)
 
 
 METHOD = _options(
@@ -245,12 +233,12 @@ RESOURCES = _options(
 def compress(quiet: bool, **settings: Any) -> Any:
     """Prune MODEL, a folder with a transformers checkpoint, into packed N:M form.
 
-    The same command again goes on after the last finished block. SIGINT, SIGTERM and SIGUSR1 stop the job at a safe
-    point with exit code 85.
+    The same command again goes on after the last finished block. SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop the job
+    at a safe point with exit code 85.
     """
     if settings["max_block_error"] is None and settings["validate"] and not quiet:
         click.echo("no --max-block-error: every block is pruned, whatever it costs", err=True)
-    with _stop_on_signals() as should_stop:
+    with stop_on_signals() as should_stop:
         return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
 
 
@@ -316,20 +304,3 @@ def export(quiet: bool, **settings: Any) -> Any:
 def inspect(**settings: Any) -> Any:
     """A table of an output FOLDER: layer, pattern, bytes, errors."""
     return streamprune.inspect(**settings)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Ask the job to stop at its next safe point; a second signal of the same kind ends the process at once."""
-    asked: list[int] = []
-
-    def handle(number: int, _frame: Any) -> None:
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    former = {kind: signal.signal(kind, handle) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for kind, handler in former.items():
-            signal.signal(kind, handler)

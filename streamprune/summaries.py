@@ -40,6 +40,7 @@ def show_compression(result: Any) -> None:
         rows.append(("in blocks", f"{count} layers' inputs are wider than --moments-width (first {first})"))
     if result.reconstructed:
         rows.append(("reconstructed", "kept weights were fitted: they are NOT the source's"))
+    rows += [("not copied", text) for text in _not_copied(result.left_out)]
     rows.append(("manifest sha256", result.manifest_sha256))
     say(f"{result.status}: {result.out}, {result.blocks} blocks")
     for label, text in rows:
@@ -108,6 +109,8 @@ def show_export(result: Any) -> None:
             f"{len(regathered)} layers had a stored permutation undone: same function, but N:M only through it "
             f"(first {regathered[0]})"
         )
+    for text in _not_copied(result.left_out):
+        say(f"not copied: {text}")
 
 
 def show_inspection(result: Any) -> None:
@@ -137,6 +140,15 @@ def show_inspection(result: Any) -> None:
         f"({share:.2%}), and {_size(result.permutation_bytes)} of stored permutations"
     )
     say("kept: retained score after the last step over that of the plain selection")
+
+
+def _not_copied(left_out: dict[str, str]) -> list[str]:
+    """Files left out, a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    more = {reason: f" and {len(some) - 3} more" if len(some) > 3 else "" for reason, some in names.items()}
+    return [f"{', '.join(some[:3])}{more[reason]}: {reason}" for reason, some in names.items()]
 
 
 def _figure(value: float | None, form: str) -> str:

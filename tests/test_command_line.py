@@ -300,7 +300,7 @@ def test_debug_shows_the_traceback(sources: Callable[[str], Path]) -> None:
     assert "CheckpointError: " in debug.stderr
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 LONG = {"samples": 24, "sequence_length": 320}  # long enough to be hit in the middle of a block
 
 
@@ -310,7 +310,7 @@ def signalled(
 ) -> dict[signal.Signals, tuple[list[str], int, str]]:
     """Jobs that were sent a signal when their first block was done: arguments, exit code, standard error.
 
-    All three run at once, since starting takes most of their time.
+    All run at once, since starting takes most of their time.
     """
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in {**tiny.CALIBRATION, **LONG}.items()]
     settings += ["--calibration", str(calibration), "--quiet"]

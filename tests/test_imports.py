@@ -15,7 +15,8 @@ EVERYWHERE = {"errors", "config"}
 MAY_IMPORT = {
     "streamprune": {"pipeline", "runtime", "model"},  # the public names, imported on first use
     "__main__": {"cli"},
-    "cli": {"streamprune", "summaries"},
+    "cli": {"streamprune", "summaries", "endings"},
+    "endings": {"summaries"},
     "summaries": set(),
     "pipeline": {"model", "pruning", "checkpoint", "streamprune_kernels"},
     "runtime": {"model", "pruning", "checkpoint", "streamprune_kernels"},

@@ -84,6 +84,14 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
 
 
+def write_beside(folder: Path) -> Path:
+    """More files beside the weights, some of them in folders."""
+    for name in ("NOTICE", "additional_chat_templates/tool_use.jinja", "original/deep/params.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
 def write_as_bin_shards(source: Path, folder: Path, shards: int = 2) -> Path:
     """The same checkpoint as pytorch_model-*.bin with an index, its names without the base model's prefix (old OPT)."""
     copy_without_weights(source, folder)

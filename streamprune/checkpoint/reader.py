@@ -22,7 +22,7 @@ from streamprune.checkpoint.untrusted import MAX_KEY_CHARACTERS, open_regular, p
 from streamprune.errors import CheckpointError, NumericsError
 from streamprune_kernels import all_finite
 
-SAFETENSORS_INDEX = "model.safetensors.index.json"
+SAFETENSORS_INDEX, BIN_INDEX = INDEX_FILES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
 Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]  # a tensor of a shape and dtype, uninitialised
 PIECE_BYTES = 1 << 23  # of a large tensor that is copied: allocators keep such pieces, larger ones are new memory each
@@ -183,7 +183,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: no such folder; give the folder that holds config.json and the weights")
     for single, index, opener in (  # a single file goes before an index, as in from_pretrained
         ("model.safetensors", SAFETENSORS_INDEX, _open_safetensors),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json", _open_bin),
+        ("pytorch_model.bin", BIN_INDEX, _open_bin),
     ):
         if (folder / single).exists():
             return Checkpoint(folder, opener(folder / single))

@@ -42,7 +42,7 @@ class HiddenStates:
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
         file = None
         try:
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "rb+", buffering=0)
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", buffering=0)
             os.posix_fallocate(file.fileno(), 0, sequences * self.chunk_bytes)
         except OSError as error:
             if file is not None:

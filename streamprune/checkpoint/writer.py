@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, synced, then renamed.
+"""Files that are whole or absent: written beside their place, synced, then renamed. Their modes are the umask's.
 
 A shard's tensors are made one after the other while it is written, so none but the one being written is in memory. Its
 metadata hold one key with one JSON string.
@@ -137,7 +137,6 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def _sync_file(path: Path) -> None:
-    path.chmod(0o644)  # whatever the source's permissions, where it was copied
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -17,7 +17,16 @@ from streamprune.model.library_warnings import pass_on, warnings_heard
 
 logger = logging.getLogger("streamprune")
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.j*",
+    "additional_chat_templates/*.jinja",
+)
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SENTENCEPIECE_FILE = "tokenizer.model"
 COMPLETE_FILES = ("tokenizer.json", "tekken.json")  # that say themselves how a text is split
@@ -63,7 +72,8 @@ class SentencePiece:
 
 def tokenizer_digests(model: Path) -> dict[str, str]:
     """sha256 of each file that makes the tokenizer, by name; {} where there is none. Raises CheckpointError."""
-    return {path.name: hashlib.sha256(read_bounded(path, MAX_TOKENIZER_BYTES)).hexdigest() for path in _files(model)}
+    files = {str(path.relative_to(model)): path for path in _files(model)}
+    return {name: hashlib.sha256(read_bounded(path, MAX_TOKENIZER_BYTES)).hexdigest() for name, path in files.items()}
 
 
 def load_tokenizer(model: Path) -> Any:

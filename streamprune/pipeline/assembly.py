@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from streamprune.checkpoint.beside import copy_beside
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
@@ -25,7 +25,6 @@ from streamprune.checkpoint.writer import (
     Staged,
     file_digest,
     stage_safetensors,
-    write_atomically,
     write_json,
     write_safetensors,
     write_text,
@@ -36,18 +35,6 @@ from streamprune.pipeline.job import Job
 from streamprune.pipeline.journal import Journal
 from streamprune.pipeline.residual import reordered
 from streamprune.pipeline.run import Run
-
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
-    "tekken.json",
-    "LICENSE*",
-)
 
 
 def stage_outer(run: Run, given_up: threading.Event) -> tuple[Staged, dict[str, str]]:
@@ -74,11 +61,12 @@ def assemble(run: Run, entries: Sequence[dict[str, Any]], outer: Staged, digests
     dense = _dense_layers(job, entries, set(pruned))
     config = {**read_json(job.source / "config.json"), "quantization_config": quantization_config(pruned, dense)}
     write_json(out / "config.json", config, temporary)
-    copied = _copy_files(job.source, out, temporary)
+    run.journal.note_copied(job.beside.copied)
+    copy_beside(job.source, job.beside.copied, out, temporary)
     for entry in entries:
         digests = {**digests, **entry["source_tensors"]}
     known = dict(zip(shards, shard_digests, strict=True))
-    written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *copied]
+    written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *job.beside.copied]
     kept = ("name", "outcome", "block_error", "moments", "layers")
     return {
         "format_version": 1,
@@ -150,13 +138,6 @@ def _dense_layers(job: Job, entries: Sequence[dict[str, Any]], pruned: set[str])
         for name in sorted(layers.keys() - pruned):
             reasons[name] = f"block error {above[entry['name']]:.6g} is above the budget"
     return reasons
-
-
-def _copy_files(source: Path, out: Path, temporary: Path) -> list[str]:
-    names = sorted({path.name for pattern in COPIED_FILES for path in source.glob(pattern) if path.is_file()})
-    for name in names:
-        write_atomically(out / name, temporary, functools.partial(shutil.copyfile, source / name))
-    return names
 
 
 def write_manifest(journal: Journal, manifest: dict[str, Any]) -> None:

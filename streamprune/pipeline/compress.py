@@ -66,6 +66,7 @@ class CompressResult:
     moments_bytes: int  # of second moments held at once, most of any block
     layers_in_moment_blocks: tuple[str, ...]  # whose inputs were too wide for one matrix of second moments
     reconstructed: bool  # kept weights were fitted: they are not the source's
+    left_out: dict[str, str]  # files beside the source's weights that were not copied, with reasons
     manifest_sha256: str
 
 
@@ -117,7 +118,7 @@ def compress(
     if is_finished(out) and not restart and not (out / WORK_FOLDER).exists():
         return _already_finished(job, out)
     with output_leased(out, should_stop) as journal:
-        if restart:
+        if restart or journal.is_removing():
             remove_output(journal)
         elif is_finished(out):  # but for a kill at its very end, or by another process a moment ago
             result = _already_finished(job, out)
@@ -135,7 +136,7 @@ def compress(
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         write_manifest(journal, manifest)
         journal.clear()
-        return _result("finished", out, manifest, timings)
+        return _result("finished", out, job, manifest, timings)
 
 
 def _work(
@@ -170,7 +171,7 @@ def _already_finished(job: Job, out: Path) -> CompressResult:
     manifest = read_manifest(out / MANIFEST_FILE)
     check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
     check_outcomes(job.config, manifest["blocks"])
-    return _result("already finished", out, manifest, read_checked(out / TIMINGS_FILE, TIMINGS))
+    return _result("already finished", out, job, manifest, read_checked(out / TIMINGS_FILE, TIMINGS))
 
 
 def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
@@ -217,7 +218,7 @@ def _stages(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     return stages
 
 
-def _result(status: str, out: Path, manifest: dict[str, Any], timings: dict[str, Any]) -> CompressResult:
+def _result(status: str, out: Path, job: Job, manifest: dict[str, Any], timings: dict[str, Any]) -> CompressResult:
     blocks = manifest["blocks"]
     layers = [layer for block in blocks for layer in block["layers"]]
     validated = manifest["identity"]["settings"]["validate"]
@@ -241,5 +242,6 @@ def _result(status: str, out: Path, manifest: dict[str, Any], timings: dict[str,
         moments_bytes=max(block["moments"]["bytes"] for block in blocks),
         layers_in_moment_blocks=tuple(name for block in blocks for name in block["moments"]["layers_in_blocks"]),
         reconstructed=manifest["identity"]["settings"]["reconstruct"],
+        left_out=job.beside.left_out,
         manifest_sha256=file_digest(out / MANIFEST_FILE),
     )

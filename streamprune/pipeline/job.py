@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from streamprune.checkpoint.beside import Beside, list_beside
 from streamprune.checkpoint.packed import is_packed
-from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
+from streamprune.checkpoint.reader import INDEX_FILES, Checkpoint, open_checkpoint
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, SettingsError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
@@ -41,6 +42,7 @@ class Job:
     tokens: torch.Tensor
     arithmetic: Arithmetic
     identity: dict[str, Any]
+    beside: Beside
 
     @property
     def shards(self) -> int:
@@ -103,7 +105,9 @@ def resolve_job(
         "settings": config.to_dict(),
         "compute": arithmetic.identity,
     }
-    return Job(model, skeleton, checkpoint, names, config, plan, tokens, arithmetic, identity)
+    known = {"config.json", *INDEX_FILES, *(source.path.name for source in checkpoint.tensors.values())}
+    beside = list_beside(model, known)
+    return Job(model, skeleton, checkpoint, names, config, plan, tokens, arithmetic, identity, beside)
 
 
 def open_model(model: Path) -> tuple[Skeleton, Checkpoint, dict[str, str]]:

@@ -5,16 +5,19 @@ OUT/.work/identity.json        what the job is; another identity is refused by n
 OUT/.work/residual.json        the residual stream's permutation, where the job has one
 OUT/.work/block-00003.json     one entry for each finished block, written after its shard is on disk
 OUT/.work/block-00003.safetensors   its folded permutations and input RMS, merged at the end
+OUT/.work/copied.json          names of files that are, or soon will be, copied into OUT; whether all is being removed
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streamprune.checkpoint.manifest import differences
+from streamprune.checkpoint.beside import file_inside, is_inside, refuse_link
+from streamprune.checkpoint.manifest import differences, read_manifest
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.reader import SAFETENSORS_INDEX
 from streamprune.checkpoint.untrusted import read_json
@@ -24,6 +27,7 @@ from streamprune.pipeline.lease import Lease, leased
 
 WORK_FOLDER = ".work"
 OUTPUT_PATTERNS = ("streamprune_*", "model-*-of-*.safetensors", SAFETENSORS_INDEX, "config.json", TIMINGS_FILE)
+LOST_FOUND = "lost+found"  # what a fresh file system holds
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Journal:
     @property
     def work(self) -> Path:
         return self.out / WORK_FOLDER
+
+    @property
+    def copied_path(self) -> Path:
+        return self.work / "copied.json"
 
     @property
     def temporary(self) -> Path:
@@ -87,6 +95,32 @@ class Journal:
         value = content.get("value")
         return value if isinstance(value, dict) and content.get("sha256") == _sealed(value) else None
 
+    def copied(self) -> set[str]:
+        """Names of the files that may have been copied into the output."""
+        return _copied((self.read(self.copied_path) or {}).get("names"))
+
+    def note_copied(self, names: Iterable[str]) -> None:
+        """Record which files are about to be copied into the output; those recorded before that are not are removed."""
+        wanted = set(names)
+        for stale in sorted(self.copied() - wanted):
+            self.discard(stale)
+        self.write(self.copied_path, {"names": sorted(wanted)})
+
+    def is_removing(self) -> bool:
+        """Whether the removal of all of it has begun, and was interrupted."""
+        return (self.read(self.copied_path) or {}).get("removing") is True
+
+    def discard(self, name: str) -> None:
+        """Remove a file of the output by its relative name, with the folders around it that are empty then."""
+        folders = [self.out / inner for inner in PurePosixPath(name).parents[:-1]]
+        for folder in folders:
+            refuse_link(folder)
+        if path := file_inside(self.out, name):
+            self.lease.discard(path)
+        for folder in folders:
+            if folder.is_dir() and not any(folder.iterdir()):
+                self.lease.discard(folder)
+
     def clear(self) -> None:
         """Remove the work folder; the job is finished."""
         self.lease.close()
@@ -111,8 +145,9 @@ def output_leased(out: Path, should_stop: Callable[[], bool] = lambda: False) ->
     """Hold an output folder, made if it is missing. Raises OutputError where it is in use or holds other files."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        foreign = not is_finished(out) and any(not path.name.startswith(WORK_FOLDER) for path in out.iterdir())
-        if foreign and not (out / WORK_FOLDER).exists():
+        names = [path.name for path in out.iterdir() if path.name != LOST_FOUND]
+        foreign = any(not name.startswith(WORK_FOLDER) for name in names)
+        if foreign and not is_finished(out) and not (out / WORK_FOLDER).exists():
             raise OutputError(f"{out}: is not empty and not an output of streamprune; choose another --out")
         _refuse_links(out)
     except OSError as error:
@@ -122,22 +157,36 @@ def output_leased(out: Path, should_stop: Callable[[], bool] = lambda: False) ->
 
 
 def _refuse_links(out: Path) -> None:
-    """Raise OutputError for a link in an output folder: what is written or removed behind it would be another's."""
     work = out / WORK_FOLDER
-    inside = [] if work.is_symlink() or not work.is_dir() else work.iterdir()
-    link = next((path for path in (*out.iterdir(), *inside) if path.is_symlink()), None)
-    if link is not None:
-        raise OutputError(f"{link}: is a symbolic link in an output folder, which holds none; remove it and run again")
+    for path in (*out.iterdir(), *(() if work.is_symlink() or not work.is_dir() else work.iterdir())):
+        refuse_link(path)
 
 
 def remove_output(journal: Journal) -> None:
-    """Remove what a job of ours left in a folder, foreign files excepted; for --restart."""
+    """Remove what a job of ours left in a folder, foreign files excepted; for --restart.
+
+    Interrupted at any point it is to be done again: that, and what is to be removed, stays on record until all is.
+    """
+    ours = journal.copied()
+    with suppress(CheckpointError):  # of a finished output; a malformed one names nothing
+        ours |= _copied(list(read_manifest(journal.out / MANIFEST_FILE)["files"]))
+    journal.write(journal.copied_path, {"names": sorted(ours), "removing": True})
+    journal.lease.discard(journal.out / MANIFEST_DIGEST_FILE)  # now it is no finished output any more
+    for name in sorted(ours):
+        journal.discard(name)
     for pattern in OUTPUT_PATTERNS:
         for path in journal.out.glob(pattern):
             journal.lease.discard(path)
     for path in journal.work.iterdir():
-        if path != journal.lease.folder:
+        if path not in (journal.lease.folder, journal.copied_path):
             journal.lease.discard(path)
+    journal.lease.discard(journal.copied_path)
+
+
+def _copied(names: Any) -> set[str]:
+    """Of a list of names those that a copied file can have: inside the output, and none that the job itself writes."""
+    inside = {name for name in names if isinstance(name, str) and is_inside(name)} if isinstance(names, list) else set()
+    return {name for name in inside if not any(fnmatchcase(name, pattern) for pattern in OUTPUT_PATTERNS)}
 
 
 def _sealed(value: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ class Progress:
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = enabled and sys.stderr.isatty()
         self._blocks: Any = None
         self._samples: Any = None
         self._sample_count = 0

@@ -7,7 +7,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from streamprune.checkpoint.packed import check_contents, layer_from_tensors, open_packed, packed_shape, tensor_names
+from streamprune.checkpoint.beside import copy_beside, list_beside
+from streamprune.checkpoint.packed import (
+    MANIFEST_DIGEST_FILE,
+    MANIFEST_FILE,
+    PERMUTATIONS_FILE,
+    STATISTICS_FILE,
+    TIMINGS_FILE,
+    check_contents,
+    layer_from_tensors,
+    open_packed,
+    packed_shape,
+    tensor_names,
+)
 from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import write_json, write_safetensors
@@ -15,7 +27,15 @@ from streamprune.config import NMPattern
 from streamprune.errors import OutputError, SettingsError
 from streamprune_kernels import expand
 
-NOT_COPIED = ("streamprune_", "model-", "model.safetensors", "timings.json", "config.json", ".")
+OWN_FILES = (
+    "config.json",
+    SAFETENSORS_INDEX,
+    PERMUTATIONS_FILE,
+    STATISTICS_FILE,
+    MANIFEST_FILE,
+    MANIFEST_DIGEST_FILE,
+    TIMINGS_FILE,
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,7 @@ class Export:
     output_bytes: int
     in_memory_order: list[str]
     regathered: list[str]
+    left_out: dict[str, str]  # files that lie in the output's folder and were not copied, with reasons
 
 
 def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: bool = False) -> Export:
@@ -39,6 +60,8 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
         raise SettingsError(f"cannot export to {to!r}; the one format is dense")
     folder, out = Path(folder), Path(out)
     checkpoint, layers, _ = open_packed(folder)
+    shards = _shards(checkpoint)
+    beside = list_beside(folder, {*OWN_FILES, *shards})
     partial = out.parent / f".{out.name}.partial"
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out}: exists already; choose another --out")
@@ -49,7 +72,7 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
         shutil.rmtree(partial, ignore_errors=True)
         temporary.mkdir(parents=True)
         total, weight_map = 0, {}
-        bar = tqdm(_shards(checkpoint).items(), unit="shard", desc="export", disable=None if progress else True)
+        bar = tqdm(shards.items(), unit="shard", desc="export", disable=None if progress else True)
         for shard, names in bar:
             tensors = _dense_tensors(checkpoint, names, layers)
             write_safetensors(partial / shard, tensors, temporary)
@@ -62,9 +85,7 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
             key: value for key, value in read_json(folder / "config.json").items() if key != "quantization_config"
         }
         write_json(partial / "config.json", config, temporary)
-        for path in folder.iterdir():
-            if path.is_file() and not path.name.startswith(NOT_COPIED):
-                shutil.copyfile(path, partial / path.name)
+        copy_beside(folder, beside.copied, partial, temporary)
         temporary.rmdir()
         partial.rename(out)
     except BaseException as error:
@@ -74,7 +95,7 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
         raise OutputError(f"{out}: cannot be written ({error.strerror or error}); mend that and run again") from error
     stored = {name for name in layers if f"{name}.input_permutation" in checkpoint.tensors}
     in_order = [name for name in layers if name not in stored]
-    return Export(str(out), total, in_order, [name for name in layers if name in stored])
+    return Export(str(out), total, in_order, [name for name in layers if name in stored], beside.left_out)
 
 
 def _shards(checkpoint: Checkpoint) -> dict[str, list[str]]:

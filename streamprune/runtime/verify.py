@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from streamprune.checkpoint.beside import file_inside
 from streamprune.checkpoint.manifest import differences, read_manifest
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
@@ -46,6 +47,7 @@ from streamprune_kernels import nm_linear
 PRODUCT_TOKENS = 16
 PRODUCT_TOLERANCE = 1e-5  # float32 on the same numbers in another order
 RECOMPUTED_TOLERANCE = 1e-9  # float64 sums on another machine
+OTHER_BYTES = "its sha256 is not the recorded one"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -157,14 +159,25 @@ def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, An
     needed.update(path.name for path in folder.glob("model-*.safetensors"))
     findings.faults += [f"{name}: is not in {MANIFEST_FILE}" for name in sorted(needed - manifest["files"].keys())]
     for name, recorded in sorted(manifest["files"].items()):
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            findings.faults.append(f"{name}: is missing")
-        elif path.stat().st_size != recorded["bytes"]:
-            findings.faults.append(f"{name}: has {path.stat().st_size} bytes, not the recorded {recorded['bytes']}")
-        elif not quick and file_digest(path) != recorded["sha256"]:
-            findings.faults.append(f"{name}: its sha256 is not the recorded one; {_contents(manifest, name)}")
+        if fault := _file_fault(folder, name, recorded, quick):
+            holds = f"; {_contents(manifest, name)}" if fault == OTHER_BYTES else ""
+            findings.faults.append(f"{name}: {fault}{holds}")
     return manifest
+
+
+def _file_fault(folder: Path, name: str, recorded: dict[str, Any], quick: bool) -> str | None:
+    """What is wrong with a file of the manifest. One that lies elsewhere, or behind a link to another folder, is
+    missing: the folder does not have it.
+    """
+    try:
+        path = file_inside(folder, name)
+        if path is None:
+            return "is missing"
+        if (size_bytes := path.stat().st_size) != recorded["bytes"]:
+            return f"has {size_bytes} bytes, not the recorded {recorded['bytes']}"
+        return OTHER_BYTES if not quick and file_digest(path) != recorded["sha256"] else None
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _contents(manifest: dict[str, Any], name: str) -> str:

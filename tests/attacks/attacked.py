@@ -141,13 +141,13 @@ def finished_blocks(out: Path) -> dict[Path, tuple[int, int]]:
 
 def look(attacked: Attacked, out: Path) -> Iterator[str]:
     """What is wrong under final names after a fault: each must be absent or whole."""
-    for path in sorted(out.glob("*")) if out.exists() else ():
-        if path.is_dir() or path.name == TIMINGS:
+    for name, digest in (tiny.digests(out) if out.exists() else {}).items():
+        if name.startswith(".work"):
             continue
-        if path.name not in attacked.expected:
-            yield f"{path.name} is a stray file"
-        elif tiny.sha256(path) != attacked.expected[path.name]:
-            yield f"{path.name} is half written"
+        if name not in attacked.expected:
+            yield f"{name} is a stray file"
+        elif digest != attacked.expected[name]:
+            yield f"{name} is half written"
 
 
 def go_on(attacked: Attacked, out: Path) -> Iterator[str]:
@@ -163,7 +163,8 @@ def go_on(attacked: Attacked, out: Path) -> Iterator[str]:
         yield f"{rewritten} were written again"
     if tiny.digests(out) != attacked.expected:
         yield "ends with other bytes"
-    if stray := {path.name for path in out.iterdir()} - {*attacked.expected, TIMINGS}:
+    folders = {str(parent) for name in attacked.expected for parent in Path(name).parents}
+    if stray := {str(path.relative_to(out)) for path in out.rglob("*")} - {*attacked.expected, *folders, TIMINGS}:
         yield f"leaves {sorted(stray)}"
 
 
@@ -271,13 +272,13 @@ def _wait_until_stopped(worker: Worker) -> int:
 
 def _seen(out: Path) -> dict[str, tuple[int, int, str]]:
     files = [path for path in out.rglob("*") if path.is_file()]
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns, tiny.sha256(path)) for path in files}
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns, tiny.sha256(path)) for path in files}
 
 
 def flip_bits(out: Path, flips: int, seed: int) -> Campaign:
     """One bit of one file of a finished output at a time: verify must name the file, or the layer that lies there."""
     campaign, draw = Campaign("one bit flipped"), random.Random(seed)
-    files = sorted(path for path in out.iterdir() if path.name != TIMINGS)
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != TIMINGS)
     for number in range(flips):
         path = draw.choice(files)
         content = path.read_bytes()

@@ -322,6 +322,31 @@ def a_manifest_that_names_files_outside(case: Path) -> None:
     manifest_with(case, lambda manifest: manifest["files"].update(files))
 
 
+ELSEWHERE = {
+    "through a folder": "original/../../text.txt",
+    "by its whole path": "/etc/passwd",
+    "behind a link": "linked/text.txt",
+    "a folder": "linked",
+    "of no name": "",
+    "with an empty part": "original//text.txt",
+    "with a zero byte": "text\0.txt",
+    "with an endless part": "x" * 900,
+    "below a file": "config.json/text.txt",
+    "that a terminal obeys": "\x1b[2J.txt",
+}
+
+
+def naming(case: Path, name: str) -> None:
+    (case / "model" / "linked").symlink_to("..")
+    files = {name: {"sha256": tiny.sha256(case / "text.txt"), "bytes": 3000}}
+    manifest_with(case, lambda manifest: manifest["files"].update(files))
+
+
+for what, name in ELSEWHERE.items():
+    make = functools.partial(naming, name=name)
+    CATALOGUE.put(f"a manifest's file {what}", "packed", "verify", 1, ": is missing", make, "it is not in the folder")
+
+
 @CATALOGUE.entry("packed", "inspect", 3, "disagree on ")
 def a_layer_name_that_a_terminal_obeys(case: Path) -> None:
     """Names in the manifest are printed."""

@@ -289,3 +289,44 @@ def no_tokenizer(case: Path) -> None:
     """Weights and config alone."""
     for path in (case / "model").glob("tokenizer*"):
         path.unlink()
+
+
+@CATALOGUE.entry("llama", "compress", 3, "is not a regular file")
+def a_chat_template_that_is_a_pipe(case: Path) -> None:
+    """Whatever a tokenizer reads would never end."""
+    os.mkfifo(case / "model" / "chat_template.jinja")
+
+
+@CATALOGUE.entry("llama", "evaluate", 3, "is not a regular file")
+def another_chat_template_that_is_a_pipe(case: Path) -> None:
+    """The folder of those that are asked for by name."""
+    (case / "model" / "additional_chat_templates").mkdir()
+    os.mkfifo(case / "model" / "additional_chat_templates" / "rag.jinja")
+
+
+# What lies beside the weights and the tokenizer, and is copied or left out.
+@CATALOGUE.entry("llama", "compress", 0)
+def a_folder_that_holds_itself(case: Path) -> None:
+    """Nothing of a source is walked without end, waited for or written out of the output."""
+    model = case / "model"
+    (model / "again").symlink_to(".")
+    (model / "loop.md").symlink_to("loop.md")
+    (model / "null.md").symlink_to("/dev/null")
+    os.mkfifo(model / "pipe.md")
+    (model / "\x1b[2J\n.md").write_text("a name that a terminal obeys")
+    (model / ("d/" * 60)).mkdir(parents=True)
+    (model / ("d/" * 60) / "deep.md").write_text("deep")
+
+
+@CATALOGUE.entry("llama", "compress", 3, "holds too many files: at most 2000 are looked at; give a folder with")
+def a_folder_of_many_files(case: Path) -> None:
+    """A manifest would have to name them all."""
+    for number in range(2000):
+        (case / "model" / f"{number}.md").touch()
+
+
+@CATALOGUE.entry("llama", "compress", 0)
+def a_licence_of_a_gigabyte(case: Path) -> None:
+    """A sparse file."""
+    (case / "model" / "LICENSE").touch()
+    os.truncate(case / "model" / "LICENSE", 10**9)

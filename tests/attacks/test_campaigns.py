@@ -39,13 +39,9 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker, 
 
 
 @pytest.fixture(scope="module")
-def attacked(
-    workers: tuple[Worker, Worker],
-    sources: Callable[[str], Path],
-    calibration: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Attacked:
-    job = {"model": str(sources("opt")), "calibration": str(calibration), "samples": 2, "sequence_length": 48}
+def attacked(workers: tuple[Worker, Worker], calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Attacked:
+    source = tiny.write_beside(tiny.write_opt(tmp_path_factory.mktemp("source") / "opt"))
+    job = {"model": str(source), "calibration": str(calibration), "samples": 2, "sequence_length": 48}
     return attack(workers[0], tmp_path_factory.mktemp("attacked"), job)
 
 

@@ -90,7 +90,7 @@ def main() -> int:
         sys.exit("torture: faults.c needs gcc; install a C compiler")
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         folder = Path(name)
-        source, text = tiny.write_opt(folder / "opt"), folder / "text.txt"
+        source, text = tiny.write_beside(tiny.write_opt(folder / "opt")), folder / "text.txt"
         text.write_text(tiny.text(20_000, seed=1))
         (folder / "successor").mkdir()
         worker, successor = Worker(folder), Worker(folder / "successor")

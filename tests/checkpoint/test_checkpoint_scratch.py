@@ -133,10 +133,15 @@ def test_file_that_was_cut_while_closed_is_noticed_chunk_by_chunk(tmp_path: Path
     again.close()
 
 
-def test_only_its_owner_reads_the_file(tmp_path: Path) -> None:
-    states = filled(tmp_path / "h.bin")
-    assert (tmp_path / "h.bin").stat().st_mode & 0o777 == 0o600
-    states.close()
+def test_the_umask_says_who_reads_the_file(tmp_path: Path) -> None:
+    """A colleague may go on with a job where its other files let him."""
+    for umask in (0o077, 0o022, 0o002):
+        before = os.umask(umask)
+        try:
+            filled(tmp_path / f"{umask}.bin").close()
+        finally:
+            os.umask(before)
+        assert (tmp_path / f"{umask}.bin").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_wrong_shape_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writing: the same bytes in every process, whole files or none, readable by others."""
+"""Writing: the same bytes in every process, whole files or none, the umask's modes."""
 
 import errno
 import hashlib
@@ -47,13 +47,6 @@ def temporary(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def strict_umask() -> Iterator[None]:
-    before = os.umask(0o077)
-    yield
-    os.umask(before)
-
-
 def test_ten_processes_write_the_same_bytes(tmp_path: Path) -> None:
     def write(number: int) -> bytes:
         folder = tmp_path / f"{number}"
@@ -91,13 +84,17 @@ def test_tensors_and_about_are_read_back(tmp_path: Path, temporary: Path) -> Non
     assert read_about(path) is None
 
 
-@pytest.mark.usefixtures("strict_umask")
-def test_files_are_readable_by_all_whatever_the_umask(tmp_path: Path, temporary: Path) -> None:
-    write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, temporary)
-    write_json(tmp_path / "b.json", {}, temporary)
-    write_text(tmp_path / "c.txt", "", temporary)
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+def test_files_have_the_modes_that_the_umask_gives(umask: int, tmp_path: Path, temporary: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(1)}, temporary)
+        write_json(tmp_path / "b.json", {}, temporary)
+        write_text(tmp_path / "c.txt", "", temporary)
+    finally:
+        os.umask(before)
     for name in ("a.safetensors", "b.json", "c.txt"):
-        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644, name
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
 
 
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, temporary: Path) -> None:
