@@ -55,6 +55,7 @@ def show_plan(result: Any) -> None:
             "model",
             f"{result.blocks} blocks, {result.parameters / 1e9:.2f} G parameters, {result.layers} layers to prune",
         ),
+        ("text", f"{result.samples} sequences of {result.sequence_length} tokens" if result.samples else "none"),
         ("read", _size(result.read_bytes)),
         ("written", _size(result.written_bytes)),
         ("scratch", _size(result.scratch_bytes)),
@@ -93,8 +94,10 @@ def show_verification(result: Any) -> None:
 
 def show_evaluation(result: Any) -> None:
     """One line."""
+    beyond = f"beyond 1.8e308 (loss {result.loss:.4f} nats a token)"
+    perplexity = beyond if result.perplexity is None else f"{result.perplexity:.4f}"
     say(
-        f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {result.sequence_length} "
+        f"perplexity {perplexity} over {result.tokens} tokens in windows of {result.sequence_length} "
         f"({result.seconds:.1f} s, peak memory {_size(result.peak_memory_bytes)})"
     )
 

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.resources
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, MAX_TOKENIZER_BYTES, open_regular, parse_json, read_json
-from streamprune.errors import CalibrationError, CheckpointError
+from streamprune.errors import CalibrationError, CheckpointError, SettingsError
 from streamprune.model.configuration import architecture_in, config_of, one_line
 
 SHIPPED_TEXT = "calibration.txt.gz"
@@ -18,6 +19,24 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 PARQUET_ROWS = 256  # made text at once
 BATCH_CHARACTERS = 1 << 20  # read and tokenised at once
+DEFAULT_LENGTH = 2048  # tokens of a sequence
+logger = logging.getLogger("streamprune")
+
+
+def fitting_length(asked: int | None, positions: int | None) -> int:
+    """Tokens of a sequence: as many as asked for, or DEFAULT_LENGTH, or the model's positions where they are fewer.
+
+    The last is said in one line. Raises SettingsError where more are asked for than the model has positions, and for a
+    model of one position, whose token predicts nothing.
+    """
+    if positions is not None and max(asked or 0, 2) > positions:
+        raise SettingsError(f"sequence length {max(asked or 0, 2)} is beyond the model's {positions} positions")
+    if asked is not None:
+        return asked
+    if positions is not None and positions < DEFAULT_LENGTH:
+        logger.warning("sequences of %d tokens: the model has no more positions", positions)
+        return positions
+    return DEFAULT_LENGTH
 
 
 def load_tokenizer(model: Path) -> Any:
