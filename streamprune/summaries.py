@@ -26,8 +26,8 @@ def show_compression(result: Any) -> None:
         *([("second moments", f"{_size(result.moments_bytes)} at once")] if result.moments_bytes else []),
         ("worst block", "unknown: not validated, no text has passed the model")
         if result.worst_block is None
-        else ("worst block", f"{result.worst_block[0]}  block error {result.worst_block[1]:.4f}"),
-        *(("worst layer", f"{name}  layer error {error:.4f}") for name, error in result.worst_layers),
+        else ("worst block", f"{result.worst_block[0]}  block error {_figure(result.worst_block[1], '.4f')}"),
+        *(("worst layer", f"{name}  layer error {_figure(error, '.4f')}") for name, error in result.worst_layers),
         *(("kept dense", f"{name} (above the budget)") for name in result.kept_dense),
     ]
     kept = tuple(f"{name}." for name in result.kept_dense)
@@ -143,7 +143,7 @@ def show_inspection(result: Any) -> None:
 
 
 def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else format(value, form if value < 1e6 else ".1e")
 
 
 def _size(count: float) -> str:

@@ -110,9 +110,10 @@ def evaluate(
         for index, window in enumerate(windows):
             losses.append(_window_loss(skeleton, tail, files[0].read(index), window, arithmetic))
             if not math.isfinite(losses[-1]):
+                wide = arithmetic.dtype == torch.float32
                 raise NumericsError(
                     f"{folder}: the loss of window {index} is NaN or infinite: weights behind the last block are too "
-                    f"large for {name_of(arithmetic.dtype)}; mend them, or try --dtype float32"
+                    f"large for {name_of(arithmetic.dtype)}; {'mend them' if wide else 'try --dtype float32'}"
                 )
             tick()
     loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
