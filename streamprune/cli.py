@@ -33,6 +33,25 @@ EXIT_CODES = (
     "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on), "
     "130 ended by Ctrl-C, 128 + N by signal N."
 )
+
+
+def integer(text: Any) -> Any:
+    """An option's whole number; what is none is left for the library to refuse, which refuses all alike."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def number(text: Any) -> Any:
+    """Likewise one that need not be whole."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+LENGTH = "Default: 2048, or the model's positions if fewer."
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 DTYPE = click.option(
     "--dtype", default="auto", show_default=True, help="Arithmetic: auto, float32, bfloat16, float16. Stored bits stay."
@@ -85,8 +104,9 @@ def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[.
                 _import(function.__name__)
                 with end_on_signals():
                     result = function(**settings)
-            if as_json:
-                click.echo(json.dumps(dataclasses.asdict(result), indent=2))
+                text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False) if as_json else None
+            if text is not None:
+                click.echo(text)
             else:
                 show(result)
             if not getattr(result, "ok", True):
@@ -146,13 +166,25 @@ METHOD = _options(
         help="What searches raise: sum of retained score, or of its squares (energy).",
     ),
     click.option(
-        "--shuffle-block", default=PruneConfig.shuffle_block, show_default=True, help="Channels in a block of local."
+        "--shuffle-block",
+        type=integer,
+        default=PruneConfig.shuffle_block,
+        show_default=True,
+        help="Channels in a block of local.",
     ),
     click.option(
-        "--alpha", default=PruneConfig.alpha, show_default=True, help="esparse: amplitude's weight beside entropy."
+        "--alpha",
+        type=number,
+        default=PruneConfig.alpha,
+        show_default=True,
+        help="esparse: amplitude's weight beside entropy.",
     ),
     click.option(
-        "--entropy-bins", default=PruneConfig.entropy_bins, show_default=True, help="esparse: histogram bins."
+        "--entropy-bins",
+        type=integer,
+        default=PruneConfig.entropy_bins,
+        show_default=True,
+        help="esparse: histogram bins.",
     ),
     click.option(
         "--entropy-range",
@@ -169,42 +201,51 @@ METHOD = _options(
     ),
     click.option(
         "--shrinkage",
-        type=float,
+        type=number,
         help="Refinement: of second moments towards their diagonal, 0 to 1. "
         "Default: chosen for each input by held-out samples.",
     ),
     click.option(
         "--correction",
+        type=number,
         default=PruneConfig.correction,
         show_default=True,
         help="Refinement: share of earlier blocks' error that masks shall undo, 0 to 1.",
     ),
     click.option(
         "--correction-stride",
+        type=integer,
         default=PruneConfig.correction_stride,
         show_default=True,
         help="Every k-th sample also runs behind dense blocks, to learn that error.",
     ),
     click.option(
         "--moments-width",
+        type=integer,
         default=PruneConfig.moments_width,
         show_default=True,
         help="Channels in one block of second moments; 4 to 12 bytes a square.",
     ),
 )
 AMOUNT = _options(
-    click.option("--samples", default=128, show_default=True, help="Calibration sequences."),
-    click.option("--sequence-length", default=2048, show_default=True, help="Tokens in each."),
+    click.option("--samples", type=integer, default=128, show_default=True, help="Calibration sequences."),
+    click.option("--sequence-length", type=integer, help=f"Tokens in each. {LENGTH}"),
 )
 RESOURCES = _options(
     click.option("--max-memory", help="Limit on host memory, such as 12GiB; a job that cannot fit is refused."),
     click.option("--max-device-memory", help="Limit on a GPU's memory, likewise."),
     click.option(
         "--micro-batch",
-        type=int,
+        type=integer,
         help="Most sequences in a block at once; no result depends on it. Default: as make up 1024 tokens.",
     ),
-    click.option("--prefetch", default=1, show_default=True, help="Most blocks read ahead; no result depends on it."),
+    click.option(
+        "--prefetch",
+        type=integer,
+        default=1,
+        show_default=True,
+        help="Most blocks read ahead; no result depends on it.",
+    ),
 )
 
 
@@ -220,9 +261,9 @@ RESOURCES = _options(
                                     "Default: a text that ships with the package.")  # fmt: skip
 @TEXT_COLUMN
 @AMOUNT
-@click.option("--seed", default=0, show_default=True, help="Draws the calibration sequences.")
+@click.option("--seed", type=integer, default=0, show_default=True, help="Draws the calibration sequences.")
 @METHOD
-@click.option("--max-block-error", type=float, help="Budget on the error of what a block adds. Default: no budget.")
+@click.option("--max-block-error", type=number, help="Budget on the error of what a block adds. Default: no budget.")
 @click.option("--on-excess", default="stop", show_default=True, help="Above the budget: stop, keep-dense or warn.")
 @DEVICE
 @DTYPE
@@ -278,8 +319,8 @@ def verify(quiet: bool, **settings: Any) -> Any:
 @click.argument("model", type=click.Path())
 @click.option("--text", required=True, type=click.Path(), help=f"A file, {TEXT_FILES}, not the calibration's.")
 @TEXT_COLUMN
-@click.option("--sequence-length", default=2048, show_default=True, help="Tokens in a window.")
-@click.option("--max-tokens", type=int, help="Use only the first tokens of the text.")
+@click.option("--sequence-length", type=integer, help=f"Tokens in a window. {LENGTH}")
+@click.option("--max-tokens", type=integer, help="Use only the first tokens of the text.")
 @DEVICE
 @DTYPE
 @SCRATCH

@@ -1,10 +1,9 @@
-"""Settings, as frozen dataclasses that are checked when they are made.
+"""Settings, as frozen dataclasses that are checked when they are made, and what every number among them may be.
 
 `PruneConfig` holds every setting that changes the output's bytes, and nothing else: it is part of a job's identity.
 """
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -26,8 +25,51 @@ CHOICES = {
     "on_excess": OnExcess,
 }
 MOST_GROUP_SIZE = 64  # M of an N:M pattern
+MOST_COUNT = 2**31 - 1
+MOST_BYTES = 2**63 - 1
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number may be: `least` to `most`, whole or not; None where it has no default of its own."""
+
+    least: int
+    most: int
+    whole: bool = True
+    optional: bool = False
+
+
+# Every number that a function of the library and an option of the command line takes, but for numbers of bytes.
+NUMBERS = {
+    "samples": Bounds(1, MOST_COUNT),
+    "sequence_length": Bounds(2, MOST_COUNT, optional=True),  # the first token of a sequence has no prediction
+    "max_tokens": Bounds(2, MOST_COUNT, optional=True),
+    "seed": Bounds(0, 2**63 - 1),
+    "micro_batch": Bounds(1, MOST_COUNT, optional=True),
+    "prefetch": Bounds(0, 1000),
+    "shuffle_block": Bounds(2, MOST_COUNT),
+    "alpha": Bounds(0, 10**6, whole=False),  # beyond it rounding leaves nothing of the entropy
+    "entropy_bins": Bounds(2, 512),
+    "shrinkage": Bounds(0, 1, whole=False, optional=True),
+    "correction": Bounds(0, 1, whole=False),
+    "correction_stride": Bounds(1, MOST_COUNT),
+    "moments_width": Bounds(64, MOST_COUNT),
+    "max_block_error": Bounds(0, 10**6, whole=False, optional=True),
+}
+
+
+def check_numbers(**given: Any) -> None:
+    """Raise SettingsError for the first number, by its name in NUMBERS, that is not what it may be; true is none."""
+    for name, value in given.items():
+        bounds = NUMBERS[name]
+        if value is None and bounds.optional:
+            continue
+        is_number = isinstance(value, int if bounds.whole else int | float) and not isinstance(value, bool)
+        if not (is_number and bounds.least <= value <= bounds.most):
+            kind = "a whole number" if bounds.whole else "a number"
+            raise SettingsError(f"{name} {value!r:.40} is not {kind} from {bounds.least} to {bounds.most}")
 
 
 @dataclass(frozen=True)
@@ -49,26 +91,27 @@ class NMPattern:
     @classmethod
     def parse(cls, text: str) -> "NMPattern":
         """Read "N:M". Raises SettingsError for anything else."""
-        match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", text.strip())
+        match = re.fullmatch(r"\s*(\d{1,3}):(\d{1,3})\s*", text) if isinstance(text, str) else None
         if match is None:
             raise SettingsError(
-                f"pattern {text[:80]!r} is not N:M; write for example 2:4 (2 of every 4 weights are kept)"
+                f"pattern {text!r:.80} is not N:M; write for example 2:4 (2 of every 4 weights are kept)"
             )
         return cls(int(match[1]), int(match[2]))
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """Read a number of bytes: "12GiB", "900 MB", "1.5e9"; None stays. Raises SettingsError for anything else."""
+    """Read a number of bytes: "12GiB", "900 MB", "1.5e9"; None stays.
+
+    Raises SettingsError for anything else, and for less than one byte or more than 2^63.
+    """
     if text is None:
         return None
-    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else math.nan
-    except ValueError:
-        number = math.nan
-    if match is None or not math.isfinite(number):
-        raise SettingsError(f"{text!r} is not a number of bytes; write for example 12GiB or 900MB")
-    return int(number * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))
+    form = r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*"
+    if match := re.fullmatch(form, text, re.IGNORECASE) if isinstance(text, str) else None:
+        count = float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " ")
+        if 1 <= count <= MOST_BYTES:
+            return int(count)
+    raise SettingsError(f"{text!r:.80} is not a number of bytes (1 to 2^63); write for example 12GiB or 900MB")
 
 
 @dataclass(frozen=True)
@@ -123,37 +166,30 @@ class PruneConfig:
     validate: bool = True
 
     def __post_init__(self) -> None:
+        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in NUMBERS}
+        check_numbers(**numbers)
+        for name, value in numbers.items():  # 1 and 1.0 are one setting, and the same bytes in the manifest
+            if value is not None and not NUMBERS[name].whole:
+                object.__setattr__(self, name, float(value))
+        for name in ("relative", "reconstruct", "validate", *(["refine"] if self.refine is not None else [])):
+            if not isinstance(getattr(self, name), bool):
+                raise SettingsError(f"{name} {getattr(self, name)!r:.40} is neither true nor false")
         for name, kind in CHOICES.items():
             if getattr(self, name) not in get_args(kind):
-                raise SettingsError(f"{name} {getattr(self, name)!r} is none of {', '.join(get_args(kind))}")
-        stages = self.shuffle.split("+")
+                raise SettingsError(f"{name} {getattr(self, name)!r:.40} is none of {', '.join(get_args(kind))}")
+        stages = self.shuffle.split("+") if isinstance(self.shuffle, str) else [""]
         unknown = [stage for stage in stages[stages[0] in ("none", RESIDUAL) :] if stage not in SEARCHES]
         if unknown or (stages[0] == "none" and len(stages) > 1):
             raise SettingsError(
-                f"shuffle {self.shuffle!r} is not none, nor {', '.join(SEARCHES)} joined by +, nor residual before them"
+                f"shuffle {self.shuffle!r:.80} is not none, nor {', '.join(SEARCHES)} joined by +, nor residual before "
+                "them"
             )
-        if not 2 <= self.entropy_bins <= 512:
-            raise SettingsError(f"entropy_bins {self.entropy_bins} is outside 2..512")
-        if not 0 <= self.alpha < float("inf"):
-            raise SettingsError(f"alpha {self.alpha} is not a finite number >= 0")
-        if self.shuffle_block < 2:
-            raise SettingsError(f"shuffle_block {self.shuffle_block} is fewer than 2 channels")
-        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
-            raise SettingsError(f"shrinkage {self.shrinkage} is outside 0..1")
-        if not 0 <= self.correction <= 1:
-            raise SettingsError(f"correction {self.correction} is outside 0..1")
         if self.refine is None:
             object.__setattr__(self, "refine", self.validate)
         if not self.validate:
             self._check_needs_no_text()
         if self.correction and not self.needs_moments:
             object.__setattr__(self, "correction", 0.0)
-        if self.correction_stride < 1:
-            raise SettingsError(f"correction_stride {self.correction_stride} is not a whole number >= 1")
-        if self.moments_width < 64:
-            raise SettingsError(f"moments_width {self.moments_width} is fewer than 64 channels")
-        if self.max_block_error is not None and not 0 <= self.max_block_error < float("inf"):
-            raise SettingsError(f"max_block_error {self.max_block_error} is not a finite number >= 0")
 
     def _check_needs_no_text(self) -> None:
         needs = {

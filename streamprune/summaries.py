@@ -26,8 +26,8 @@ def show_compression(result: Any) -> None:
         *([("second moments", f"{_size(result.moments_bytes)} at once")] if result.moments_bytes else []),
         ("worst block", "unknown: not validated, no text has passed the model")
         if result.worst_block is None
-        else ("worst block", f"{result.worst_block[0]}  block error {result.worst_block[1]:.4f}"),
-        *(("worst layer", f"{name}  layer error {error:.4f}") for name, error in result.worst_layers),
+        else ("worst block", f"{result.worst_block[0]}  block error {_figure(result.worst_block[1], '.4f')}"),
+        *(("worst layer", f"{name}  layer error {_figure(error, '.4f')}") for name, error in result.worst_layers),
         *(("kept dense", f"{name} (above the budget)") for name in result.kept_dense),
     ]
     kept = tuple(f"{name}." for name in result.kept_dense)
@@ -56,6 +56,7 @@ def show_plan(result: Any) -> None:
             "model",
             f"{result.blocks} blocks, {result.parameters / 1e9:.2f} G parameters, {result.layers} layers to prune",
         ),
+        ("text", f"{result.samples} sequences of {result.sequence_length} tokens" if result.samples else "none"),
         ("read", _size(result.read_bytes)),
         ("written", _size(result.written_bytes)),
         ("scratch", _size(result.scratch_bytes)),
@@ -94,8 +95,10 @@ def show_verification(result: Any) -> None:
 
 def show_evaluation(result: Any) -> None:
     """One line."""
+    beyond = f"beyond 1.8e308 (loss {result.loss:.4f} nats a token)"
+    perplexity = beyond if result.perplexity is None else f"{result.perplexity:.4f}"
     say(
-        f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {result.sequence_length} "
+        f"perplexity {perplexity} over {result.tokens} tokens in windows of {result.sequence_length} "
         f"({result.seconds:.1f} s, peak memory {_size(result.peak_memory_bytes)})"
     )
 
@@ -152,7 +155,7 @@ def _not_copied(left_out: dict[str, str]) -> list[str]:
 
 
 def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None else format(value, form if value < 1e6 else ".1e")
 
 
 def _size(count: float) -> str:

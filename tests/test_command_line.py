@@ -1,8 +1,10 @@
 """The command line: help, exit codes, one-line errors, JSON, and signals to a real process."""
 
 import dataclasses
+import functools
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -22,7 +24,7 @@ import streamprune
 from streamprune.checkpoint import writer
 from streamprune.cli import cli
 from streamprune.config import PruneConfig
-from streamprune.errors import OutputError
+from streamprune.errors import CheckpointError, OutputError, SettingsError
 
 COMMANDS = ["compress", "plan", "verify", "evaluate", "export", "inspect"]
 
@@ -153,6 +155,9 @@ def test_json_keys_that_others_rely_on(
     assert all(layer.keys() >= keys for layer in table["layers"])
     assert table["packed_bytes"] == finished["packed_bytes"] == sum(row["packed_bytes"] for row in table["layers"])
     assert table["dense_bytes"] == finished["dense_bytes"] == sum(row["dense_bytes"] for row in table["layers"])
+    foretold = strict_json(run("plan", sources("llama"), "--json").stdout)
+    assert (foretold["samples"], foretold["sequence_length"]) == (128, tiny.POSITIONS)
+    assert "text              128 sequences of 320 tokens\n" in run("plan", sources("llama")).stdout
     written = strict_json(run("export", out, "--out", tmp_path / "dense", "--quiet", "--json").stdout)
     assert written["out"] == str(tmp_path / "dense")
 
@@ -264,6 +269,50 @@ def test_errors_are_one_line_with_the_right_exit_code(
     if not lines[-1].startswith("Error: "):  # click's own come with a line of usage
         assert [line for line in lines if line.startswith("streamprune: ")] == lines[-1:]
         assert result.stdout == ""
+
+
+# Options that take a number: those of which 0 makes no sense, and the others. All others with a value take a text.
+FROM_ONE = {
+    "samples", "sequence_length", "max_tokens", "micro_batch", "shuffle_block", "entropy_bins", "correction_stride",
+    "moments_width", "max_memory", "max_device_memory",
+}  # fmt: skip
+FROM_ZERO = {"seed", "prefetch", "alpha", "shrinkage", "correction", "max_block_error"}
+TEXTS = {
+    "out", "calibration", "pattern", "metric", "shuffle", "fold", "objective", "entropy_range", "amplitude",
+    "on_excess", "device", "dtype", "scratch", "source", "text", "to",
+}  # fmt: skip
+NUMERIC = [
+    (name, option.name)
+    for name, command in cli.commands.items()
+    for option in command.params
+    if isinstance(option, click.Option) and not option.is_flag and option.name not in TEXTS
+]
+SENSELESS: list[Any] = [-1, 10**20, math.nan, math.inf, -math.inf, "x", ""]
+
+
+def test_every_option_that_takes_a_number_is_in_the_table_below() -> None:
+    assert {option for _, option in NUMERIC} == FROM_ONE | FROM_ZERO
+    assert {command for command, _ in NUMERIC} == {"compress", "plan", "evaluate"}
+
+
+@pytest.mark.parametrize(("command", "option"), NUMERIC)
+def test_numbers_that_make_no_sense(command: str, option: str, tmp_path: Path) -> None:
+    """Exit code 2 and one line, before the model is looked for; the same of the library's function."""
+    needed = {"compress": {"out": tmp_path / "out"}, "plan": {}, "evaluate": {"text": tmp_path / "x.txt"}}[command]
+    arguments = [f"--{name}={value}" for name, value in needed.items()] + ["--quiet"] * (command != "plan")
+    in_bytes = option.endswith("memory")
+    senseless = [*SENSELESS, *([0] if option in FROM_ONE else [])]
+    for value in senseless:
+        result = run(command, tmp_path / "nowhere", *arguments, f"--{option.replace('_', '-')}", value)
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        name = "" if in_bytes else f"{option} "
+        assert re.fullmatch(rf"streamprune: {name}\S+ is not a (whole )?number .*\n", result.stderr), value
+    function = functools.partial(getattr(streamprune, command), tmp_path / "nowhere", **needed)
+    for value in [*senseless, True, [1], 64 if in_bytes else "64"]:
+        with pytest.raises(SettingsError):
+            function(**{option: value})
+    with pytest.raises(CheckpointError):
+        function(**{option: "64" if in_bytes else 64 if option in FROM_ONE else 0})
 
 
 @pytest.mark.parametrize(

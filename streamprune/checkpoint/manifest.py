@@ -29,6 +29,7 @@ class Entries:
 # A kind is a type, a union of types, Items, Entries, or a dict of the keys that must be there with their kinds.
 # Integers are counts: 0 to 2^63. Numbers are finite.
 NUMBER = int | float
+STEP = {"name": str, "retained_score": NUMBER, "output_error": NUMBER | None, "corrected_error": NUMBER | None}
 LAYER = {
     "name": str,
     "pattern": str,
@@ -36,7 +37,7 @@ LAYER = {
     "dense_bytes": int,
     "packed_bytes": int,
     "permutation_bytes": int,
-    "steps": Items({"name": str, "retained_score": NUMBER, "output_error": NUMBER | None}, 1),
+    "steps": Items(STEP, 1),
     "shrinkage": Items(NUMBER),
     "weighted_error": NUMBER,
     "kernel_error": NUMBER | None,

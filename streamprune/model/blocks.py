@@ -44,11 +44,11 @@ def packed_block(
         local = name.removeprefix(prefix)
         layer = layer_from_tensors(name, tensors)
         packed = PackedLinear.from_packed(
-            layer.values,
+            _for_kernels(layer.values),
             layer.mask,
             in_features=block.get_submodule(local).get_parameter("weight").shape[1],
             pattern=layers[name],
-            bias=tensors.get(f"{name}.bias"),
+            bias=_for_kernels(bias) if (bias := tensors.get(f"{name}.bias")) is not None else None,
             permutation=layer.permutation,
         )
         block.set_submodule(local, packed)
@@ -57,6 +57,11 @@ def packed_block(
     state = {name.removeprefix(prefix): tensors[name].to(dtype) for name in names}
     block.load_state_dict(state, strict=False, assign=True)
     return block.to(device).eval()
+
+
+def _for_kernels(tensor: torch.Tensor) -> torch.Tensor:
+    """As float32 where it is wider, which no kernel takes."""
+    return tensor.to(torch.float32) if tensor.dtype == torch.float64 else tensor
 
 
 def run_block(block: nn.Module, states: torch.Tensor, arguments: Mapping[str, Any], name: str) -> torch.Tensor:

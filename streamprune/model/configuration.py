@@ -176,7 +176,9 @@ def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, architecture: Arc
 def _number_faults(values: Mapping[str, Any]) -> Iterator[str]:
     """Of numbers that are no sizes, in the config and in the entries inside it."""
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, list):
+            yield from _number_faults({f"{name}[{place}]": item for place, item in enumerate(value)})
+        elif isinstance(value, dict):
             yield from _number_faults(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             if not math.isfinite(value) or (name in POSITIVE and value <= 0):

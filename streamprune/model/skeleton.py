@@ -67,6 +67,12 @@ class Skeleton:
         vocabulary, width = self.model.get_input_embeddings().get_parameter("weight").shape
         return vocabulary, width
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence that the model is made for; None where its config does not say."""
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        return None if longest is None else int(longest)
+
     def block(self, index: int) -> nn.Module:
         """The meta module of a block."""
         return self.model.get_submodule(self.blocks[index])

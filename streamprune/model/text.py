@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from streamprune.checkpoint.untrusted import MAX_TOKENIZER_BYTES, open_regular, read_bounded, read_json
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, SettingsError
 from streamprune.model.configuration import architecture_in, config_of, one_line
 from streamprune.model.library_warnings import pass_on, warnings_heard
 
@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+DEFAULT_LENGTH = 2048  # tokens of a sequence
 SENTENCEPIECE_FILE = "tokenizer.model"
 COMPLETE_FILES = ("tokenizer.json", "tekken.json")  # that say themselves how a text is split
 # What transformers warns of that is no fault of the ids: it reads a byte-level tokenizer.json as it is, rather than by
@@ -74,6 +75,22 @@ def tokenizer_digests(model: Path) -> dict[str, str]:
     """sha256 of each file that makes the tokenizer, by name; {} where there is none. Raises CheckpointError."""
     files = {str(path.relative_to(model)): path for path in _files(model)}
     return {name: hashlib.sha256(read_bounded(path, MAX_TOKENIZER_BYTES)).hexdigest() for name, path in files.items()}
+
+
+def fitting_length(asked: int | None, positions: int | None) -> int:
+    """Tokens of a sequence: as many as asked for, or DEFAULT_LENGTH, or the model's positions where they are fewer.
+
+    The last is said in one line. Raises SettingsError where more are asked for than the model has positions, and for a
+    model of one position, whose token predicts nothing.
+    """
+    if positions is not None and max(asked or 0, 2) > positions:
+        raise SettingsError(f"sequence length {max(asked or 0, 2)} is beyond the model's {positions} positions")
+    if asked is not None:
+        return asked
+    if positions is not None and positions < DEFAULT_LENGTH:
+        logger.warning("sequences of %d tokens: the model has no more positions", positions)
+        return positions
+    return DEFAULT_LENGTH
 
 
 def load_tokenizer(model: Path) -> Any:

@@ -19,7 +19,7 @@ import torch
 from streamprune.checkpoint.manifest import TIMINGS, read_checked, read_manifest
 from streamprune.checkpoint.packed import MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.writer import file_digest, write_json
-from streamprune.config import NMPattern, PruneConfig, parse_bytes
+from streamprune.config import NMPattern, PruneConfig, check_numbers, parse_bytes
 from streamprune.errors import OutputError
 from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes
 from streamprune.model.documents import TEXT_COLUMN
@@ -78,7 +78,7 @@ def compress(
     calibration: str | None = None,
     text_column: str = TEXT_COLUMN,
     samples: int = 128,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -95,7 +95,8 @@ def compress(
     """Prune a causal LM to N:M sparsity, block by block from disk, into the folder `out`.
 
     `settings` are the fields of streamprune.config.PruneConfig but the pattern. `text_column` holds the texts in a
-    calibration file of JSON or .parquet, or in a data set. `max_memory` ("12GiB") limits host
+    calibration file of JSON or .parquet, or in a data set. `sequence_length` is 2048 tokens by default, or the model's
+    positions where they are fewer. `max_memory` ("12GiB") limits host
     memory by an estimate, `max_device_memory` a GPU's: fewer sequences go through a block at once than `micro_batch`
     (default: as make up 1024 tokens), fewer blocks are read ahead than `prefetch`, then second moments are cut into
     blocks; a job that cannot fit is refused. With `validate=False` no text passes the model and no error is known.
@@ -107,6 +108,8 @@ def compress(
     """
     start = time.perf_counter()
     map_large_pieces()
+    check_numbers(samples=samples, sequence_length=sequence_length, seed=seed)
+    check_numbers(micro_batch=micro_batch, prefetch=prefetch)
     config = PruneConfig(NMPattern.parse(pattern), **settings)
     limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
     model, out = Path(model), Path(out)

@@ -12,7 +12,7 @@ from streamprune.checkpoint.beside import Beside, list_beside
 from streamprune.checkpoint.packed import is_packed
 from streamprune.checkpoint.reader import INDEX_FILES, Checkpoint, open_checkpoint
 from streamprune.config import PruneConfig
-from streamprune.errors import CheckpointError, SettingsError
+from streamprune.errors import CheckpointError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
 from streamprune.model.configuration import forward_settings
 from streamprune.model.documents import TEXT_COLUMN
@@ -60,7 +60,7 @@ def resolve_job(
     config: PruneConfig,
     calibration: str | None,
     samples: int,
-    sequence_length: int,
+    sequence_length: int | None,
     seed: int,
     device: str,
     dtype: str,
@@ -74,13 +74,11 @@ def resolve_job(
     """
     warn_without_kernels()
     skeleton, checkpoint, names = open_model(model)
-    longest = getattr(skeleton.model.config, "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise SettingsError(f"sequence length {sequence_length} is beyond the model's {longest} positions")
     arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
     check_tied(skeleton, checkpoint, names)
     asked = config.moments_width
     plan, config = make_plan(skeleton, checkpoint, names, config, samples, sequence_length, arithmetic, **resources)
+    sequence_length = plan.sequence_length
     if config.moments_width < asked:
         logger.warning("second moments in blocks of at most %d channels, to keep to the memory", config.moments_width)
     if config.validate:

@@ -117,7 +117,8 @@ def estimate_memory(sizes: Sizes, config: PruneConfig, pace: Pace) -> Memory:
     one_block = max(_page_locked(sizes, index) for index in by_size.values()) if sizes.on_gpu else max(by_size)
     on_its_way = max(one_block + _staged(sizes, index, config) for index in by_size.values()) if sizes.on_gpu else 0
     libraries = (GPU_LIBRARIES_BYTES if sizes.on_gpu else LIBRARIES_BYTES) + _copied_memory(sizes)
-    embeddings, read_ahead, ahead = _embedding_memory(sizes), pace.blocks_ahead * one_block, pace.blocks_ahead
+    embeddings = _embedding_memory(sizes) if config.validate else 0
+    read_ahead, ahead = pace.blocks_ahead * one_block, pace.blocks_ahead
     passes = dense_pass, pruning, sparse_pass
     return Memory(libraries, embeddings, *passes, read_ahead, on_its_way, ahead, sizes.on_gpu)
 

@@ -12,6 +12,7 @@ from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import OutputError, SettingsError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.skeleton import Skeleton
+from streamprune.model.text import fitting_length
 from streamprune.pipeline.memory import Limits, Memory, Pace, Sizes, estimate_memory, fit_memory
 
 TOKENS_AT_ONCE = 1024  # that go through a block together, where sequences are shorter
@@ -29,7 +30,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """blocks[i] are the layers to prune in block i by full name; `dense` the linear layers left dense, with reasons."""
+    """blocks[i] are the layers to prune in block i by full name; `dense` the linear layers left dense, with reasons.
+
+    `sequence_length` is in tokens, 0 where no text passes the model.
+    """
 
     blocks: tuple[dict[str, LayerPlan], ...]
     dense: dict[str, str]
@@ -38,6 +42,7 @@ class Plan:
     scratch_bytes: int
     memory: Memory
     micro_batch: int
+    sequence_length: int
 
     @property
     def layers(self) -> dict[str, LayerPlan]:
@@ -68,7 +73,7 @@ def make_plan(
     names: dict[str, str],
     config: PruneConfig,
     samples: int,
-    sequence_length: int,
+    sequence_length: int | None,
     arithmetic: Arithmetic,
     limits: Limits = NO_LIMITS,
     micro_batch: int | None = None,
@@ -76,26 +81,25 @@ def make_plan(
 ) -> tuple[Plan, PruneConfig]:
     """Plan a job; returns with it the settings as they are used, fitted to limits on memory.
 
-    micro_batch: most sequences that go through a block at once (None: as many as make up TOKENS_AT_ONCE); prefetch:
-    most blocks that are read ahead. No byte of the output depends on either.
+    sequence_length: None for `fitting_length`'s; without validation it does not matter. micro_batch: most sequences
+    that go through a block at once (None: as many as make up TOKENS_AT_ONCE); prefetch: most blocks that are read
+    ahead. No byte of the output depends on these two.
     """
-    for name, value, least in (("micro batch", micro_batch, 1), ("prefetch", prefetch, 0)):
-        if value is not None and value < least:
-            raise SettingsError(f"{name} {value} is not a whole number >= {least}")
+    length = fitting_length(sequence_length, skeleton.positions) if config.validate else 0
     dtype = arithmetic.dtype
     blocks, dense = plan_layers(skeleton, checkpoint, names, config.pattern)
     shapes = [{name: layer.shape for name, layer in block.items()} for block in blocks]
-    sizes = Sizes(skeleton, checkpoint, names, shapes, sequence_length, dtype, arithmetic.device.type == "cuda")
-    at_once = micro_batch or max(1, TOKENS_AT_ONCE // sequence_length)
-    config, pace = fit_memory(sizes, config, Pace(min(at_once, samples), prefetch), limits)
+    sizes = Sizes(skeleton, checkpoint, names, shapes, length, dtype, arithmetic.device.type == "cuda")
+    at_once = micro_batch or max(1, TOKENS_AT_ONCE // max(length, 1))
+    config, pace = fit_memory(sizes, config, Pace(min(at_once, samples), min(prefetch, len(blocks))), limits)
     source_bytes = sum(checkpoint.tensors[name].size_bytes for name in names.values())
     saved = sum(layer.dense_bytes - layer.packed_bytes for block in blocks for layer in block.values())
     # hidden states in, dense and out; with correction the reference in and out, of every k-th sequence
     sets = 3 + (2 / config.correction_stride if config.correction else 0)
-    scratch_bytes = math.ceil(sets * samples * sequence_length) * skeleton.hidden_size * dtype.itemsize
+    scratch_bytes = math.ceil(sets * samples * length) * skeleton.hidden_size * dtype.itemsize
     memory = estimate_memory(sizes, config, pace)
-    scratch_bytes = scratch_bytes if config.validate else 0
-    return Plan(blocks, dense, source_bytes, source_bytes - saved, scratch_bytes, memory, pace.micro_batch), config
+    needs = source_bytes, source_bytes - saved, scratch_bytes, memory
+    return Plan(blocks, dense, *needs, pace.micro_batch, length), config
 
 
 def check_disk(plan: Plan, finished: int, out: Path, scratch: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from streamprune.config import NMPattern, PruneConfig, parse_bytes
+from streamprune.config import NMPattern, PruneConfig, check_numbers, parse_bytes
 from streamprune.model.arithmetic import resolve_arithmetic
 from streamprune.pipeline.job import open_model, source_dtype
 from streamprune.pipeline.memory import Limits, Memory
@@ -20,12 +20,17 @@ OTHER_SHARE = 1.4  # of a job's time to that of its products: counting, searchin
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What a job would do. Bytes are exact but for memory; `seconds` rests on `assumption`."""
+    """What a job would do. Bytes are exact but for memory; `seconds` rests on `assumption`.
+
+    `samples` sequences of `sequence_length` tokens pass the model; both are 0 without validation.
+    """
 
     model: str
     blocks: int
     layers: int
     parameters: int
+    samples: int
+    sequence_length: int
     read_bytes: int
     written_bytes: int
     scratch_bytes: int
@@ -44,7 +49,7 @@ def plan(
     *,
     pattern: str = "2:4",
     samples: int = 128,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     max_memory: str | None = None,
@@ -57,22 +62,25 @@ def plan(
 
     Raises the errors that `compress` would: SettingsError where the job does not fit `max_memory`, for one.
     """
+    check_numbers(samples=samples, sequence_length=sequence_length, micro_batch=micro_batch, prefetch=prefetch)
+    config = PruneConfig(NMPattern.parse(pattern), **settings)
+    limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
     skeleton, checkpoint, names = open_model(Path(model))
     arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
-    limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
-    config = PruneConfig(NMPattern.parse(pattern), **settings)
     planned, config = make_plan(
         skeleton, checkpoint, names, config, samples, sequence_length, arithmetic, limits, micro_batch, prefetch
     )
     shapes = [checkpoint.tensors[name].shape for name in names.values()]
     speed = _products_per_second(arithmetic.device, arithmetic.dtype)
-    products = _products(planned.layers.values(), config, samples * sequence_length)
+    products = _products(planned.layers.values(), config, samples * planned.sequence_length)
     read = planned.source_bytes + planned.output_bytes
     return PlanResult(
         model=str(model),
         blocks=len(planned.blocks),
         layers=len(planned.layers),
         parameters=sum(torch.Size(shape).numel() for shape in shapes),
+        samples=samples if config.validate else 0,
+        sequence_length=planned.sequence_length,
         read_bytes=read,
         written_bytes=planned.output_bytes,
         scratch_bytes=planned.scratch_bytes,

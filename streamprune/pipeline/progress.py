@@ -50,7 +50,7 @@ class Progress:
         if self.enabled and not self.on_terminal:
             seconds = sum(entry["timings"]["seconds"].values())
             error = entry["block_error"]
-            known = "not validated" if error is None else f"block error {error:.4f}"
+            known = "not validated" if error is None else f"block error {error:.4g}"
             print(f"{name}: {entry['outcome']}, {known}, {seconds:.1f} s", file=sys.stderr)
 
     def close(self) -> None:

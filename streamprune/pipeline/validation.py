@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional
 
 from streamprune.checkpoint.packed import PackedLayer
-from streamprune.errors import KernelFault
+from streamprune.errors import KernelFault, NumericsError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.pipeline.block_pruning import PrunedLayer
-from streamprune.pruning.selection import stable_sum
-from streamprune_kernels import pack_values, squared_distances, unpack_mask
+from streamprune.pruning.selection import relative, stable_sum
+from streamprune_kernels import all_finite, pack_values, squared_distances, unpack_mask
 
 SAMPLE_TOKENS = 256
 
@@ -65,7 +65,8 @@ def layer_errors(
     """Hold a layer loaded from the written bytes against its kept weights times mask, and against the dense weight.
 
     x [tokens, in] is the layer's own input in pass 2. The reference tensors never went through pack and unpack. Raises
-    KernelFault, naming the layer, where kernel_error is beyond the arithmetic's tolerance.
+    KernelFault, naming the layer, where kernel_error is beyond the arithmetic's tolerance, NumericsError where the
+    layer's outputs are not finite, which a block's own need not show.
     """
     offset = bias.to(arithmetic.dtype) if bias is not None else None
     permuted = x if pruned.gather is None else x[:, pruned.gather]
@@ -76,6 +77,8 @@ def layer_errors(
         if pruned.written is not pruned.weight:
             weight.copy_(pruned.written)
         masked = functional.linear(permuted, weight.mul_(pruned.keep), offset)
+    if not (all_finite(dense) and all_finite(masked)):
+        raise NumericsError(f"{name}: its output holds NaN or infinity; try --dtype float32")
     kernel_error = relative_error(sparse, masked)
     if not kernel_error <= arithmetic.kernel_tolerance:
         raise KernelFault(
@@ -116,10 +119,7 @@ def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
 
 def _relative(squared_errors: torch.Tensor, squared_norms: torch.Tensor) -> float:
     """||error|| / ||reference|| from float64 parts of their squares, which are added up exactly."""
-    difference, norm = stable_sum(squared_errors), stable_sum(squared_norms)
-    if norm == 0:
-        return 0.0 if difference == 0 else math.inf
-    return math.sqrt(difference / norm)
+    return relative(stable_sum(squared_errors), stable_sum(squared_norms))
 
 
 class BlockErrorSum:
@@ -140,5 +140,4 @@ class BlockErrorSum:
 
     @property
     def value(self) -> float:
-        norm = math.fsum(self.norms)
-        return math.sqrt(math.fsum(self.differences) / norm) if norm > 0 else 0.0
+        return relative(math.fsum(self.differences), math.fsum(self.norms))

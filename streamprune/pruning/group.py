@@ -5,7 +5,6 @@ layer's kept score and output error are noted, so that a reader sees what the st
 all layers at once; everything else goes through them piece by piece, so that its memory is small.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from streamprune.errors import NumericsError
 from streamprune.pruning.metrics import channel_factor, check_scores, score
 from streamprune.pruning.reconstruction import reconstruct_weight
 from streamprune.pruning.refinement import SHRINKAGE_ROWS, choose_shrinkage, quadratic_form, refine_mask
-from streamprune.pruning.selection import select, stable_product, stable_sum
+from streamprune.pruning.selection import relative, select, stable_product, stable_sum
 from streamprune.pruning.shuffle import search_in_heads, search_permutation
 from streamprune.pruning.statistics import ChannelStatistics, SecondMoments
 from streamprune_kernels import kept_sums, select_weights
@@ -219,10 +218,15 @@ def _row_sums(rows: _Rows, channels: _Channels, keep: torch.Tensor, written: tor
 
 
 def _steps(pieces: list[_PrunedRows]) -> tuple[Step, ...]:
-    """A layer's steps from all of its rows."""
+    """A layer's steps from all of its rows. Raises NumericsError where float32 did not hold what they are summed of."""
 
     def total(parts: Iterable[torch.Tensor | None]) -> float | None:
         present = [part for part in parts if part is not None]
+        if not all(bool(part.isfinite().all()) for part in present):
+            raise NumericsError(
+                "weights times second moments of the input are beyond float32; --no-refine without --reconstruct needs "
+                "none"
+            )
         return stable_sum(torch.cat(present)) if present else None
 
     whole = total(piece.whole for piece in pieces)
@@ -233,8 +237,8 @@ def _steps(pieces: list[_PrunedRows]) -> tuple[Step, ...]:
         slope = total(part.slope for part in sums)
         error = corrected = None
         if whole is not None and lost is not None:
-            error = _ratio(math.sqrt(max(lost, 0.0)), math.sqrt(whole))
-            corrected = None if slope is None else _ratio(lost + 2 * slope, whole)
+            error = relative(lost, whole)
+            corrected = None if slope is None else (lost + 2 * slope) / whole if whole > 0 else 0.0
         steps.append(Step(name, retained or 0.0, error, corrected))
     return tuple(steps)
 
@@ -313,7 +317,3 @@ def _reconstruct(rows: _Rows, channels: _Channels, keep: torch.Tensor) -> torch.
         linear = None if rows.linear is None else rows.linear[:, begin:end]
         fitted.append(reconstruct_weight(rows.weight[:, begin:end], keep[:, begin:end], moments, linear))
     return torch.cat(fitted, dim=1)
-
-
-def _ratio(value: float, whole: float) -> float:
-    return value / whole if whole > 0 else 0.0

@@ -1,6 +1,7 @@
 """N:M selection, and the sums it is judged by."""
 
 import math
+import sys
 
 import torch
 
@@ -8,6 +9,7 @@ from streamprune.config import NMPattern
 from streamprune_kernels import select_groups, weighted_squares
 
 INNER_AT_ONCE = 512
+OF_ZEROS = sys.float_info.max
 
 
 def select(scores: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
@@ -25,6 +27,17 @@ def weighted_error(weight: torch.Tensor, keep: torch.Tensor, rms: torch.Tensor) 
     """
     dropped, whole = map(stable_sum, weighted_squares(weight, keep, rms))
     return math.sqrt(dropped / whole) if whole > 0 else 0.0
+
+
+def relative(squared_error: float, squared_norm: float) -> float:
+    """||error|| / ||norm|| of two squares: 0 of nothing, and of zeros OF_ZEROS, which is above every budget.
+
+    An infinity would say it too, but JSON has none. Rounding may have left squares a little below 0.
+    """
+    error, norm = max(squared_error, 0.0), max(squared_norm, 0.0)
+    if norm == 0:
+        return 0.0 if error == 0 else OF_ZEROS
+    return math.sqrt(error / norm)
 
 
 def stable_sum(x: torch.Tensor) -> float:

@@ -13,6 +13,8 @@ Sources: E-Sparse (arXiv 2310.15929) for the global and the local shuffle; RIA (
 assignment.
 """
 
+import math
+
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -25,6 +27,7 @@ MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in
 MIN_RELATIVE_GAIN = 1e-6  # a swap must gain this share of its group's score: below lies float32's noise
 ASSIGNMENT_ROUNDS = 8  # each goes once through the places of the groups
 ASSIGNMENT_GROUPS = 96  # in one assignment
+MOST_EXPONENT = 40  # of two, of the greatest score
 MIN_ROUND_GAIN = 1e-3  # share of what all places add that a round must gain for another to follow
 
 
@@ -34,6 +37,7 @@ def search_permutation(scores: torch.Tensor, config: PruneConfig) -> torch.Tenso
     The stages of `config.shuffle` follow each other; one that does not raise the objective is left out. Objective
     "energy" is the sum of squared retained scores, whose counterpart is the sum of squared pruned ones.
     """
+    scores = _of_middling_size(scores)
     objective = scores.square() if config.objective == "energy" else scores
     best = torch.arange(scores.shape[1], device=scores.device)
     retained = _retained(objective, best, config.pattern)
@@ -123,6 +127,12 @@ def local_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPattern,
     size = max(2 * m, block // m * m)
     found = local_swaps(scores.T, start, size, pattern.kept, m, MAX_ROUNDS, MIN_RELATIVE_GAIN)
     return ascending_in_groups(found, pattern)
+
+
+def _of_middling_size(scores: torch.Tensor) -> torch.Tensor:
+    """Scores whose squares and sums float32 holds: very large and very small ones are scaled by a power of two."""
+    _, exponent = math.frexp(float(scores.amax()))
+    return scores if abs(exponent) <= MOST_EXPONENT else scores.ldexp(torch.tensor(-exponent))
 
 
 def ascending_in_groups(permutation: torch.Tensor, pattern: NMPattern) -> torch.Tensor:

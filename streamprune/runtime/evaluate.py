@@ -1,6 +1,7 @@
 """Perplexity of a dense checkpoint or a packed output, streamed block by block."""
 
 import math
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -15,8 +16,15 @@ from tqdm import tqdm
 from streamprune.checkpoint.packed import is_packed, open_packed
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
-from streamprune.errors import CalibrationError, CheckpointError, SettingsError
-from streamprune.model.arithmetic import Arithmetic, peak_memory_bytes, resolve_arithmetic, warn_without_kernels
+from streamprune.config import check_numbers
+from streamprune.errors import CalibrationError, CheckpointError, NumericsError, SettingsError
+from streamprune.model.arithmetic import (
+    Arithmetic,
+    name_of,
+    peak_memory_bytes,
+    resolve_arithmetic,
+    warn_without_kernels,
+)
 from streamprune.model.documents import (
     BATCH_CHARACTERS,
     CHARACTERS_PER_TOKEN,
@@ -27,17 +35,21 @@ from streamprune.model.documents import (
 )
 from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
 from streamprune.model.streaming import advance, check_tied, embed, load_block, output_names, read_outer, text_inputs
-from streamprune.model.text import load_tokenizer, tokenize
+from streamprune.model.text import fitting_length, load_tokenizer, tokenize
 
 WHOLE_CHARACTERS = 1 << 24  # tokenised at once without max_tokens: up to 6 GB, 400 bytes a token
+MOST_EXPONENT = math.log(sys.float_info.max)
 LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Perplexity over `tokens` = windows x sequence length; `loss` is the mean negative log-likelihood in nats."""
+    """Perplexity over `tokens` = windows x sequence length; `loss` is the mean negative log-likelihood in nats.
 
-    perplexity: float
+    The perplexity is e^loss; None where that is beyond a float, 1.8e308, at a loss of more than 709.78.
+    """
+
+    perplexity: float | None
     loss: float
     tokens: int
     sequence_length: int
@@ -51,7 +63,7 @@ def evaluate(
     *,
     text: str | Path,
     text_column: str = TEXT_COLUMN,
-    sequence_length: int = 2048,
+    sequence_length: int | None = None,
     max_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -60,12 +72,15 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a text under a dense model or a packed output.
 
-    The whole text is tokenised without special tokens and cut into windows of `sequence_length` without overlap, the
-    remainder dropped; the mean negative log-likelihood is over the sequence_length - 1 targets of each window (docs/
-    method.md). With `max_tokens` a long text is read only until it gives that many. In a file of JSON or .parquet
-    `text_column` holds the texts. `scratch` is a folder for hidden states (default: the system's temporary folder).
+    The whole text is tokenised without special tokens and cut into windows of `sequence_length` (default: 2048, or the
+    model's positions where they are fewer) without overlap, the remainder dropped; the mean negative log-likelihood is
+    over the sequence_length - 1 targets of each window (docs/method.md). With `max_tokens` a long text is read only
+    until it gives that many. In a file of JSON or .parquet `text_column` holds the texts. `scratch` is a folder for
+    hidden states (default: the system's temporary folder). Raises NumericsError where a block's output or a loss is
+    not finite.
     """
     start = time.perf_counter()
+    check_numbers(sequence_length=sequence_length, max_tokens=max_tokens)
     if scratch is not None and not Path(scratch).is_dir():
         raise SettingsError(f"scratch {scratch}: no such folder")
     warn_without_kernels()
@@ -75,8 +90,11 @@ def evaluate(
     skeleton = build_skeleton(folder, checkpoint)
     names = output_names(skeleton, checkpoint, layers)
     check_tied(skeleton, checkpoint, names)
+    sequence_length = fitting_length(sequence_length, skeleton.positions)
     windows = _windows(folder, text, text_column, sequence_length, max_tokens)
-    _check_fits(skeleton, windows)
+    vocabulary, _ = skeleton.embedding_shape
+    if int(windows.max()) >= vocabulary:
+        raise CheckpointError(f"the tokenizer makes ids up to {int(windows.max())}, the model has {vocabulary}")
     source_dtype = checkpoint.tensors[names[skeleton.outer_parameters()[0]]].dtype
     arithmetic = resolve_arithmetic(device, dtype, source_dtype)
     blocks = len(skeleton.blocks)
@@ -104,19 +122,22 @@ def evaluate(
         losses = []
         for index, window in enumerate(windows):
             losses.append(_window_loss(skeleton, tail, files[0].read(index), window, arithmetic))
+            if not math.isfinite(losses[-1]):
+                wide = arithmetic.dtype == torch.float32
+                raise NumericsError(
+                    f"{folder}: the loss of window {index} is NaN or infinite: weights behind the last block are too "
+                    f"large for {name_of(arithmetic.dtype)}; {'mend them' if wide else 'try --dtype float32'}"
+                )
             tick()
     loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
+    perplexity = math.exp(loss) if loss < MOST_EXPONENT else None
     seconds = time.perf_counter() - start
-    return Evaluation(math.exp(loss), loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
+    return Evaluation(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
 
 
 def _windows(
     folder: Path, text: str | Path, text_column: str, sequence_length: int, max_tokens: int | None
 ) -> torch.Tensor:
-    if sequence_length < 2:
-        raise SettingsError("sequence length must be at least 2: the first token has no prediction")
-    if max_tokens is not None and max_tokens < 1:
-        raise SettingsError(f"max tokens {max_tokens} must be at least 1")
     ids = _ids(load_tokenizer(folder), Path(text), text_column, max_tokens)[:max_tokens]
     count = len(ids) // sequence_length
     if count == 0:
@@ -147,15 +168,6 @@ def _ids(tokenizer: Any, path: Path, text_column: str, max_tokens: int | None) -
                 return ids
             look_at = 2 * size  # in all no more than twice the text is tokenised
     return tokenize(tokenizer, separator.join(read))
-
-
-def _check_fits(skeleton: Skeleton, windows: torch.Tensor) -> None:
-    longest = getattr(skeleton.model.config, "max_position_embeddings", None)
-    if longest is not None and windows.shape[1] > longest:
-        raise SettingsError(f"sequence length {windows.shape[1]} is beyond the model's {longest} positions")
-    vocabulary, _ = skeleton.embedding_shape
-    if int(windows.max()) >= vocabulary:
-        raise CheckpointError(f"the tokenizer makes ids up to {int(windows.max())}, the model has {vocabulary}")
 
 
 def _window_loss(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamprune.checkpoint.manifest import read_manifest
+from streamprune.checkpoint.manifest import STEP, read_manifest
 from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed, packed_shape
 from streamprune.errors import CheckpointError
 
@@ -47,11 +47,12 @@ def inspect(folder: str | Path) -> Inspection:
     checkpoint, layers, _ = open_packed(folder)
     manifest = read_manifest(folder / MANIFEST_FILE)
     fields = set(LayerRow.__dataclass_fields__)
-    rows = [
-        LayerRow(**{k: v for k, v in layer.items() if k in fields}, block_error=block["block_error"])
-        for block in manifest["blocks"]
-        for layer in block["layers"]
-    ]
+    rows = []
+    for block in manifest["blocks"]:
+        for layer in block["layers"]:
+            known = {key: value for key, value in layer.items() if key in fields}
+            known["steps"] = [{key: step[key] for key in STEP} for step in layer["steps"]]
+            rows.append(LayerRow(**known, block_error=block["block_error"]))
     recorded = {row.name: (row.pattern, tuple(row.shape)) for row in rows}
     stored = {name: (str(pattern), packed_shape(checkpoint, name, pattern)) for name, pattern in layers.items()}
     different = sorted(name for name in recorded | stored if recorded.get(name) != stored.get(name))

@@ -238,14 +238,19 @@ def _unpack_mask(layer: PackedLayer) -> numpy.ndarray:
 
 
 def _product_error(layer: PackedLayer, seed: int) -> float:
-    """Relative error of the sparse product on seeded normal inputs, against numpy's unpack and a plain linear."""
+    """Relative error of the sparse product on seeded normal inputs, against numpy's unpack and a plain linear.
+
+    Inputs of large values are scaled by a power of two, so that no product is beyond float32.
+    """
     values = layer.values.to(torch.float32)
+    _, exponent = math.frexp(max(float(values.amax()), -float(values.amin())))
     keep = _unpack_mask(layer)
     in_features = layer.permutation.numel() if layer.permutation is not None else None
     dense = numpy.zeros(keep.shape, dtype=numpy.float32)
     dense[keep] = values.numpy().reshape(-1)
     weight = torch.from_numpy(dense)[:, :in_features]
     x = torch.randn(PRODUCT_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    x *= 2.0 ** -(max(exponent, 0) // 2)
     expected = functional.linear(x, weight).to(torch.float64)
     difference = nm_linear(x, values, layer.mask).to(torch.float64) - expected
     norm = stable_sum(expected.square().sum(dim=1))

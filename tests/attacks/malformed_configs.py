@@ -85,6 +85,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an epsilon below zero": ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, no positive finite number"),
     "an epsilon of NaN": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     "an infinite epsilon": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
+    "infinity in a list": ({"limits": [0.0, [float("inf")]]}, "limits[1][0] is inf"),
     "a rotary base of zero": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0"),
     "a rotary base of text": ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "config.json"),
     "a rotary base of NaN": ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),

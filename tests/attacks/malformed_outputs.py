@@ -62,6 +62,7 @@ FIELDS: dict[tuple[Any, ...], tuple[Any, ...]] = {  # each with values of other 
     (*LAYER, "packed_bytes"): (None, "9", -1, 1.5, True, 10**400, 2**63),
     (*LAYER, "steps"): (None, {}, [], [1], [{"name": "selection"}]),
     (*LAYER, "steps", 0, "retained_score"): (None, "x", float("inf")),
+    (*LAYER, "steps", 0, "corrected_error"): (float("inf"), "x", float("nan")),
     (*LAYER, "shrinkage"): (None, 0.5, ["x"]),
     (*LAYER, "layer_error"): ("x", None),
     (*LAYER, "kernel_error"): ([], None),

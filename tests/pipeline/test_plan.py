@@ -15,6 +15,7 @@ import streamprune
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.config import PruneConfig, parse_bytes
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
+from streamprune.model.text import fitting_length
 from streamprune.pipeline import memory
 from streamprune.pipeline.compress import CompressResult
 from streamprune.pipeline.job import open_model
@@ -39,9 +40,9 @@ def test_parse_bytes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1.2.3", "nan", "inf", "12 apples", "1e999"])
-def test_parse_bytes_refuses(text: str) -> None:
-    with pytest.raises(SettingsError, match="is not a number of bytes; write for example 12GiB"):
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1.2.3", "nan", "inf", "12 apples", "1e999", "0", "1e19", 7])
+def test_parse_bytes_refuses(text: Any) -> None:
+    with pytest.raises(SettingsError, match=r"is not a number of bytes \(1 to 2\^63\); write for example 12GiB"):
         parse_bytes(text)
 
 
@@ -117,7 +118,7 @@ def test_a_limit_cuts_second_moments_and_no_more_than_needed(
 
 
 def test_a_limit_without_second_moments_is_kept_or_refused(sources: Sources) -> None:
-    settings = {"metric": "wanda", "shuffle": "none", "refine": False}
+    settings: dict[str, Any] = {"metric": "wanda", "shuffle": "none", "refine": False, "micro_batch": 1}
     free = streamprune.plan(sources("opt"), **settings)
     needed = free.peak_memory_bytes - free.memory.read_ahead
     assert streamprune.plan(sources("opt"), max_memory=str(needed), **settings).peak_memory_bytes == needed
@@ -169,10 +170,58 @@ def test_on_a_gpu_the_stages_of_a_block_lie_there(sources: Sources) -> None:
         memory.fit_memory(gpu, config, pace, memory.Limits(device=1000))
 
 
-@pytest.mark.parametrize("setting", [{"micro_batch": 0}, {"micro_batch": -1}, {"prefetch": -1}], ids=str)
-def test_pace_that_makes_no_sense(setting: dict[str, int], sources: Sources) -> None:
-    with pytest.raises(SettingsError, match=r"(micro batch|prefetch) (0|-1) is not a whole number"):
-        streamprune.plan(sources("llama"), **setting)
+def test_no_more_is_read_ahead_than_there_is(sources: Sources) -> None:
+    assert streamprune.plan(sources("llama"), prefetch=1000).memory.blocks_ahead == 3
+
+
+@pytest.mark.parametrize(("asked", "length"), [(None, 320), (320, 320), (48, 48)])
+def test_the_length_of_sequences(
+    asked: int | None, length: int, sources: Sources, prune: Callable[..., CompressResult], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """2048 tokens, or the model's positions where they are fewer; the identity holds what was used."""
+    foretold = streamprune.plan(sources("llama"), sequence_length=asked)
+    assert (foretold.samples, foretold.sequence_length) == (128, length)
+    said = ["sequences of 320 tokens: the model has no more positions"] if asked is None else []
+    assert caplog.messages == said
+    prune("llama", tmp_path / "out", sequence_length=asked)
+    assert caplog.messages == said * 2
+    identity = tiny.read_json(tmp_path / "out" / tiny.MANIFEST)["identity"]
+    assert identity["calibration"]["sequence_length"] == length
+    assert prune("llama", tmp_path / "out", sequence_length=length).status == "already finished"
+
+
+@pytest.mark.parametrize(
+    ("asked", "positions", "length"),
+    [(None, None, 2048), (None, 2048, 2048), (None, 4096, 2048), (None, 320, 320), (4096, None, 4096), (2, 2, 2)],
+)
+def test_lengths_that_fit(asked: int | None, positions: int | None, length: int) -> None:
+    assert fitting_length(asked, positions) == length
+
+
+@pytest.mark.parametrize(("asked", "positions"), [(321, 320), (None, 1)])
+def test_lengths_that_do_not(asked: int | None, positions: int) -> None:
+    with pytest.raises(SettingsError, match=rf"sequence length {asked or 2} is beyond the model's {positions} pos"):
+        fitting_length(asked, positions)
+
+
+@pytest.mark.parametrize("length", [None, 321, 10**6])
+def test_without_a_text_no_length_matters(
+    length: int | None, sources: Sources, prune: Callable[..., CompressResult], outputs: Callable[..., Path],
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    unseen: dict[str, Any] = {"metric": "magnitude", "shuffle": "none", "validate": False}
+    foretold = streamprune.plan(sources("llama"), sequence_length=length, **unseen)
+    assert (foretold.samples, foretold.sequence_length, foretold.scratch_bytes) == (0, 0, 0)
+    assert foretold.memory.embeddings == 0
+    prune("llama", tmp_path / "out", sequence_length=length, **unseen)
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama", **unseen))
+    assert caplog.messages == []
+
+
+def test_what_a_job_refuses_from_headers_its_plan_refuses_too(sources: Sources) -> None:
+    with pytest.raises(SettingsError, match="sequence length 321 is beyond the model's 320 positions"):
+        streamprune.plan(sources("llama"), sequence_length=321)
 
 
 def test_reading_ahead_ends_with_the_job(

@@ -1,7 +1,9 @@
 """What a job refuses before it computes, and how it ends on numbers that are not finite."""
 
+import json
 import os
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +12,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from streamprune.cli import cli
+from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, NumericsError, OutputError, SettingsError, UnsupportedModelError
 from streamprune.pipeline import scheduler
 from streamprune.pipeline.compress import CompressResult
@@ -129,12 +134,12 @@ class TestBeforeAnyBlock:
             ({"fold": "both"}, "fold 'both' is none of heads, free"),
             ({"objective": "error"}, "objective 'error' is none of score, energy"),
             ({"entropy_range": "model"}, "entropy_range 'model' is none of channel, layer"),
-            ({"shrinkage": 1.1}, r"shrinkage 1.1 is outside 0\.\.1"),
+            ({"shrinkage": 1.1}, "shrinkage 1.1 is not a number from 0 to 1"),
             ({"shrinkage": float("nan")}, "shrinkage nan"),
-            ({"correction": -0.1}, r"correction -0.1 is outside 0\.\.1"),
+            ({"correction": -0.1}, "correction -0.1 is not a number from 0 to 1"),
             ({"correction": float("nan")}, "correction nan"),
-            ({"correction_stride": 0}, "correction_stride 0 is not a whole number >= 1"),
-            ({"moments_width": 63}, "moments_width 63 is fewer than 64 channels"),
+            ({"correction_stride": 0}, "correction_stride 0 is not a whole number from 1 to"),
+            ({"moments_width": 63}, "moments_width 63 is not a whole number from 64 to"),
             ({"amplitude": "l1"}, "amplitude 'l1' is none of l2, wanda, rms"),
             ({"on_excess": "shrug"}, "on_excess 'shrug' is none of stop, keep-dense, warn"),
             ({"alpha": -1.0}, "alpha -1.0"),
@@ -142,6 +147,21 @@ class TestBeforeAnyBlock:
             ({"entropy_bins": 1}, "entropy_bins 1"),
             ({"shuffle_block": 1}, "shuffle_block 1"),
             ({"max_block_error": -0.1}, "max_block_error -0.1"),
+            ({"samples": "4"}, "samples '4' is not a whole number from 1 to 2147483647"),
+            ({"samples": 4.0}, "samples 4.0 is not a whole number"),
+            ({"samples": True}, "samples True is not a whole number"),
+            ({"samples": None}, "samples None is not a whole number"),
+            ({"seed": -1}, "seed -1 is not a whole number from 0 to 9223372036854775807"),
+            ({"micro_batch": 0}, "micro_batch 0 is not a whole number"),
+            ({"prefetch": -1}, "prefetch -1 is not a whole number from 0 to 1000"),
+            ({"alpha": "1"}, "alpha '1' is not a number from 0 to 1000000"),
+            ({"max_block_error": True}, "max_block_error True is not a number"),
+            ({"max_memory": 2**30}, "1073741824 is not a number of bytes"),
+            ({"refine": "no"}, "refine 'no' is neither true nor false"),
+            ({"relative": 1}, "relative 1 is neither true nor false"),
+            ({"shuffle": None}, "shuffle None is not none, nor stride"),
+            ({"metric": ["wanda"]}, r"metric \['wanda'\] is none of"),
+            ({"pattern": 24}, "pattern 24 is not N:M"),
             ({"device": "tpu"}, "device 'tpu'"),
             ({"dtype": "int8"}, "dtype 'int8'"),
             ({"dtype": "float16", "device": "cpu"}, "dtype float16 is about 100 times slower"),
@@ -155,6 +175,11 @@ class TestBeforeAnyBlock:
             prune("llama", tmp_path / "out", **settings)
         assert error.value.exit_code == 2
         assert not (tmp_path / "out").exists()
+
+
+def test_equal_settings_are_equal_bytes() -> None:
+    whole, parts = (PruneConfig(alpha=number(1), correction=number(0)) for number in (int, float))
+    assert json.dumps(whole.to_dict()) == json.dumps(parts.to_dict())
 
 
 def test_an_output_as_source(prune: Prune, outputs: Callable[..., Path], tmp_path: Path) -> None:
@@ -196,3 +221,79 @@ def test_a_dead_channel_and_a_layer_of_zeros(
     result = prune(source, tmp_path / "out")
     assert verify(tmp_path / "out", source=source).faults == []
     assert all(torch.tensor(error).isfinite() for _, error in result.worst_layers)
+
+
+def scaled(factors: dict[str, float], source: Path) -> None:
+    """Multiply every tensor whose name holds a key, in float32: bfloat16 sums of large numbers are coarse."""
+    tensors = {name: tensor.float() for name, tensor in tiny.read_tensors(source).items()}
+    for part, factor in factors.items():
+        for name in [name for name in tensors if part in name]:
+            tensors[name] *= factor
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+BLOCK = "model.layers.1."
+ATTENTION, MLP = f"{BLOCK}self_attn.", f"{BLOCK}mlp."
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reconstruct": {"reconstruct": True},
+    "ria": {"metric": "ria", "shuffle": "residual+assignment"},
+    "wanda": {"metric": "wanda", "shuffle": "global+local", "refine": False, "objective": "energy"},
+    "magnitude": {"metric": "magnitude", "shuffle": "none", "refine": False},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "factors",
+    [
+        {ATTENTION: 0.0, MLP: 0.0},  # a block of zeros
+        {f"{ATTENTION}o_proj": 0.0, f"{MLP}down_proj": 0.0},  # that adds nothing
+        {"": 0.0},
+        {"model.embed_tokens": 0.0},
+        {"norm": 0.0},
+        {"model.embed_tokens": 1e15},  # what blocks add is lost in rounding
+        {f"{BLOCK}input_layernorm": 1e-30, f"{ATTENTION}q_proj.weight": 1e30},  # squares of its scores: beyond float32
+        {f"{MLP}down_proj": 1e-38},
+    ],
+    ids=str,
+)
+def test_figures_of_zeros_and_of_extremes_are_finite(
+    factors: dict[str, float], method: str, prune: Prune, source: Path, tmp_path: Path
+) -> None:
+    """The job ends, and what it wrote is strict JSON, which the manifest's reader wants, and is right."""
+    scaled(factors, source)
+    prune(source, tmp_path / "out", **METHODS[method])
+    assert verify(tmp_path / "out", source=source).faults == []
+    assert prune(source, tmp_path / "out", **METHODS[method]).status == "already finished"
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({f"{BLOCK}input_layernorm": 1e25, f"{ATTENTION}q_proj": 1e-20}, "second moments of the input are beyond fl"),
+        ({f"{BLOCK}input_layernorm": 1e20, f"{ATTENTION}q_proj": 1e19}, "holds NaN or infinity"),
+    ],
+    ids=str,
+)
+def test_figures_that_float32_does_not_hold_name_the_layer(
+    factors: dict[str, float], message: str, prune: Prune, source: Path, tmp_path: Path
+) -> None:
+    scaled({**factors, f"{ATTENTION}k_proj": 0.0}, source)
+    with pytest.raises(NumericsError, match=rf"^model\.layers\.1\.self_attn\.[qo]_proj: .*{message}"):
+        prune(source, tmp_path / "out")
+
+
+def test_an_error_against_zeros_is_the_largest_number(prune: Prune, source: Path, tmp_path: Path) -> None:
+    """Inputs that are equal in all channels, and rows that add up to 0: dense outputs are 0, pruned ones are not."""
+    tensors = {name: tensor.float() for name, tensor in tiny.read_tensors(source).items()}
+    tensors["model.embed_tokens.weight"].fill_(1.0)
+    tensors["model.layers.0.input_layernorm.weight"].fill_(1.0)
+    tensors["model.layers.0.self_attn.q_proj.bias"].zero_()
+    tensors["model.layers.0.self_attn.q_proj.weight"].copy_(torch.tensor([3.0, -1.0, -1.0, -1.0]).repeat(64, 16))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = prune(source, tmp_path / "out", metric="magnitude", shuffle="none", refine=False)
+    assert result.worst_layers[0] == ("model.layers.0.self_attn.q_proj", sys.float_info.max)
+    shown = CliRunner().invoke(cli, ["inspect", str(tmp_path / "out")]).stdout
+    assert max(map(len, shown.splitlines())) < 250
+    assert "1.8e+308" in shown

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import datasets
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from streamprune.cli import cli
 from streamprune.errors import CalibrationError, CheckpointError, Interrupted, NumericsError, SettingsError
 from streamprune.model import documents
 from streamprune.runtime import evaluate as evaluation
@@ -98,7 +102,9 @@ def test_refusals(sources: Callable[[str], Path], held_out: Path, tmp_path: Path
         (CalibrationError, r"short\.txt: 99 tokens are fewer than one window of 100", {"text": tmp_path / "short.txt"}),
         (CalibrationError, "99 tokens are fewer than one window of 100", {"max_tokens": 99}),
         (CalibrationError, r"missing\.txt: no such file", {"text": tmp_path / "missing.txt"}),
-        (SettingsError, "sequence length must be at least 2", {"sequence_length": 1}),
+        (SettingsError, "sequence_length 1 is not a whole number from 2 to", {"sequence_length": 1}),
+        (SettingsError, r"sequence_length 100\.0 is not a whole number", {"sequence_length": 100.0}),
+        (SettingsError, "max_tokens 0 is not a whole number from 2 to", {"max_tokens": 0}),
         (SettingsError, "sequence length 321 is beyond the model's 320 positions", {"sequence_length": 321}),
         (SettingsError, "device 'tpu'", {"device": "tpu"}),
     ]
@@ -125,3 +131,48 @@ def test_damaged_packed_values_that_are_not_finite(copy_of: Callable[..., Path],
     tiny.edit_tensor(tiny.shard_of(out, name), name, lambda values: values.view(-1)[3:4].fill_(math.inf))
     with pytest.raises(NumericsError, match=rf"tensor {name} holds NaN or infinity"):
         evaluate(out, text=held_out, sequence_length=100)
+
+
+def test_the_length_of_a_window_is_the_models_where_that_is_short(
+    sources: Callable[[str], Path], held_out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = evaluate(sources("llama"), text=held_out)
+    assert (result.sequence_length, result.tokens) == (320, 1920)
+    assert caplog.messages == ["sequences of 320 tokens: the model has no more positions"]
+
+
+def with_final_norm(source: Path, factor: float, folder: Path) -> Path:
+    """A copy in float32 whose logits are `factor` times as large."""
+    shutil.copytree(source, folder)
+    tensors = {name: tensor.float() for name, tensor in tiny.read_tensors(source).items()}
+    tensors["model.norm.weight"] *= factor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_perplexity_beyond_floats(sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
+    """The loss is known; e to its power is not a number that a float holds, nor JSON."""
+    folder = with_final_norm(sources("llama"), 1000.0, tmp_path / "model")
+    loss = transformers_loss(folder, held_out.read_text(), 100)
+    assert loss > 709.79
+    arguments = [
+        "evaluate",
+        str(folder),
+        "--text",
+        str(held_out),
+        "--sequence-length=100",
+        "--dtype=float32",
+        "--quiet",
+    ]
+    plain, as_json = (CliRunner().invoke(cli, [*arguments, *flag]) for flag in ([], ["--json"]))
+    figures = json.loads(as_json.stdout)
+    assert figures["perplexity"] is None
+    assert figures["loss"] == pytest.approx(loss, rel=2e-6)
+    assert plain.stdout.startswith(f"perplexity beyond 1.8e308 (loss {figures['loss']:.4f} nats a token) over 2000 tok")
+
+
+def test_a_loss_that_is_not_finite(sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
+    folder = with_final_norm(sources("llama"), 1e37, tmp_path / "model")
+    for dtype, advice in (("float32", "too large for float32; mend them"), ("bfloat16", "try --dtype float32")):
+        with pytest.raises(NumericsError, match=rf"model: the loss of window 0 is NaN or infinite: .*{advice}"):
+            evaluate(folder, text=held_out, sequence_length=100, dtype=dtype)
