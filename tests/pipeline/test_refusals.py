@@ -92,7 +92,9 @@ class TestBeforeAnyBlock:
     def test_unsupported_architecture_names_those_supported(self, prune: Prune, source: Path, tmp_path: Path) -> None:
         config = tiny.read_json(source / "config.json")
         tiny.write_json(source / "config.json", config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
-        with pytest.raises(UnsupportedModelError, match="'gpt2' is not supported; these are: llama, mistral, opt"):
+        with pytest.raises(
+            UnsupportedModelError, match="'gpt2' is not supported; these are: llama, ministral, mistral, opt"
+        ):
             prune(source, tmp_path / "out")
 
     @pytest.mark.parametrize("harm", ["missing file", "missing tensor", "other shape", "cut short"])
