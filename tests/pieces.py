@@ -23,8 +23,8 @@ TOKENS = torch.tensor([[ord(character) for character in "Twenty-nine letters and
 def outer_tensors(skeleton: Skeleton, folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_checkpoint(folder)
     names = match_names(skeleton, checkpoint)
-    tensors = checkpoint.read(names[name] for name in skeleton.outer_parameters())
-    return {name: tensors[names[name]].float() for name in skeleton.outer_parameters()}
+    tensors = checkpoint.read(names[name] for name in skeleton.outer_parameters)
+    return {name: tensors[names[name]].float() for name in skeleton.outer_parameters}
 
 
 def recorded(skeleton: Skeleton, folder: Path, tokens: torch.Tensor = TOKENS) -> BlockInputs:

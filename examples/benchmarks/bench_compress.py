@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM
 import streamprune
 from make_checkpoint import make_checkpoint
 from streamprune.checkpoint.reader import open_checkpoint
-from streamprune.pipeline.calibration import calibration_tokens
+from streamprune.pipeline.calibration import Calibration, calibration_tokens
 
 RATIO_TOKENS = 32, 1024
 METHODS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ def ratio(
     """Seconds of each method and of two forward passes, and each stage's share of a method's."""
     model, text = directory / "smollm2-135m", directory / "text" / "calibration.txt"
     samples, length = RATIO_TOKENS
-    tokens = calibration_tokens(model, str(text), samples, length, 0)
+    tokens = calibration_tokens(model, Calibration(str(text), samples=samples, sequence_length=length))
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
     amount: dict[str, Any] = {"calibration": str(text), "samples": samples, "sequence_length": length, "device": "cpu",
                               "dtype": dtype, "micro_batch": 1}  # fmt: skip

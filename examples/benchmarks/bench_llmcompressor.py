@@ -29,7 +29,8 @@ import torch
 import streamprune
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.model.arithmetic import name_of, resolve_arithmetic
-from streamprune.pipeline.calibration import calibration_tokens
+from streamprune.model.documents import TEXT_COLUMN
+from streamprune.pipeline.calibration import Calibration, calibration_tokens
 from streamprune.pipeline.job import versions
 from streamprune_kernels import kept_sums
 
@@ -134,7 +135,8 @@ def main() -> None:
     work = given.directory / "bench"
     work.mkdir(exist_ok=True)
     python = interpreter(work / "llmcompressor")
-    tokens = calibration_tokens(model, str(text), given.samples, given.sequence_length, given.seed)
+    calibration = Calibration(str(text), TEXT_COLUMN, given.samples, given.sequence_length, given.seed)
+    tokens = calibration_tokens(model, calibration)
     (work / "tokens.json").write_text(json.dumps(tokens.tolist()))
     ours, default, theirs, first = (
         work / f"wanda{end}" for end in ("", "-default", "-llmcompressor", "-llmcompressor-first")

@@ -28,7 +28,7 @@ from streamprune.config import NMPattern
 from streamprune.model.architectures import Architecture, architecture_of
 from streamprune.model.arithmetic import peak_memory_bytes
 from streamprune.model.text import load_tokenizer
-from streamprune.pipeline.calibration import calibration_tokens
+from streamprune.pipeline.calibration import Calibration, calibration_tokens
 
 BLOCK_SIZE = 128  # columns whose updates are applied to the rest at once; the paper's B
 DAMPING = 0.01  # of the mean diagonal of the Hessian; the paper's lambda
@@ -150,7 +150,9 @@ def prune_model(
 ) -> Comparison:
     """Prune the checkpoint `model` into the new folder `out`."""
     start = time.perf_counter()
-    tokens = calibration_tokens(model, calibration, samples, sequence_length, seed)
+    tokens = calibration_tokens(
+        model, Calibration(calibration, samples=samples, sequence_length=sequence_length, seed=seed)
+    )
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     dtype = network.dtype
     network = network.float()

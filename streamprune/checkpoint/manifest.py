@@ -1,84 +1,166 @@
-"""The manifest of an output: every field that anything relies on is checked. docs/format.md says what they mean."""
+"""Records of a job: what its journal says of each block, and the manifest of its output.
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+One schema, read and written by these classes; docs/format.md says what the fields mean. Of an unknown file every field
+is checked when it is read: counts are from 0 to 2^63, numbers are finite.
+"""
+
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
 
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError
 
-
-@dataclass(frozen=True)
-class Items:
-    """A list whose items are all of one kind, `least` to `most` of them."""
-
-    kind: Any
-    least: int = 0
-    most: float = math.inf
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Number = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Entries:
-    """An object with any keys whose values are all of one kind."""
+class StepRecord(Struct, frozen=True):
+    """A layer after one step of pruning; the fields are streamprune.pruning.group.Step's."""
 
-    kind: Any
-
-
-# A kind is a type, a union of types, Items, Entries, or a dict of the keys that must be there with their kinds.
-# Integers are counts: 0 to 2^63. Numbers are finite.
-NUMBER = int | float
-STEP = {"name": str, "retained_score": NUMBER, "output_error": NUMBER | None, "corrected_error": NUMBER | None}
-LAYER = {
-    "name": str,
-    "pattern": str,
-    "shape": Items(int, 2, 2),
-    "dense_bytes": int,
-    "packed_bytes": int,
-    "permutation_bytes": int,
-    "steps": Items(STEP, 1),
-    "shrinkage": Items(NUMBER),
-    "weighted_error": NUMBER,
-    "kernel_error": NUMBER | None,
-    "layer_error": NUMBER | None,
-}
-BLOCK = {
-    "name": str,
-    "outcome": str,
-    "block_error": NUMBER | None,
-    "moments": {"bytes": int, "layers_in_blocks": Items(str)},
-    "layers": Items(LAYER),
-}
-MANIFEST = {
-    "format_version": int,
-    "identity": {"settings": {"validate": bool, "reconstruct": bool}},
-    "blocks": Items(BLOCK, 1),
-    "dense_layers": Entries(str),
-    "source_bytes": int,
-    "source_tensors": Entries(str),
-    "files": Entries({"sha256": str, "bytes": int}),
-}
-MEASURED = ("kernel_error", "layer_error")  # by running text; null where none was run
-TIMINGS = {"seconds": NUMBER, "peak_memory_bytes": int}
+    name: str
+    retained_score: Number
+    output_error: Number | None
+    corrected_error: Number | None
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+class LayerRecord(Struct, frozen=True):
+    """A pruned layer. The two last errors are measured by running text: None where none was run."""
+
+    name: str
+    pattern: str
+    shape: tuple[Count, Count]
+    dense_bytes: Count
+    packed_bytes: Count
+    permutation_bytes: Count
+    steps: Annotated[tuple[StepRecord, ...], Meta(min_length=1)]
+    shrinkage: tuple[Number, ...]
+    weighted_error: Number
+    kernel_error: Number | None
+    layer_error: Number | None
+
+
+class MomentsRecord(Struct, frozen=True):
+    """Memory of all second moments of a block, and the layers whose inputs were too wide for one matrix of them."""
+
+    bytes: Count
+    layers_in_blocks: tuple[str, ...]
+
+
+class BlockRecord(Struct, frozen=True):
+    """A block in the manifest. `block_error` is None where no text was run."""
+
+    name: str
+    outcome: str
+    block_error: Number | None
+    moments: MomentsRecord
+    layers: tuple[LayerRecord, ...]
+
+
+class BlockTimings(Struct, frozen=True):
+    """Seconds of each stage, and the process's peak memory so far."""
+
+    seconds: dict[str, Number]
+    peak_memory_bytes: Count
+
+
+class JournalEntry(Struct, frozen=True):
+    """A finished block in the journal: its record, and what is needed to go on from it or to finish.
+
+    source_tensors   sha256 of each of the source's tensors, by its name there
+    files            sha256 of the block's files, by their paths in the output folder
+    hidden_states    checksum of each sequence's output behind pruned blocks; None where no text was run
+    reference_states the same behind dense blocks; None where none is kept
+    """
+
+    record: BlockRecord
+    source_tensors: dict[str, str]
+    files: dict[str, str]
+    hidden_states: tuple[int | None, ...] | None
+    reference_states: tuple[int | None, ...] | None
+    timings: BlockTimings
+
+
+class FileRecord(Struct, frozen=True):
+    """A file of an output."""
+
+    sha256: str
+    bytes: Count
+
+
+class Manifest(Struct, frozen=True):
+    """What a finished output says of itself. `identity` is what determined its bytes, as nested plain data."""
+
+    format_version: Count
+    identity: dict[str, Any]
+    blocks: Annotated[tuple[BlockRecord, ...], Meta(min_length=1)]
+    dense_layers: dict[str, str]
+    source_bytes: Count
+    source_tensors: dict[str, str]
+    files: dict[str, FileRecord]
+
+    @property
+    def layers(self) -> list[LayerRecord]:
+        return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def validated(self) -> bool:
+        """Whether text passed the model, so that errors were measured."""
+        return bool(self.identity["settings"]["validate"])
+
+    @property
+    def reconstructed(self) -> bool:
+        """Whether kept weights were fitted: they are then not the source's."""
+        return bool(self.identity["settings"]["reconstruct"])
+
+
+class Timings(Struct, frozen=True):
+    """What is read again of a job's timings."""
+
+    seconds: Number
+    peak_memory_bytes: Count
+
+
+def read_manifest(path: Path) -> Manifest:
     """A manifest whose fields are of their kinds. Raises CheckpointError naming the first that is not."""
-    manifest = read_checked(path, MANIFEST)
-    if manifest["identity"]["settings"]["validate"]:
-        for block in manifest["blocks"]:
-            measured = [block["block_error"], *(layer[key] for layer in block["layers"] for key in MEASURED)]
-            if None in measured:
-                raise CheckpointError(f"{path}: is malformed (errors of {block['name']} are null, though it validated)")
+    manifest = read_record(path, Manifest)
+    settings = manifest.identity.get("settings")
+    for name in ("validate", "reconstruct"):
+        if not isinstance(settings, dict) or not isinstance(settings.get(name), bool):
+            raise CheckpointError(f"{path}: is malformed (identity.settings.{name} is not true or false)")
+    for block in manifest.blocks if manifest.validated else ():
+        measured = [block.block_error, *(e for layer in block.layers for e in (layer.kernel_error, layer.layer_error))]
+        if None in measured:
+            raise CheckpointError(f"{path}: is malformed (errors of {block.name} are null, though it validated)")
     return manifest
 
 
-def read_checked(path: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
+def read_record(path: Path, kind: type[T]) -> T:
     """A JSON object of a kind. Raises CheckpointError naming the first field that is not of its kind."""
-    value = read_json(path)
-    if fault := next(_faults(value, kind, ""), None):
-        raise CheckpointError(f"{path}: is malformed ({fault}); run streamprune verify, or take another copy")
+    try:
+        return record_of(read_json(path), kind)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: is malformed ({error}); run streamprune verify, or take another copy"
+        ) from error
+
+
+def record_of(value: Any, kind: type[T]) -> T:
+    """Plain data as a record. Raises ValueError naming the first field that is not of its kind."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error).replace("`$.", "`").replace("`", "")) from error
+
+
+def plain(record: Struct) -> dict[str, Any]:
+    """A record as plain data for JSON."""
+    value: dict[str, Any] = msgspec.to_builtins(record)
     return value
 
 
@@ -89,40 +171,6 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str, 
             yield from differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     elif old != new:
         yield name, _short(old), _short(new)
-
-
-def _faults(value: Any, kind: Any, where: str) -> Iterator[str]:
-    container = list if isinstance(kind, Items) else dict if isinstance(kind, Entries | dict) else None
-    if container is not None and not isinstance(value, container):
-        yield f"{where or 'it'} is {_shown(value)}, no {'list' if container is list else 'object'}"
-    elif isinstance(kind, Items):
-        if not kind.least <= len(value) <= kind.most:
-            yield f"{where} has {len(value)} items"
-        for place, item in enumerate(value):
-            yield from _faults(item, kind.kind, f"{where}[{place}]")
-    elif isinstance(kind, Entries):
-        for name, item in value.items():
-            yield from _faults(item, kind.kind, f"{where}.{name:.80}")
-    elif isinstance(kind, dict):
-        for name, inner in kind.items():
-            if name not in value:
-                yield f"{where}.{name} is missing".lstrip(".")
-            else:
-                yield from _faults(value[name], inner, f"{where}.{name}".lstrip("."))
-    elif not _is_of(value, kind):
-        yield f"{where} is {_shown(value)}"
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        return False
-    if isinstance(value, int) and not isinstance(value, bool):
-        return 0 <= value < 2**63
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.40}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _short(value: Any) -> str:

@@ -3,60 +3,77 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from streamprune.checkpoint.packed import layer_from_tensors
+from streamprune.checkpoint.packed import check_contents, layer_from_tensors, tensor_names
 from streamprune.config import NMPattern
 from streamprune.errors import NumericsError
+from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.packed_linear import PackedLinear
-from streamprune.model.skeleton import Skeleton
+from streamprune.model.skeleton import Block, Skeleton
+from streamprune.model.source import Source
 from streamprune_kernels import all_finite
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]  # of a layer's inputs [tokens, in] and outputs [tokens, out]
 
 
 def dense_block(
-    skeleton: Skeleton, index: int, tensors: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    skeleton: Skeleton, block: Block, tensors: Mapping[str, torch.Tensor], arithmetic: Arithmetic
 ) -> nn.Module:
     """A block with dense weights, from its parameters by full name, in the arithmetic's dtype."""
-    prefix = f"{skeleton.blocks[index]}."
-    block = copy.deepcopy(skeleton.block(index))
-    state = {name.removeprefix(prefix): tensors[name].to(device, dtype) for name in skeleton.block_parameters(index)}
-    block.load_state_dict(state, strict=True, assign=True)
-    return block.to(device).eval()
+    module = copy.deepcopy(skeleton.module(block))
+    device, dtype = arithmetic.device, arithmetic.dtype
+    state = {block.local(name): tensors[name].to(device, dtype) for name in block.parameters}
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.to(device).eval()
 
 
 def packed_block(
     skeleton: Skeleton,
-    index: int,
+    block: Block,
     tensors: Mapping[str, torch.Tensor],
     layers: Mapping[str, NMPattern],
-    device: torch.device,
-    dtype: torch.dtype,
+    arithmetic: Arithmetic,
 ) -> nn.Module:
     """A block from the tensors of its shard: `layers` (full names) stay packed, everything else is dense."""
-    prefix = f"{skeleton.blocks[index]}."
-    block = copy.deepcopy(skeleton.block(index))
+    module = copy.deepcopy(skeleton.module(block))
     for name in sorted(layers):
-        local = name.removeprefix(prefix)
-        layer = layer_from_tensors(name, tensors)
+        layer, bias = layer_from_tensors(name, tensors), tensors.get(f"{name}.bias")
         packed = PackedLinear.from_packed(
             _for_kernels(layer.values),
             layer.mask,
-            in_features=block.get_submodule(local).get_parameter("weight").shape[1],
+            in_features=block.layers[name].shape[1],
             pattern=layers[name],
-            bias=_for_kernels(bias) if (bias := tensors.get(f"{name}.bias")) is not None else None,
+            bias=None if bias is None else _for_kernels(bias),
             permutation=layer.permutation,
         )
-        block.set_submodule(local, packed)
+        module.set_submodule(block.local(name), packed)
     inside = tuple(f"{name}." for name in layers)
-    names = [name for name in skeleton.block_parameters(index) if not name.startswith(inside)]
-    state = {name.removeprefix(prefix): tensors[name].to(dtype) for name in names}
-    block.load_state_dict(state, strict=False, assign=True)
-    return block.to(device).eval()
+    names = [name for name in block.parameters if not name.startswith(inside)]
+    state = {block.local(name): tensors[name].to(arithmetic.dtype) for name in names}
+    module.load_state_dict(state, strict=False, assign=True)
+    return module.to(arithmetic.device).eval()
+
+
+def load_block(source: Source, block: Block, arithmetic: Arithmetic, untrusted: bool = False) -> nn.Module:
+    """A block ready to run from disk: its packed layers are sparse, everything else is dense.
+
+    Of an `untrusted` source masks and permutations are checked, with CheckpointError for those that are none.
+    """
+    layers = {name: source.packed[name] for name in block.layers if name in source.packed}
+    pruned = {block.layers[name].parameter for name in layers}
+    dense = [name for name in block.parameters if name not in pruned]
+    stored = [name for layer in layers for name in tensor_names(source.checkpoint, layer)]
+    tensors = source.checkpoint.read([*source.stored_names(dense), *stored])
+    if untrusted:
+        for name, pattern in layers.items():
+            check_contents(name, layer_from_tensors(name, tensors), pattern)
+    by_parameter = {**{name: tensors[source.names[name]] for name in dense}, **{name: tensors[name] for name in stored}}
+    return packed_block(source.skeleton, block, by_parameter, layers, arithmetic)
 
 
 def _for_kernels(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,14 +81,22 @@ def _for_kernels(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32) if tensor.dtype == torch.float64 else tensor
 
 
-def run_block(block: nn.Module, states: torch.Tensor, arguments: Mapping[str, Any], name: str) -> torch.Tensor:
-    """The block's output [sequences, tokens, hidden]. Raises NumericsError where it is not finite."""
-    with torch.inference_mode():
-        output = block(states, **arguments)
-    output = output[0] if isinstance(output, tuple) else output
-    if not all_finite(output):
-        raise NumericsError(f"{name}: its output holds NaN or infinity; try --dtype float32")
-    return output
+@dataclass(frozen=True)
+class RunnableBlock:
+    """A block with weights, and the keyword arguments that it is called with beside hidden states."""
+
+    name: str
+    module: nn.Module
+    arguments: Mapping[str, Any]
+
+    def run(self, states: torch.Tensor) -> torch.Tensor:
+        """Its output [sequences, tokens, hidden]. Raises NumericsError where that is not finite."""
+        with torch.inference_mode():
+            output = self.module(states, **self.arguments)
+        output = output[0] if isinstance(output, tuple) else output
+        if not all_finite(output):
+            raise NumericsError(f"{self.name}: its output holds NaN or infinity; try --dtype float32")
+        return output
 
 
 @contextmanager

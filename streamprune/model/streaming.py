@@ -3,40 +3,23 @@
 Hidden states wait in scratch files between blocks; only one block is in memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map
 
-from streamprune.checkpoint.packed import check_contents, layer_from_tensors, packed_shape, tensor_names
-from streamprune.checkpoint.reader import Checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
-from streamprune.config import NMPattern
-from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.errors import UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
-from streamprune.model.blocks import packed_block, run_block
-from streamprune.model.skeleton import (
-    BlockInputs,
-    Skeleton,
-    arguments_equal,
-    match_names,
-    record_block_inputs,
-    tied_parameters,
-)
+from streamprune.model.blocks import RunnableBlock
+from streamprune.model.forward import BlockInputs, arguments_equal, record_block_inputs
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.source import Source
 from streamprune_kernels import FEW_ROWS, MOST_SHARED_TOKENS
 
 BlockArguments = tuple[dict[str, Any], ...]
-
-
-def read_outer(
-    skeleton: Skeleton, checkpoint: Checkpoint, names: Mapping[str, str], parameters: list[str]
-) -> dict[str, torch.Tensor]:
-    """The named parameters outside the blocks, in their stored dtypes."""
-    tensors = checkpoint.read(names[name] for name in parameters)
-    return {name: tensors[names[name]] for name in parameters}
 
 
 @dataclass(frozen=True)
@@ -52,18 +35,14 @@ class TextInputs:
 
 
 def text_inputs(
-    skeleton: Skeleton,
-    checkpoint: Checkpoint,
-    names: Mapping[str, str],
-    ordered: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
+    source: Source, ordered: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict
 ) -> TextInputs:
     """Open what embeds a text; `ordered` puts tensors by name in the job's order of the residual stream."""
-    embedding = skeleton.embedding
-    prefix = f"{skeleton.model.base_model_prefix}."
-    small = [name for name in skeleton.outer_parameters() if name.startswith(prefix) and name != embedding]
-    read = checkpoint.row_reader(names[embedding])
-    parameters = ordered(read_outer(skeleton, checkpoint, names, small))
-    return TextInputs(parameters, lambda ids: ordered({embedding: read(ids)})[embedding])
+    embedding = source.skeleton.embedding
+    read = source.checkpoint.row_reader(source.names[embedding])
+    return TextInputs(
+        ordered(source.read(source.small_parameters)), lambda ids: ordered({embedding: read(ids)})[embedding]
+    )
 
 
 def block_inputs(skeleton: Skeleton, inputs: TextInputs, ids: torch.Tensor, arithmetic: Arithmetic) -> BlockInputs:
@@ -78,7 +57,7 @@ def embed(
     tokens: torch.Tensor,
     arithmetic: Arithmetic,
     states: HiddenStates | None,
-    tick: Callable[[], None],
+    tick: Callable[[], object],
 ) -> BlockArguments:
     """Run what comes before the blocks on tokens [sequences, length] and keep the results in `states`.
 
@@ -117,13 +96,11 @@ def sequences_at_once(micro_batch: int, tokens: int, device: torch.device) -> in
 
 
 def advance(
-    block: nn.Module,
-    name: str,
-    arguments: Mapping[str, Any],
+    block: RunnableBlock,
     states: HiddenStates,
     target: HiddenStates,
     arithmetic: Arithmetic,
-    tick: Callable[[], None],
+    tick: Callable[[], object],
     observe: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda index, x, y: None,
     micro_batch: int = 1,
 ) -> None:
@@ -137,71 +114,9 @@ def advance(
         chunks = [states.read(index).to(arithmetic.device) for index in indices]
         x = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         del chunks
-        outputs = run_block(block, x, arguments, name)
+        outputs = block.run(x)
         for place, index in enumerate(indices):
             one = slice(place, place + 1)
             target.write(index, outputs[one])
             observe(index, x[one], outputs[one])
             tick()
-
-
-def load_block(
-    skeleton: Skeleton,
-    index: int,
-    checkpoint: Checkpoint,
-    names: Mapping[str, str],
-    packed: Mapping[str, NMPattern],
-    arithmetic: Arithmetic,
-    untrusted: bool = False,
-) -> nn.Module:
-    """A block ready to run from a checkpoint: its layers in `packed` are sparse, everything else is dense.
-
-    Of an `untrusted` checkpoint masks and permutations are checked, with CheckpointError for those that are none.
-    """
-    prefix = f"{skeleton.blocks[index]}."
-    layers = {name: pattern for name, pattern in packed.items() if name.startswith(prefix)}
-    pruned = {f"{name}.weight" for name in layers}
-    dense = {name: names[name] for name in skeleton.block_parameters(index) if name not in pruned}
-    stored = [name for layer in layers for name in tensor_names(checkpoint, layer)]
-    tensors = checkpoint.read([*dense.values(), *stored])
-    by_parameter = {**{name: tensors[source] for name, source in dense.items()}, **{n: tensors[n] for n in stored}}
-    if untrusted:
-        for name, pattern in layers.items():
-            check_contents(name, layer_from_tensors(name, tensors), pattern)
-    return packed_block(skeleton, index, by_parameter, layers, arithmetic.device, arithmetic.dtype)
-
-
-def check_tied(skeleton: Skeleton, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    """Raise CheckpointError where a tensor that config.json ties to another is there too, and is not the same."""
-    for parameter, stored in tied_parameters(skeleton.model).items():
-        if parameter not in checkpoint.tensors or names[stored] == parameter:
-            continue
-        pairs = zip(checkpoint.pieces(parameter), checkpoint.pieces(names[stored]), strict=False)
-        if not all(torch.equal(one, other) for one, other in pairs):
-            raise CheckpointError(
-                f"{checkpoint.folder}: tensor {parameter} differs from {names[stored]}, which config.json ties it to; "
-                "set tie_word_embeddings to false where the weights are right"
-            )
-
-
-def output_names(skeleton: Skeleton, checkpoint: Checkpoint, packed: Mapping[str, NMPattern]) -> dict[str, str]:
-    """As `match_names`, for a folder that may hold packed layers, whose weights have no tensor of their own."""
-    if not packed:
-        return match_names(skeleton, checkpoint)
-    pruned = {f"{name}.weight" for name in packed}
-    expected = {*skeleton.outer_parameters()}
-    for index in range(len(skeleton.blocks)):
-        expected.update(skeleton.block_parameters(index))
-    unknown = sorted(name for name in packed if f"{name}.weight" not in expected)
-    if unknown:
-        raise CheckpointError(f"{checkpoint.folder}: layer {unknown[0]} is not in the model of config.json")
-    missing = sorted(expected - pruned - set(checkpoint.tensors))
-    if missing:
-        raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
-    for name in sorted(expected):
-        shape = skeleton.model.get_parameter(name).shape
-        layer = name.removesuffix(".weight")
-        stored = packed_shape(checkpoint, layer, packed[layer]) if name in pruned else checkpoint.tensors[name].shape
-        if tuple(shape) != tuple(stored):
-            raise CheckpointError(f"{checkpoint.folder}: {name} is {list(stored)}, config.json makes it {list(shape)}")
-    return {name: name for name in sorted(expected - pruned)}

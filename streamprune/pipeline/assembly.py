@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from streamprune.checkpoint.beside import copy_beside
+from streamprune.checkpoint.manifest import BlockRecord, FileRecord, JournalEntry, Manifest, plain
 from streamprune.checkpoint.packed import (
+    FORMAT_VERSION,
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
     PERMUTATIONS_FILE,
@@ -49,37 +51,29 @@ def stage_outer(run: Run, given_up: threading.Event) -> tuple[Staged, dict[str, 
     return staged, digests
 
 
-def assemble(run: Run, entries: Sequence[dict[str, Any]], outer: Staged, digests: dict[str, str]) -> dict[str, Any]:
+def assemble(run: Run, entries: Sequence[JournalEntry], outer: Staged, digests: dict[str, str]) -> Manifest:
     """Write what is not a block, with the outer shard, whose source's tensors have the `digests`; the manifest."""
     job, out, temporary = run.job, run.journal.out, run.journal.temporary
     outer.publish()
-    shard_digests = [outer.digest, *(entry["files"][job.shard_name(index)] for index, entry in enumerate(entries))]
     _merge_evidence(run)
-    shards = [job.shard_name(None), *(job.shard_name(index) for index in range(len(entries)))]
+    shards = [job.shard_name(None), *(job.shard_name(block) for block in job.source.blocks)]
     _write_index(out, shards, temporary)
-    pruned = {layer["name"]: job.config.pattern for entry in entries for layer in entry["layers"]}
-    dense = _dense_layers(job, entries, set(pruned))
-    config = {**read_json(job.source / "config.json"), "quantization_config": quantization_config(pruned, dense)}
+    blocks = tuple(entry.record for entry in entries)
+    pruned = {layer.name: job.config.pattern for block in blocks for layer in block.layers}
+    dense = _dense_layers(job, blocks, set(pruned))
+    config = {**read_json(job.source.folder / "config.json"), "quantization_config": quantization_config(pruned, dense)}
     write_json(out / "config.json", config, temporary)
     run.journal.note_copied(job.beside.copied)
-    copy_beside(job.source, job.beside.copied, out, temporary)
+    copy_beside(job.source.folder, job.beside.copied, out, temporary)
+    known = {job.shard_name(None): outer.digest}
     for entry in entries:
-        digests = {**digests, **entry["source_tensors"]}
-    known = dict(zip(shards, shard_digests, strict=True))
+        digests = {**digests, **entry.source_tensors}
+        known |= entry.files
     written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *job.beside.copied]
-    kept = ("name", "outcome", "block_error", "moments", "layers")
-    return {
-        "format_version": 1,
-        "identity": job.identity,
-        "blocks": [{key: entry[key] for key in kept} for entry in entries],
-        "dense_layers": dense,
-        "source_bytes": job.plan.source_bytes,
-        "source_tensors": digests,
-        "files": {
-            name: {"sha256": known.get(name) or file_digest(out / name), "bytes": (out / name).stat().st_size}
-            for name in written
-        },
+    files = {
+        name: FileRecord(known.get(name) or file_digest(out / name), (out / name).stat().st_size) for name in written
     }
+    return Manifest(FORMAT_VERSION, job.identity, blocks, dense, job.plan.source_bytes, digests, files)
 
 
 def _outer_tensors(run: Run, digests: dict[str, str], given_up: threading.Event) -> dict[str, Pieces]:
@@ -90,9 +84,9 @@ def _outer_tensors(run: Run, digests: dict[str, str], given_up: threading.Event)
     job = run.job
 
     def copied(name: str) -> Iterator[torch.Tensor]:
-        stored, digest = job.names[name], hashlib.sha256()
+        stored, digest = job.source.names[name], hashlib.sha256()
         rows_move = run.residual is not None and (name, 0) in run.residual.reorders
-        pieces = iter([job.checkpoint.read([stored])[stored]]) if rows_move else job.checkpoint.pieces(stored)
+        pieces = iter(job.source.read([name]).values()) if rows_move else job.source.checkpoint.pieces(stored)
         for piece in pieces:
             if given_up.is_set():
                 raise Interrupted(f"{run.journal.out}: given up")
@@ -100,7 +94,7 @@ def _outer_tensors(run: Run, digests: dict[str, str], given_up: threading.Event)
             yield reordered({name: piece}, run.residual)[name]
         digests[stored] = digest.hexdigest()
 
-    sources = {name: job.checkpoint.tensors[job.names[name]] for name in job.skeleton.outer_parameters()}
+    sources = {name: job.source.stored(name) for name in job.source.skeleton.outer_parameters}
     return {name: Pieces(s.dtype, s.shape, functools.partial(copied, name)) for name, s in sources.items()}
 
 
@@ -113,8 +107,8 @@ def _merge_evidence(run: Run) -> None:
     if run.residual is not None:
         permutations[run.residual.name] = run.residual.permutation.to(torch.int32)
         reorders.append(about_permutation(run.residual))
-    for index in range(len(run.job.skeleton.blocks)):
-        path = journal.evidence_path(index)
+    for block in run.job.source.blocks:
+        path = journal.evidence_path(block.index)
         tensors = open_file(path)
         for name, tensor in tensors.read(tensors.tensors).items():
             (statistics if name.endswith(".input_rms") else permutations)[name] = tensor
@@ -130,19 +124,18 @@ def _write_index(out: Path, shards: Sequence[str], temporary: Path) -> None:
     write_json(out / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary)
 
 
-def _dense_layers(job: Job, entries: Sequence[dict[str, Any]], pruned: set[str]) -> dict[str, str]:
+def _dense_layers(job: Job, blocks: Sequence[BlockRecord], pruned: set[str]) -> dict[str, str]:
     """Linear layers of the blocks that are not pruned, each with the reason."""
-    above = {entry["name"]: entry["block_error"] for entry in entries if entry["outcome"] == "kept dense"}
     reasons = dict(job.plan.dense)
-    for entry, layers in zip(entries, job.plan.blocks, strict=True):
+    for block, layers in zip(blocks, job.plan.blocks, strict=True):
         for name in sorted(layers.keys() - pruned):
-            reasons[name] = f"block error {above[entry['name']]:.6g} is above the budget"
+            reasons[name] = f"block error {block.block_error:.6g} is above the budget"
     return reasons
 
 
-def write_manifest(journal: Journal, manifest: dict[str, Any]) -> None:
+def write_manifest(journal: Journal, manifest: Manifest) -> None:
     """The manifest, then its digest; with the digest there the job is finished."""
     out = journal.out
-    write_json(out / MANIFEST_FILE, manifest, journal.temporary)
+    write_json(out / MANIFEST_FILE, plain(manifest), journal.temporary)
     digest = file_digest(out / MANIFEST_FILE)
     write_text(out / MANIFEST_DIGEST_FILE, f"{digest}  {MANIFEST_FILE}\n", journal.temporary)

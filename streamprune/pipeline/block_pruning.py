@@ -1,15 +1,15 @@
 """Pruning one block in memory: scores, permutations, masks, and which tensors a folded permutation reorders."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from streamprune.config import PruneConfig
 from streamprune.errors import numerics_named
-from streamprune.model.architectures import InputGroup
-from streamprune.model.skeleton import Skeleton
-from streamprune.pruning.group import Heads, PrunedGroup, Step, Timed, prune_group
+from streamprune.model.skeleton import Block, Heads, LayerGroup
+from streamprune.model.weights import WeightView
+from streamprune.pruning.group import PrunedGroup, Step, Timed, prune_group
 from streamprune.pruning.selection import weighted_error
 from streamprune.pruning.statistics import ChannelStatistics
 
@@ -55,99 +55,106 @@ class PrunedBlock:
 
 
 def prune_block(
-    skeleton: Skeleton,
-    index: int,
+    block: Block,
     tensors: Mapping[str, torch.Tensor],
     statistics: dict[str, ChannelStatistics],
-    prunable: set[str],
+    layers: Collection[str],
+    heads: Heads,
     config: PruneConfig,
     timed: Timed,
 ) -> PrunedBlock:
     """Prune a block's source tensors (by full name); `statistics` of a layer's input by the layer's full name.
 
-    The statistics of the layers that are pruned are taken out, and freed as they are used up.
+    Only groups all of whose `layers` are named are pruned. The statistics of these are taken out, and freed as they are
+    used up.
     """
     results: dict[str, PrunedGroup] = {}
     rms: dict[str, torch.Tensor] = {}
     folded: list[FoldedPermutation] = []
-    for group, names in skeleton.group_layers(index):
-        if not prunable.issuperset(names):
+    for group in block.groups:
+        if not set(layers).issuperset(group.names):
             continue
-        weights = {name: tensors[name + ".weight"] for name in names}
-        heads = _fold_heads(skeleton, group, config)
+        weights = {layer.name: layer.read(tensors[layer.parameter]) for layer in group.layers}
+        inside = _fold_heads(group, heads, config)
         fixed = config.residual and not group.producers  # the residual stream's permutation is this group's
-        shared = statistics[names[0]]
-        rms.update({name: statistics.pop(name).rms for name in names})
-        with numerics_named(names[0]):
-            result = prune_group(weights, shared, config, heads=heads, fixed=fixed, timed=timed)
+        shared = statistics[group.name]
+        rms.update({name: statistics.pop(name).rms for name in group.names})
+        with numerics_named(group.name):
+            result = prune_group(weights, shared, config, heads=inside, fixed=fixed, timed=timed)
         del shared
-        results.update(dict.fromkeys(names, result))
-        if result.permutation is not None and can_fold(skeleton, group, config):
-            folded += _fold(skeleton, index, names[0], result.permutation, group, heads)
+        results.update(dict.fromkeys(group.names, result))
+        if result.permutation is not None and can_fold(group, heads, config):
+            folded += _fold(block, group, result.permutation, inside)
+    views = {name: view for name, view in block.layers.items() if name in results}
     rows = {tensor: f.permutation for f in folded for tensor, dim in f.reorders if dim == 0}
     folded_inputs = {tensor for f in folded for tensor, dim in f.reorders if dim == 1}
-    layers = {}
-    for name, result in results.items():
-        columns = result.permutation
-        weight, keep = tensors[name + ".weight"], result.keep[name]
-        weight = weight if columns is None else weight[:, columns]
-        error = weighted_error(weight, keep, rms[name] if columns is None else rms[name][columns])
-        weight, keep = (_reordered(t, rows.get(name + ".weight")).contiguous() for t in (weight, keep))
-        written = result.written.get(name)
-        written = weight if written is None else _reordered(written, rows.get(name + ".weight")).contiguous()
-        gather = None if name + ".weight" in folded_inputs else columns
-        steps = result.steps[name]
-        layers[name] = PrunedLayer(weight, written, keep, gather, rms[name], steps, result.shrinkage, error)
-    pruned = {name + ".weight" for name in layers}
-    existing = set(skeleton.block_parameters(index))
-    others = {name: _reordered(tensors[name], rows.get(name)) for name in sorted(existing - pruned)}
+    pruned = {}
+    for name, view in views.items():
+        stored = view.parameter not in folded_inputs
+        pruned[name] = _pruned_layer(view, tensors, results[name], rms[name], rows.get(view.parameter), stored)
+    others = sorted(set(block.parameters) - {view.parameter for view in views.values()})
     kept = tuple(
-        FoldedPermutation(f.name, f.permutation, tuple(r for r in f.reorders if r[0] in existing)) for f in folded
+        FoldedPermutation(f.name, f.permutation, tuple(r for r in f.reorders if r[0] in block.parameters))
+        for f in folded
     )
-    return PrunedBlock(layers, others, kept)
+    return PrunedBlock(pruned, {name: _reordered(tensors[name], rows.get(name)) for name in others}, kept)
 
 
-def can_fold(skeleton: Skeleton, group: InputGroup, config: PruneConfig) -> bool:
+def _pruned_layer(
+    view: WeightView,
+    tensors: Mapping[str, torch.Tensor],
+    result: PrunedGroup,
+    rms: torch.Tensor,
+    rows: torch.Tensor | None,
+    stored: bool,
+) -> PrunedLayer:
+    """A layer in the output's order: columns by its group's permutation (`stored`: not folded), rows by `rows`."""
+    columns = result.permutation
+    weight, keep = view.read(tensors[view.parameter]), result.keep[view.name]
+    weight = weight if columns is None else weight[:, columns]
+    error = weighted_error(weight, keep, rms if columns is None else rms[columns])
+    weight, keep = (_reordered(tensor, rows).contiguous() for tensor in (weight, keep))
+    fitted = result.written.get(view.name)
+    written = weight if fitted is None else _reordered(fitted, rows).contiguous()
+    gather = columns if stored else None
+    return PrunedLayer(weight, written, keep, gather, rms, result.steps[view.name], result.shrinkage, error)
+
+
+def can_fold(group: LayerGroup, heads: Heads, config: PruneConfig) -> bool:
     """Whether a permutation of the group's input folds into its producers; elsewhere it is stored.
 
     Attention's output folds inside heads only, if asked for, and only where groups of M do not cross heads.
     """
     if not group.per_head:
         return bool(group.producers)
-    return config.fold == "heads" and skeleton.heads()[2] % config.pattern.group_size == 0
+    return config.fold == "heads" and heads.size % config.pattern.group_size == 0
 
 
-def moment_unit(skeleton: Skeleton, group: InputGroup, config: PruneConfig) -> int:
+def moment_unit(group: LayerGroup, heads: Heads, config: PruneConfig) -> int:
     """Channels that blocks of second moments do not divide: a group of M, or a head that a permutation stays inside."""
-    heads = _fold_heads(skeleton, group, config)
-    return config.pattern.group_size if heads is None else heads[2]
+    inside = _fold_heads(group, heads, config)
+    return config.pattern.group_size if inside is None else inside.size
 
 
-def _fold_heads(skeleton: Skeleton, group: InputGroup, config: PruneConfig) -> Heads | None:
-    return skeleton.heads() if group.per_head and can_fold(skeleton, group, config) else None
+def _fold_heads(group: LayerGroup, heads: Heads, config: PruneConfig) -> Heads | None:
+    return heads if group.per_head and can_fold(group, heads, config) else None
 
 
-def _fold(
-    skeleton: Skeleton,
-    index: int,
-    layer: str,
-    permutation: torch.Tensor,
-    group: InputGroup,
-    heads: Heads | None,
-) -> list[FoldedPermutation]:
-    prefix = skeleton.blocks[index]
-    rows = tuple((f"{prefix}.{producer}.{part}", 0) for producer in group.producers for part in ("weight", "bias"))
-    name, columns = f"{layer}.input_permutation", ((f"{layer}.weight", 1),)
-    if heads is None:
-        return [FoldedPermutation(name, permutation, columns + rows)]
-    query_heads, kv_heads, head_dim = heads
-    if query_heads == kv_heads:
+def _fold(block: Block, group: LayerGroup, permutation: torch.Tensor, heads: Heads | None) -> list[FoldedPermutation]:
+    producers = [block.layers[name].parameter for name in group.producers]
+    biases = [f"{name}.bias" for name in group.producers]
+    rows = tuple((tensor, 0) for pair in zip(producers, biases, strict=True) for tensor in pair)
+    name, columns = f"{group.name}.input_permutation", ((group.layers[0].parameter, 1),)
+    if heads is None or heads.queries == heads.key_values:
         return [FoldedPermutation(name, permutation, columns + rows)]
     # Grouped KV heads: the value rows are fewer than the inputs that they produce.
-    first_of_each = permutation.view(kv_heads, query_heads // kv_heads, head_dim)[:, 0] % head_dim
-    value_rows = (first_of_each + head_dim * torch.arange(kv_heads, device=permutation.device)[:, None]).reshape(-1)
-    producer = f"{prefix}.{group.producers[0]}.output_permutation"
-    return [FoldedPermutation(name, permutation, columns), FoldedPermutation(producer, value_rows, rows)]
+    first_of_each = permutation.view(heads.key_values, -1, heads.size)[:, 0] % heads.size
+    starts = heads.size * torch.arange(heads.key_values, device=permutation.device)[:, None]
+    producer = f"{group.producers[0]}.output_permutation"
+    return [
+        FoldedPermutation(name, permutation, columns),
+        FoldedPermutation(producer, (first_of_each + starts).reshape(-1), rows),
+    ]
 
 
 def _reordered(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

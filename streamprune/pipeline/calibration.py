@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,39 +14,50 @@ from streamprune.model.text import load_tokenizer, tokenize
 CANDIDATES_PER_SAMPLE = 8  # reading stops when the text could give this many times the samples asked for
 
 
-def calibration_tokens(
-    model: Path,
-    calibration: str | None,
-    samples: int,
-    sequence_length: int,
-    seed: int,
-    text_column: str = TEXT_COLUMN,
-) -> torch.Tensor:
-    """Token ids int64 [samples, sequence_length], windows that do not overlap, drawn by `seed`, without special tokens.
+@dataclass(frozen=True)
+class Calibration:
+    """Which text calibrates, and how much of it.
+
+    text             a file's or a data set's name; None: the text that ships with the package
+    column           holds the texts in a file of JSON or .parquet, or in a data set
+    samples          sequences, drawn by `seed`
+    sequence_length  tokens of each; None: as many as fit the model
+    """
+
+    text: str | None = None
+    column: str = TEXT_COLUMN
+    samples: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+
+
+def calibration_tokens(model: Path, calibration: Calibration) -> torch.Tensor:
+    """Token ids int64 [samples, sequence_length], windows that do not overlap, without special tokens.
 
     Reading stops when there are enough. Raises CalibrationError where the text is missing, is not text, or is too short
     for that many windows.
     """
-    if samples < 1 or sequence_length < 2:
+    samples, length = calibration.samples, calibration.sequence_length
+    if samples < 1 or length is None or length < 2:
         raise SettingsError("calibration needs at least 1 sample of at least 2 tokens")
     tokenizer = load_tokenizer(model)
-    enough = CANDIDATES_PER_SAMPLE * samples * sequence_length
+    enough = CANDIDATES_PER_SAMPLE * samples * length
     tokens: list[int] = []
     characters = 0
-    for batch in _batches(documents(calibration, text_column)):
+    for batch in _batches(documents(calibration.text, calibration.column)):
         tokens += tokenize(tokenizer, batch)
         characters += len(batch)
         if len(tokens) >= enough or characters >= CHARACTERS_PER_TOKEN * enough:
             break
-    windows = len(tokens) // sequence_length
+    windows = len(tokens) // length
     if windows < samples:
         raise CalibrationError(
-            f"{calibration or 'the shipped text'}: {len(tokens)} tokens make {windows} windows of {sequence_length}, "
+            f"{calibration.text or 'the shipped text'}: {len(tokens)} tokens make {windows} windows of {length}, "
             f"{samples} are asked for; give a longer text, fewer --samples or a smaller --sequence-length"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(calibration.seed)
     chosen = torch.randperm(windows, generator=generator)[:samples]
-    return torch.tensor(tokens[: windows * sequence_length]).view(windows, sequence_length)[chosen]
+    return torch.tensor(tokens[: windows * length]).view(windows, length)[chosen]
 
 
 def tokens_digest(tokens: torch.Tensor) -> str:

@@ -1,6 +1,5 @@
 """`compress`: the whole job, from a checkpoint folder to a packed one."""
 
-import dataclasses
 import datetime
 import hashlib
 import shutil
@@ -16,14 +15,23 @@ from typing import Any
 
 import torch
 
-from streamprune.checkpoint.manifest import TIMINGS, read_checked, read_manifest
+from streamprune.checkpoint.manifest import (
+    JournalEntry,
+    Manifest,
+    Timings,
+    read_manifest,
+    read_record,
+    record_of,
+)
 from streamprune.checkpoint.packed import MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.writer import file_digest, write_json
 from streamprune.config import NMPattern, PruneConfig, check_numbers, parse_bytes
 from streamprune.errors import OutputError
-from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes
+from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes, return_free_memory
 from streamprune.model.documents import TEXT_COLUMN
 from streamprune.pipeline.assembly import assemble, stage_outer, write_manifest
+from streamprune.pipeline.calibration import Calibration
+from streamprune.pipeline.gate import check_outcomes
 from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
     WORK_FOLDER,
@@ -34,11 +42,12 @@ from streamprune.pipeline.journal import (
     remove_output,
 )
 from streamprune.pipeline.memory import Limits
-from streamprune.pipeline.plan import check_disk
+from streamprune.pipeline.plan import Resources, check_disk
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.residual import residual_permutation
-from streamprune.pipeline.run import Run
-from streamprune.pipeline.scheduler import check_outcomes, compress_blocks
+from streamprune.pipeline.run import Run, Watch
+from streamprune.pipeline.two_passes import pruned_blocks
+from streamprune.pipeline.weights_only import blocks_by_weights
 
 WORST_LAYERS = 5
 
@@ -115,9 +124,8 @@ def compress(
     model, out = Path(model), Path(out)
     if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
         raise OutputError(f"{out}: lies in the source folder; choose another --out")
-    amount = samples, sequence_length, seed
-    resources: dict[str, Any] = {"limits": limits, "micro_batch": micro_batch, "prefetch": prefetch}
-    job = resolve_job(model, config, calibration, *amount, device, dtype, text_column=text_column, **resources)
+    text = Calibration(calibration, text_column, samples, sequence_length, seed)
+    job = resolve_job(model, config, text, Resources(device, dtype, limits, micro_batch, prefetch))
     if is_finished(out) and not restart and not (out / WORK_FOLDER).exists():
         return _already_finished(job, out)
     with output_leased(out, should_stop) as journal:
@@ -132,49 +140,60 @@ def compress(
         earlier_seconds = sum(earlier) if config.validate else max(earlier, default=0.0)
         folder = _scratch_folder(journal, scratch)
         check_disk(job.plan, len(entries), out, folder)
-        entries, manifest = _work(job, journal, folder, entries, Progress(progress), should_stop)
+        entries, manifest = _work(job, Watch(journal, Progress(progress), should_stop), folder, entries)
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
         timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         write_manifest(journal, manifest)
         journal.clear()
-        return _result("finished", out, job, manifest, timings)
+        return _result("finished", out, job, manifest, record_of(timings, Timings))
 
 
-def _work(
-    job: Job,
-    journal: Journal,
-    scratch: Path,
-    entries: list[dict[str, Any]],
-    bars: Progress,
-    should_stop: Callable[[], bool],
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _work(job: Job, watch: Watch, scratch: Path, entries: list[JournalEntry]) -> tuple[list[JournalEntry], Manifest]:
     """Write all of the output but its manifest; the entries of all blocks, of which some may be done, and the manifest.
 
     Hidden states lie in the folder `scratch`.
     """
+    check_outcomes(job.config, (entry.record for entry in entries))
     with ExitStack() as open_files:
-        open_files.callback(bars.close)
+        open_files.callback(watch.progress.close)
+        residual = residual_permutation(job, watch.journal, watch.tick) if job.config.residual else None
         background = open_files.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
-        run = Run(job, journal, scratch, bars, should_stop, open_files, background)
-        if job.config.residual:
-            run = dataclasses.replace(run, residual=residual_permutation(job, journal, run.tick))
+        run = Run(job, watch, scratch, open_files, background, residual)
         given_up = threading.Event()
         open_files.callback(given_up.set)  # before `background` waits for what it works on
         # beside passes it would compute in a second team of threads, which makes all of theirs slower by a tenth
         copying = None if job.config.validate else background.submit(stage_outer, run, given_up)
-        entries = compress_blocks(run, entries)
+        entries = _all_blocks(run, entries)
         outer, digests = stage_outer(run, given_up) if copying is None else copying.result()
     return entries, assemble(run, entries, outer, digests)
+
+
+def _all_blocks(run: Run, finished: list[JournalEntry]) -> list[JournalEntry]:
+    """Compress every block that is not finished yet; returns the entries of all blocks."""
+    job, watch, entries = run.job, run.watch, list(finished)
+    left = job.source.blocks[len(finished) :]
+    if not left:
+        return entries
+    watch.progress.start(len(job.source.blocks), len(finished), len(job.tokens))
+    following = pruned_blocks(run, finished) if job.config.validate else blocks_by_weights(run, left)
+    run.open_files.callback(following.close)
+    for block, entry in zip(left, following, strict=True):
+        watch.journal.record(block.index, entry)
+        entries.append(entry)
+        if job.config.validate:  # without passes a block's memory is the next one's; to fetch it anew takes long
+            return_free_memory()
+        watch.progress.block_done(entry)
+    return entries
 
 
 def _already_finished(job: Job, out: Path) -> CompressResult:
     """The result of this job as finished before. Raises JobMismatchError where it was another."""
     manifest = read_manifest(out / MANIFEST_FILE)
-    check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
-    check_outcomes(job.config, manifest["blocks"])
-    return _result("already finished", out, job, manifest, read_checked(out / TIMINGS_FILE, TIMINGS))
+    check_identity(out, without_budget(manifest.identity), without_budget(job.identity))
+    check_outcomes(job.config, manifest.blocks)
+    return _result("already finished", out, job, manifest, read_record(out / TIMINGS_FILE, Timings))
 
 
 def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
@@ -198,9 +217,9 @@ def _own_folder(journal: Journal, scratch: str | Path) -> Path:
     return folder
 
 
-def _timings(entries: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _timings(entries: Sequence[JournalEntry], seconds: float) -> dict[str, Any]:
     """What may differ between equal runs. `seconds`, `stages` and peak memory cover every process that worked on it."""
-    peaks = [peak_memory_bytes(), *(entry["timings"]["peak_memory_bytes"] for entry in entries)]
+    peaks = [peak_memory_bytes(), *(entry.timings.peak_memory_bytes for entry in entries)]
     return {
         "seconds": seconds,
         "stages": _stages(entries),
@@ -212,39 +231,41 @@ def _timings(entries: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any
     }
 
 
-def _stages(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _stages(entries: Sequence[JournalEntry]) -> dict[str, float]:
     """Seconds of each stage over all blocks."""
     stages: dict[str, float] = {}
     for entry in entries:
-        for stage, spent in entry["timings"]["seconds"].items():
+        for stage, spent in entry.timings.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + spent
     return stages
 
 
-def _result(status: str, out: Path, job: Job, manifest: dict[str, Any], timings: dict[str, Any]) -> CompressResult:
-    blocks = manifest["blocks"]
-    layers = [layer for block in blocks for layer in block["layers"]]
-    validated = manifest["identity"]["settings"]["validate"]
-    worst = sorted(layers, key=lambda layer: -layer["layer_error"])[:WORST_LAYERS] if validated else []
-    block = max(blocks, key=lambda block: block["block_error"]) if validated else None
+def _result(status: str, out: Path, job: Job, manifest: Manifest, timings: Timings) -> CompressResult:
+    blocks, layers = manifest.blocks, manifest.layers
+    by_layer = ((layer.name, layer.layer_error) for layer in layers)
+    by_block = ((block.name, block.block_error) for block in blocks)
+    worst_layers, worst_blocks = (
+        sorted(((name, error) for name, error in errors if error is not None), key=lambda item: -item[1])
+        for errors in (by_layer, by_block)
+    )
     return CompressResult(
         status=status,
         out=str(out),
         blocks=len(blocks),
-        seconds=timings["seconds"],
-        peak_memory_bytes=timings["peak_memory_bytes"],
-        dense_bytes=sum(layer["dense_bytes"] for layer in layers),
-        packed_bytes=sum(layer["packed_bytes"] for layer in layers),
-        permutation_bytes=sum(layer["permutation_bytes"] for layer in layers),
-        source_bytes=manifest["source_bytes"],
-        output_bytes=sum(file["bytes"] for name, file in manifest["files"].items() if name.startswith("model-")),
-        worst_layers=tuple((layer["name"], layer["layer_error"]) for layer in worst),
-        worst_block=None if block is None else (block["name"], block["block_error"]),
-        kept_dense=tuple(block["name"] for block in blocks if block["outcome"] == "kept dense"),
-        dense_layers=manifest["dense_layers"],
-        moments_bytes=max(block["moments"]["bytes"] for block in blocks),
-        layers_in_moment_blocks=tuple(name for block in blocks for name in block["moments"]["layers_in_blocks"]),
-        reconstructed=manifest["identity"]["settings"]["reconstruct"],
+        seconds=timings.seconds,
+        peak_memory_bytes=timings.peak_memory_bytes,
+        dense_bytes=sum(layer.dense_bytes for layer in layers),
+        packed_bytes=sum(layer.packed_bytes for layer in layers),
+        permutation_bytes=sum(layer.permutation_bytes for layer in layers),
+        source_bytes=manifest.source_bytes,
+        output_bytes=sum(file.bytes for name, file in manifest.files.items() if name.startswith("model-")),
+        worst_layers=tuple(worst_layers[:WORST_LAYERS]),
+        worst_block=worst_blocks[0] if worst_blocks else None,
+        kept_dense=tuple(block.name for block in blocks if block.outcome == "kept dense"),
+        dense_layers=manifest.dense_layers,
+        moments_bytes=max(block.moments.bytes for block in blocks),
+        layers_in_moment_blocks=tuple(name for block in blocks for name in block.moments.layers_in_blocks),
+        reconstructed=manifest.reconstructed,
         left_out=job.beside.left_out,
         manifest_sha256=file_digest(out / MANIFEST_FILE),
     )

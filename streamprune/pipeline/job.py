@@ -1,5 +1,6 @@
 """A job resolved: model, plan, calibration tokens, arithmetic, and the identity that a resumed job must share."""
 
+import dataclasses
 import importlib.metadata
 import logging
 from dataclasses import dataclass
@@ -9,18 +10,16 @@ from typing import Any
 import torch
 
 from streamprune.checkpoint.beside import Beside, list_beside
-from streamprune.checkpoint.packed import is_packed
-from streamprune.checkpoint.reader import INDEX_FILES, Checkpoint, open_checkpoint
+from streamprune.checkpoint.reader import INDEX_FILES
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
 from streamprune.model.configuration import forward_settings
-from streamprune.model.documents import TEXT_COLUMN
-from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
-from streamprune.model.streaming import check_tied
+from streamprune.model.skeleton import Block
+from streamprune.model.source import Source, open_dense
 from streamprune.model.text import tokenizer_digests
-from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
-from streamprune.pipeline.plan import Plan, make_plan
+from streamprune.pipeline.calibration import Calibration, calibration_tokens, tokens_digest
+from streamprune.pipeline.plan import Plan, Resources, make_plan
 
 logger = logging.getLogger("streamprune")
 
@@ -31,12 +30,12 @@ BUDGET_SETTINGS = ("max_block_error", "on_excess")
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that the scheduler needs to know, and nothing that changes while it works."""
+    """Everything that the scheduler needs to know, and nothing that changes while it works.
 
-    source: Path
-    skeleton: Skeleton
-    checkpoint: Checkpoint
-    names: dict[str, str]
+    tokens are calibration's, int64 [samples, length]; beside is what lies beside the source's weights.
+    """
+
+    source: Source
     config: PruneConfig
     plan: Plan
     tokens: torch.Tensor
@@ -47,79 +46,52 @@ class Job:
     @property
     def shards(self) -> int:
         """Output shards: one for what lies outside the blocks, then one a block."""
-        return len(self.skeleton.blocks) + 1
+        return len(self.source.blocks) + 1
 
-    def shard_name(self, index: int | None) -> str:
+    def shard_name(self, block: Block | None) -> str:
         """File name of a block's shard; None: the tensors outside the blocks."""
-        number = 1 if index is None else index + 2
+        number = 1 if block is None else block.index + 2
         return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
 
 
-def resolve_job(
-    model: Path,
-    config: PruneConfig,
-    calibration: str | None,
-    samples: int,
-    sequence_length: int | None,
-    seed: int,
-    device: str,
-    dtype: str,
-    *,
-    text_column: str = TEXT_COLUMN,
-    **resources: Any,
-) -> Job:
-    """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work.
-
-    `resources` are `make_plan`'s: limits on memory, which the settings are fitted to, micro-batch and prefetch.
-    """
+def resolve_job(model: Path, config: PruneConfig, calibration: Calibration, resources: Resources) -> Job:
+    """Open the source, read its headers, tokenise the calibration text, and refuse what cannot work."""
     warn_without_kernels()
-    skeleton, checkpoint, names = open_model(model)
-    arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
-    check_tied(skeleton, checkpoint, names)
+    source = open_dense(model)
+    arithmetic = resolve_arithmetic(resources.device, resources.dtype, source.dtype)
+    source.check_tied()
     asked = config.moments_width
-    plan, config = make_plan(skeleton, checkpoint, names, config, samples, sequence_length, arithmetic, **resources)
-    sequence_length = plan.sequence_length
+    plan, config = make_plan(source, config, calibration, arithmetic, resources)
     if config.moments_width < asked:
         logger.warning("second moments in blocks of at most %d channels, to keep to the memory", config.moments_width)
     if config.validate:
-        tokens = calibration_tokens(model, calibration, samples, sequence_length, seed, text_column)
+        tokens = calibration_tokens(model, dataclasses.replace(calibration, sequence_length=plan.sequence_length))
     else:
         tokens = torch.empty(0, 0, dtype=torch.int64)  # no text passes the model
     return_free_memory()  # a tokenizer takes much for a moment
-    vocabulary, _ = skeleton.embedding_shape
+    vocabulary, _ = source.skeleton.embedding_shape
     if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise CheckpointError(f"{model}: the tokenizer makes ids up to {int(tokens.max())}, the model has {vocabulary}")
-    calibrated = None
-    if config.validate:
-        amount = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
-        calibrated = {"tokens": tokens_digest(tokens), **amount}
-    identity = {
+    known = {"config.json", *INDEX_FILES, *(stored.path.name for stored in source.checkpoint.tensors.values())}
+    identity = _identity(source, config, calibration, tokens, arithmetic)
+    return Job(source, config, plan, tokens, arithmetic, identity, list_beside(model, known))
+
+
+def _identity(
+    source: Source, config: PruneConfig, calibration: Calibration, tokens: torch.Tensor, arithmetic: Arithmetic
+) -> dict[str, Any]:
+    """What determines the output's bytes, as nested plain data."""
+    amount = {"samples": len(tokens), "sequence_length": tokens.shape[1], "seed": calibration.seed}
+    return {
         "source": {
-            "fingerprint": checkpoint.fingerprint(),
-            "config": forward_settings(skeleton.model.config),
-            "tokenizer": tokenizer_digests(model),
+            "fingerprint": source.checkpoint.fingerprint(),
+            "config": forward_settings(source.skeleton.model.config),
+            "tokenizer": tokenizer_digests(source.folder),
         },
-        "calibration": calibrated,
+        "calibration": {"tokens": tokens_digest(tokens), **amount} if config.validate else None,
         "settings": config.to_dict(),
         "compute": arithmetic.identity,
     }
-    known = {"config.json", *INDEX_FILES, *(source.path.name for source in checkpoint.tensors.values())}
-    beside = list_beside(model, known)
-    return Job(model, skeleton, checkpoint, names, config, plan, tokens, arithmetic, identity, beside)
-
-
-def open_model(model: Path) -> tuple[Skeleton, Checkpoint, dict[str, str]]:
-    """A dense model's modules, what lies where in its files, and each parameter's name there."""
-    if is_packed(model):
-        raise CheckpointError(f"{model}: is already an output of streamprune; give the dense model")
-    checkpoint = open_checkpoint(model)
-    skeleton = build_skeleton(model, checkpoint)
-    return skeleton, checkpoint, match_names(skeleton, checkpoint)
-
-
-def source_dtype(skeleton: Skeleton, checkpoint: Checkpoint, names: dict[str, str]) -> torch.dtype:
-    """The dtype that the first block's weights are stored in."""
-    return checkpoint.tensors[names[skeleton.block_parameters(0)[0]]].dtype
 
 
 def versions() -> dict[str, str]:

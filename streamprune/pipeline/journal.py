@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streamprune.checkpoint.beside import file_inside, is_inside, refuse_link
-from streamprune.checkpoint.manifest import differences, read_manifest
+from streamprune.checkpoint.manifest import JournalEntry, differences, plain, read_manifest, record_of
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.reader import SAFETENSORS_INDEX
 from streamprune.checkpoint.untrusted import read_json
@@ -56,7 +56,7 @@ class Journal:
     def entry_path(self, index: int) -> Path:
         return self.work / f"block-{index:05d}.json"
 
-    def start(self, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    def start(self, identity: dict[str, Any]) -> list[JournalEntry]:
         """Entries of the finished blocks, in order; empty for a new job, whose identity is then written.
 
         An entry that is damaged, or whose files are not as it recorded them, is dropped with all after it: those blocks
@@ -66,9 +66,9 @@ class Journal:
         recorded = self.read(path)
         if recorded is not None:
             check_identity(self.out, recorded, identity)
-        entries: list[dict[str, Any]] = []
-        while recorded is not None and (entry := self.read(self.entry_path(len(entries)))) is not None:
-            if not all(_is_as_recorded(self.out / name, digest) for name, digest in entry["files"].items()):
+        entries: list[JournalEntry] = []
+        while recorded is not None and (entry := self._entry(len(entries))) is not None:
+            if not all(_is_as_recorded(self.out / name, digest) for name, digest in entry.files.items()):
                 break
             entries.append(entry)
         kept = {self.entry_path(index) for index in range(len(entries))}
@@ -78,9 +78,17 @@ class Journal:
             self.write(path, identity)
         return entries
 
-    def record(self, index: int, entry: dict[str, Any]) -> None:
+    def record(self, index: int, entry: JournalEntry) -> None:
         """Write the entry of a finished block; its files must be on disk."""
-        self.write(self.entry_path(index), entry)
+        self.write(self.entry_path(index), plain(entry))
+
+    def _entry(self, index: int) -> JournalEntry | None:
+        """The entry of a block; None where there is none, or it is not one."""
+        value = self.read(self.entry_path(index))
+        try:
+            return None if value is None else record_of(value, JournalEntry)
+        except ValueError:
+            return None
 
     def write(self, path: Path, value: dict[str, Any]) -> None:
         """Write a file of the journal, with the sha256 of what it says."""
@@ -169,7 +177,7 @@ def remove_output(journal: Journal) -> None:
     """
     ours = journal.copied()
     with suppress(CheckpointError):  # of a finished output; a malformed one names nothing
-        ours |= _copied(list(read_manifest(journal.out / MANIFEST_FILE)["files"]))
+        ours |= _copied(list(read_manifest(journal.out / MANIFEST_FILE).files))
     journal.write(journal.copied_path, {"names": sorted(ours), "removing": True})
     journal.lease.discard(journal.out / MANIFEST_DIGEST_FILE)  # now it is no finished output any more
     for name in sorted(ours):

@@ -6,15 +6,16 @@ themselves are a measured constant.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from streamprune.checkpoint.reader import PIECE_BYTES, Checkpoint
+from streamprune.checkpoint.reader import PIECE_BYTES
 from streamprune.config import PruneConfig
 from streamprune.errors import SettingsError
-from streamprune.model.skeleton import Skeleton
+from streamprune.model.skeleton import Block
+from streamprune.model.source import Source
 from streamprune.pipeline.block_pruning import moment_unit
 from streamprune.pruning.group import ROWS_AT_ONCE
 from streamprune.pruning.statistics import FINE_BINS, ROW_GAP, moment_blocks
@@ -91,31 +92,28 @@ class Pace:
 class Sizes:
     """What of a model and a job decides the memory: headers, layers to prune in each block, tokens of a sequence."""
 
-    skeleton: Skeleton
-    checkpoint: Checkpoint
-    names: Mapping[str, str]
+    source: Source
     layers: Sequence[Mapping[str, Shape]]
     tokens: int
     dtype: torch.dtype
     on_gpu: bool = False
 
-    def stored(self, parameters: Sequence[str]) -> int:
+    def stored(self, parameters: Iterable[str]) -> int:
         """Bytes of parameters as they are stored."""
-        return sum(self.checkpoint.tensors[self.names[name]].size_bytes for name in parameters)
+        return self.source.stored_bytes(parameters)
 
-    def computed(self, parameters: Sequence[str]) -> int:
+    def computed(self, parameters: Iterable[str]) -> int:
         """Bytes of parameters in the dtype of the arithmetic."""
-        shapes = (self.checkpoint.tensors[self.names[name]].shape for name in parameters)
-        return sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
+        return sum(math.prod(self.source.stored(name).shape) for name in parameters) * self.dtype.itemsize
 
 
 def estimate_memory(sizes: Sizes, config: PruneConfig, pace: Pace) -> Memory:
     """What the job holds at once, stage by stage."""
-    by_size = {sizes.stored(sizes.skeleton.block_parameters(i)): i for i in range(len(sizes.skeleton.blocks))}
-    blocks = [_block_memory(sizes, index, config, pace) for index in by_size.values()]  # equal blocks need the same
+    by_size = {sizes.stored(block.parameters): block for block in sizes.source.blocks}
+    blocks = [_block_memory(sizes, block, config, pace) for block in by_size.values()]  # equal blocks need the same
     dense_pass, pruning, sparse_pass = (int(HEAP_SLACK * max(values)) for values in zip(*blocks, strict=True))
-    one_block = max(_page_locked(sizes, index) for index in by_size.values()) if sizes.on_gpu else max(by_size)
-    on_its_way = max(one_block + _staged(sizes, index, config) for index in by_size.values()) if sizes.on_gpu else 0
+    one_block = max(_page_locked(sizes, block) for block in by_size.values()) if sizes.on_gpu else max(by_size)
+    on_its_way = max(one_block + _staged(sizes, block, config) for block in by_size.values()) if sizes.on_gpu else 0
     libraries = (GPU_LIBRARIES_BYTES if sizes.on_gpu else LIBRARIES_BYTES) + _copied_memory(sizes)
     embeddings = _embedding_memory(sizes) if config.validate else 0
     read_ahead, ahead = pace.blocks_ahead * one_block, pace.blocks_ahead
@@ -147,71 +145,68 @@ def fit_memory(sizes: Sizes, config: PruneConfig, pace: Pace, limits: Limits) ->
     )
 
 
-def _page_locked(sizes: Sizes, index: int) -> int:
+def _page_locked(sizes: Sizes, block: Block) -> int:
     """Bytes that a block is read into for a GPU: torch makes each page-locked piece a power of two."""
-    tensors = (sizes.stored([name]) for name in sizes.skeleton.block_parameters(index))
+    tensors = (sizes.stored([name]) for name in block.parameters)
     return sum(1 << max(size - 1, 0).bit_length() for size in tensors)
 
 
-def _staged(sizes: Sizes, index: int, config: PruneConfig) -> int:
+def _staged(sizes: Sizes, block: Block, config: PruneConfig) -> int:
     """Bytes on a GPU's host of a packed block, of the largest layer that is compared with it, and of hidden states."""
     share = config.pattern.kept / config.pattern.group_size
-    elements = [math.prod(shape) for shape in sizes.layers[index].values()]
-    itemsize = sizes.checkpoint.tensors[sizes.names[sizes.skeleton.block_parameters(index)[0]]].dtype.itemsize
+    elements = [math.prod(shape) for shape in sizes.layers[block.index].values()]
+    itemsize = sizes.source.stored(block.parameters[0]).dtype.itemsize
     packed = int(sum(elements) * (itemsize * share + 1 / 8))
     compared = max(elements, default=0) * (itemsize + 1) if config.validate else 0
-    chunk = sizes.tokens * sizes.skeleton.hidden_size * sizes.dtype.itemsize if config.validate else 0
+    chunk = sizes.tokens * sizes.source.skeleton.hidden_size * sizes.dtype.itemsize if config.validate else 0
     return packed + compared + PAGE_LOCKED_CHUNKS * chunk
 
 
 def _copied_memory(sizes: Sizes) -> int:
     """Bytes of a piece of a large tensor that is copied; without a text that goes on beside the blocks."""
-    return 2 * min(PIECE_BYTES, max(sizes.stored([name]) for name in sizes.skeleton.outer_parameters()))
+    return 2 * min(PIECE_BYTES, max(sizes.stored([name]) for name in sizes.source.skeleton.outer_parameters))
 
 
 def _embedding_memory(sizes: Sizes) -> int:
     """Bytes of what embeds one sequence."""
-    embedding = sizes.skeleton.embedding
-    prefix = f"{sizes.skeleton.model.base_model_prefix}."
-    small = [name for name in sizes.skeleton.outer_parameters() if name.startswith(prefix) and name != embedding]
-    source = sizes.checkpoint.tensors[sizes.names[embedding]]
+    small, source = sizes.source.small_parameters, sizes.source.stored(sizes.source.skeleton.embedding)
     rows = sizes.tokens * source.shape[1] * 2 * (source.dtype.itemsize + sizes.dtype.itemsize)
     return sizes.stored(small) + sizes.computed(small) + rows
 
 
-def _block_memory(sizes: Sizes, index: int, config: PruneConfig, pace: Pace) -> tuple[int, int, int]:
+def _block_memory(sizes: Sizes, block: Block, config: PruneConfig, pace: Pace) -> tuple[int, int, int]:
     """Bytes of a block's dense pass, pruning and sparse pass."""
-    layers = sizes.layers[index]
-    parameters = sizes.skeleton.block_parameters(index)
-    source, block = sizes.stored(parameters), sizes.computed(parameters)
+    layers, heads = sizes.layers[block.index], sizes.source.skeleton.heads
+    source, computed = sizes.stored(block.parameters), sizes.computed(block.parameters)
     elements = {name: math.prod(shape) for name, shape in layers.items()}
     largest = max(elements.values(), default=0)
     widest = max((max(shape) for shape in layers.values()), default=0)
     # what attention and the MLP hold at once, and the tokens of layers that are kept for correction
-    activations = 4 * pace.micro_batch * sizes.tokens * (16 * sizes.skeleton.hidden_size + 10 * widest)
-    groups = [(group, names) for group, names in sizes.skeleton.group_layers(index) if names[0] in layers]
-    inputs = [layers[names[0]][1] for _, names in groups]
+    activations = 4 * pace.micro_batch * sizes.tokens * (16 * sizes.source.skeleton.hidden_size + 10 * widest)
+    groups = [group for group in block.groups if group.name in layers]
+    inputs = [layers[group.name][1] for group in groups]
     histograms = 4 * (FINE_BINS + ROW_GAP) * sum(inputs) if config.metric == "esparse" else 0
     moments = [
-        _moment_bytes([layers[name] for name in names], moment_unit(sizes.skeleton, group, config), config)
-        for group, names in groups
+        _moment_bytes([layers[name] for name in group.names], moment_unit(group, heads, config), config)
+        for group in groups
     ]
     pruning = kept = 0
-    for place, (_, names) in enumerate(groups):
-        pruning = max(pruning, kept + sum(moments[place:]) + _search_bytes([layers[name] for name in names], config))
-        kept += sum(elements[name] for name in names)  # masks
-    itemsize = sizes.checkpoint.tensors[sizes.names[parameters[0]]].dtype.itemsize
+    for place, group in enumerate(groups):
+        search = _search_bytes([layers[name] for name in group.names], config)
+        pruning = max(pruning, kept + sum(moments[place:]) + search)
+        kept += sum(elements[name] for name in group.names)  # masks
+    itemsize = sizes.source.stored(block.parameters[0]).dtype.itemsize
     written = kept * itemsize if config.reconstruct else 0
     results = source + kept + written
     share = config.pattern.kept / config.pattern.group_size
     has_metadata = sizes.on_gpu and (config.pattern.kept, config.pattern.group_size) == (2, 4)  # for tensor cores
     mask_bytes = (2 if has_metadata else 1) / 8  # of each weight
     packed, packed_largest = (int(count * (itemsize * share + mask_bytes)) for count in (kept, largest))
-    dense = block - kept * sizes.dtype.itemsize  # what of the block is not packed
+    dense = computed - kept * sizes.dtype.itemsize  # what of the block is not packed
     if not config.validate:  # no pass at all; a block is written while the next is pruned
         return 0, source + max(pruning + written, results) + (results if pace.blocks_ahead else 0), 0
     return (
-        source + block + sum(moments) + histograms + activations,
+        source + computed + sum(moments) + histograms + activations,
         source + max(pruning + written, results),
         results + packed + dense + (sizes.dtype.itemsize + 1) * largest + 2 * packed_largest + activations,
     )

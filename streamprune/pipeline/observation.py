@@ -8,6 +8,7 @@ import torch
 
 from streamprune.errors import numerics_named
 from streamprune.model.blocks import Observer
+from streamprune.model.skeleton import Block
 from streamprune.pipeline.block_pruning import moment_unit
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import StageTimes
@@ -21,26 +22,26 @@ class BlockObservation:
     the pass behind pruned blocks until the same sequence has passed behind dense ones.
     """
 
-    def __init__(self, job: Job, index: int, timed: StageTimes) -> None:
-        self.job, self.index, self.timed = job, index, timed
-        self.accumulators: dict[str, StatisticsAccumulator] = {}  # by the first layer of each input group
+    def __init__(self, job: Job, block: Block, timed: StageTimes) -> None:
+        self.job, self.block, self.timed = job, block, timed
+        self.accumulators: dict[str, StatisticsAccumulator] = {}  # by the name of each input group
         self._awaiting: dict[str, deque[LayerTokens]] = {}
         self._behind_dense: dict[str, LayerTokens] | None = None
-        for group, names in job.skeleton.group_layers(index):
-            if names[0] in job.plan.blocks[index]:
-                out_features, channels = job.plan.blocks[index][names[0]].shape
-                unit = moment_unit(job.skeleton, group, job.config)
-                outputs = out_features if len(names) == 1 else None
-                self.accumulators[names[0]] = StatisticsAccumulator(
+        heads = job.source.skeleton.heads
+        for group in block.groups:
+            if group.name in job.plan.blocks[block.index]:
+                out_features, channels = group.layers[0].shape
+                unit = moment_unit(group, heads, job.config)
+                outputs = out_features if len(group.layers) == 1 else None
+                self.accumulators[group.name] = StatisticsAccumulator(
                     channels, job.config, job.arithmetic.device, unit, outputs
                 )
-                self._awaiting[names[0]] = deque()
+                self._awaiting[group.name] = deque()
 
     @property
     def observers(self) -> dict[str, Observer]:
         """One for each input, by the name that a layer which takes it has inside the block."""
-        prefix = f"{self.job.skeleton.blocks[self.index]}."
-        return {name.removeprefix(prefix): functools.partial(self._see, name) for name in self.accumulators}
+        return {self.block.local(name): functools.partial(self._see, name) for name in self.accumulators}
 
     def compare(self, run_dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run the next sequence that has a reference behind dense blocks, and note how its layers differ."""
@@ -58,9 +59,9 @@ class BlockObservation:
         """Statistics by the full name of each layer that takes the input; each accumulator is freed as it is read."""
         found: dict[str, ChannelStatistics] = {}
         with self.timed("statistics"):
-            for _, names in self.job.skeleton.group_layers(self.index):
-                if names[0] in self.accumulators:
-                    found.update(dict.fromkeys(names, self.accumulators.pop(names[0]).result()))
+            for group in self.block.groups:
+                if group.name in self.accumulators:
+                    found.update(dict.fromkeys(group.names, self.accumulators.pop(group.name).result()))
         return found
 
     def _see(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:

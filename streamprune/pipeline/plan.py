@@ -5,14 +5,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from streamprune.checkpoint.reader import Checkpoint
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import OutputError, SettingsError
 from streamprune.model.arithmetic import Arithmetic
-from streamprune.model.skeleton import Skeleton
+from streamprune.model.source import Source
 from streamprune.model.text import fitting_length
+from streamprune.model.weights import WeightView
+from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.memory import Limits, Memory, Pace, Sizes, estimate_memory, fit_memory
 
 TOKENS_AT_ONCE = 1024  # that go through a block together, where sequences are shorter
@@ -49,18 +48,37 @@ class Plan:
         return {name: layer for block in self.blocks for name, layer in block.items()}
 
 
-def plan_layers(
-    skeleton: Skeleton, checkpoint: Checkpoint, names: dict[str, str], pattern: NMPattern
-) -> tuple[tuple[dict[str, LayerPlan], ...], dict[str, str]]:
+@dataclass(frozen=True)
+class Resources:
+    """What a job computes with. No byte of the output depends on the limits, the micro-batch and prefetch.
+
+    device, dtype  as `resolve_arithmetic` takes them
+    limits         on memory, which the settings are fitted to
+    micro_batch    most sequences that go through a block at once; None: as many as make up TOKENS_AT_ONCE
+    prefetch       most blocks that are read ahead
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    limits: Limits = NO_LIMITS
+    micro_batch: int | None = None
+    prefetch: int = 1
+
+
+def plan_layers(source: Source, pattern: NMPattern) -> tuple[tuple[dict[str, LayerPlan], ...], dict[str, str]]:
     """The layers to prune in each block, and the linear layers left dense with reasons.
 
     Raises SettingsError where no layer can be pruned.
     """
-    blocks, dense = [], {}
-    for index in range(len(skeleton.blocks)):
-        layers, left = _plan_block(skeleton, index, checkpoint, names, pattern)
-        blocks.append(layers)
-        dense.update(left)
+    blocks: list[dict[str, LayerPlan]] = []
+    dense: dict[str, str] = {}
+    for block in source.blocks:
+        dense.update(dict.fromkeys(block.ungrouped, "no input group of this architecture names it"))
+        fits = {name: view for name, view in block.layers.items() if view.shape[1] % pattern.group_size == 0}
+        blocks.append({name: _plan_layer(source, view, pattern) for name, view in fits.items()})
+        for name, view in block.layers.items():
+            if name not in fits:
+                dense[name] = f"{view.shape[1]} inputs are not a multiple of {pattern.group_size}"
     if not any(blocks):
         reason = next(iter(dense.values()), "the model has no linear layers in its blocks")
         raise SettingsError(f"pattern {pattern}: no layer of this model can be pruned ({reason})")
@@ -68,37 +86,26 @@ def plan_layers(
 
 
 def make_plan(
-    skeleton: Skeleton,
-    checkpoint: Checkpoint,
-    names: dict[str, str],
-    config: PruneConfig,
-    samples: int,
-    sequence_length: int | None,
-    arithmetic: Arithmetic,
-    limits: Limits = NO_LIMITS,
-    micro_batch: int | None = None,
-    prefetch: int = 1,
+    source: Source, config: PruneConfig, calibration: Calibration, arithmetic: Arithmetic, resources: Resources
 ) -> tuple[Plan, PruneConfig]:
     """Plan a job; returns with it the settings as they are used, fitted to limits on memory.
 
-    sequence_length: None for `fitting_length`'s; without validation it does not matter. micro_batch: most sequences
-    that go through a block at once (None: as many as make up TOKENS_AT_ONCE); prefetch: most blocks that are read
-    ahead. No byte of the output depends on these two.
+    Without validation calibration does not matter. Raises SettingsError where the job cannot fit.
     """
-    length = fitting_length(sequence_length, skeleton.positions) if config.validate else 0
-    dtype = arithmetic.dtype
-    blocks, dense = plan_layers(skeleton, checkpoint, names, config.pattern)
+    length = fitting_length(calibration.sequence_length, source.skeleton.positions) if config.validate else 0
+    blocks, dense = plan_layers(source, config.pattern)
     shapes = [{name: layer.shape for name, layer in block.items()} for block in blocks]
-    sizes = Sizes(skeleton, checkpoint, names, shapes, length, dtype, arithmetic.device.type == "cuda")
-    at_once = micro_batch or max(1, TOKENS_AT_ONCE // max(length, 1))
-    config, pace = fit_memory(sizes, config, Pace(min(at_once, samples), min(prefetch, len(blocks))), limits)
-    source_bytes = sum(checkpoint.tensors[name].size_bytes for name in names.values())
+    sizes = Sizes(source, shapes, length, arithmetic.dtype, arithmetic.device.type == "cuda")
+    at_once = resources.micro_batch or max(1, TOKENS_AT_ONCE // max(length, 1))
+    pace = Pace(min(at_once, calibration.samples), min(resources.prefetch, len(blocks)))
+    config, pace = fit_memory(sizes, config, pace, resources.limits)
+    source_bytes = source.stored_bytes(source.names)
     saved = sum(layer.dense_bytes - layer.packed_bytes for block in blocks for layer in block.values())
     # hidden states in, dense and out; with correction the reference in and out, of every k-th sequence
     sets = 3 + (2 / config.correction_stride if config.correction else 0)
-    scratch_bytes = math.ceil(sets * samples * length) * skeleton.hidden_size * dtype.itemsize
-    memory = estimate_memory(sizes, config, pace)
-    needs = source_bytes, source_bytes - saved, scratch_bytes, memory
+    tokens = math.ceil(sets * calibration.samples * length)
+    scratch_bytes = tokens * source.skeleton.hidden_size * arithmetic.dtype.itemsize
+    needs = source_bytes, source_bytes - saved, scratch_bytes, estimate_memory(sizes, config, pace)
     return Plan(blocks, dense, *needs, pace.micro_batch, length), config
 
 
@@ -116,25 +123,9 @@ def check_disk(plan: Plan, finished: int, out: Path, scratch: Path) -> None:
             )
 
 
-def _plan_block(
-    skeleton: Skeleton, index: int, checkpoint: Checkpoint, names: dict[str, str], pattern: NMPattern
-) -> tuple[dict[str, LayerPlan], dict[str, str]]:
-    prefix = skeleton.blocks[index]
-    linears = {f"{prefix}.{name}": m for name, m in skeleton.block(index).named_modules() if isinstance(m, nn.Linear)}
-    layers: dict[str, LayerPlan] = {}
-    dense = dict.fromkeys(linears, "no input group of this architecture names it")
-    for _, members in skeleton.group_layers(index):
-        missing = [name for name in members if name not in linears]
-        if missing:
-            raise SettingsError(f"{missing[0]}: is not a linear layer of this model, though its architecture names it")
-        for name in members:
-            out_features, in_features = linears[name].out_features, linears[name].in_features
-            if in_features % pattern.group_size:
-                dense[name] = f"{in_features} inputs are not a multiple of {pattern.group_size}"
-                continue
-            del dense[name]
-            itemsize = checkpoint.tensors[names[name + ".weight"]].dtype.itemsize
-            kept = in_features // pattern.group_size * pattern.kept
-            packed_bytes = out_features * (kept * itemsize + -(-in_features // 8))
-            layers[name] = LayerPlan((out_features, in_features), out_features * in_features * itemsize, packed_bytes)
-    return layers, dense
+def _plan_layer(source: Source, view: WeightView, pattern: NMPattern) -> LayerPlan:
+    out_features, in_features = view.shape
+    itemsize = source.stored(view.parameter).dtype.itemsize
+    kept = in_features // pattern.group_size * pattern.kept
+    packed_bytes = out_features * (kept * itemsize + -(-in_features // 8))
+    return LayerPlan(view.shape, out_features * in_features * itemsize, packed_bytes)

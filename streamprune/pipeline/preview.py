@@ -9,9 +9,10 @@ import torch
 
 from streamprune.config import NMPattern, PruneConfig, check_numbers, parse_bytes
 from streamprune.model.arithmetic import resolve_arithmetic
-from streamprune.pipeline.job import open_model, source_dtype
+from streamprune.model.source import open_dense
+from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.memory import Limits, Memory
-from streamprune.pipeline.plan import make_plan
+from streamprune.pipeline.plan import Resources, make_plan
 
 MEASURED_SIZE = 1024  # of the square products that the speed of this machine is measured by
 READ_BYTES_PER_SECOND = 1e9  # a guess too; both are named in what `plan` prints
@@ -65,12 +66,12 @@ def plan(
     check_numbers(samples=samples, sequence_length=sequence_length, micro_batch=micro_batch, prefetch=prefetch)
     config = PruneConfig(NMPattern.parse(pattern), **settings)
     limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
-    skeleton, checkpoint, names = open_model(Path(model))
-    arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
-    planned, config = make_plan(
-        skeleton, checkpoint, names, config, samples, sequence_length, arithmetic, limits, micro_batch, prefetch
-    )
-    shapes = [checkpoint.tensors[name].shape for name in names.values()]
+    source = open_dense(Path(model))
+    arithmetic = resolve_arithmetic(device, dtype, source.dtype)
+    calibration = Calibration(samples=samples, sequence_length=sequence_length)
+    resources = Resources(device, dtype, limits, micro_batch, prefetch)
+    planned, config = make_plan(source, config, calibration, arithmetic, resources)
+    shapes = [source.stored(name).shape for name in source.names]
     speed = _products_per_second(arithmetic.device, arithmetic.dtype)
     products = _products(planned.layers.values(), config, samples * planned.sequence_length)
     read = planned.source_bytes + planned.output_bytes

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from streamprune.checkpoint.manifest import JournalEntry
+
 
 class Progress:
     """Bars on standard error; nothing at all when not `enabled`."""
@@ -42,16 +44,15 @@ class Progress:
         if self._samples is not None:
             self._samples.update()
 
-    def block_done(self, name: str, entry: dict[str, Any]) -> None:
+    def block_done(self, entry: JournalEntry) -> None:
         """A block is finished and journalled."""
         if self._blocks is None:
             return
         self._blocks.update()
         if self.enabled and not self.on_terminal:
-            seconds = sum(entry["timings"]["seconds"].values())
-            error = entry["block_error"]
-            known = "not validated" if error is None else f"block error {error:.4g}"
-            print(f"{name}: {entry['outcome']}, {known}, {seconds:.1f} s", file=sys.stderr)
+            seconds, block = sum(entry.timings.seconds.values()), entry.record
+            known = "not validated" if block.block_error is None else f"block error {block.block_error:.4g}"
+            print(f"{block.name}: {block.outcome}, {known}, {seconds:.1f} s", file=sys.stderr)
 
     def close(self) -> None:
         for bar in (self._samples, self._blocks):

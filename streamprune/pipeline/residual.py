@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from streamprune.model.blocks import Observer, dense_block, layers_observed, run_block
+from streamprune.model.blocks import Observer, RunnableBlock, dense_block, layers_observed
 from streamprune.model.streaming import block_inputs, embed, text_inputs
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.job import Job
@@ -36,15 +36,15 @@ def residual_permutation(job: Job, journal: Journal, tick: Callable[[], None]) -
 
 def residual_sides(job: Job) -> tuple[tuple[str, int], ...]:
     """Every parameter with a dimension along the residual stream: (name, dimension)."""
-    skeleton = job.skeleton
+    skeleton = job.source.skeleton
     table = skeleton.architecture.residual
-    sides = [(name, dim) for name, dim in table.outer if name in skeleton.outer_parameters()]
-    for prefix, index in zip(skeleton.blocks, range(len(skeleton.blocks)), strict=True):
-        existing = set(skeleton.block_parameters(index))
-        sides += [(f"{prefix}.{name}", dim) for name, dim in table.block if f"{prefix}.{name}" in existing]
+    sides = [(name, dim) for name, dim in table.outer if name in skeleton.outer_parameters]
+    for block in skeleton.blocks:
+        full = ((f"{block.name}.{name}", dim) for name, dim in table.block)
+        sides += [(name, dim) for name, dim in full if name in block.parameters]
     # Embeddings of another width than the stream's (OPT-350m) are projected into it; then the projections are in the
     # table, and the embeddings are not along the stream.
-    return tuple(side for side in sides if _size(job, side) == skeleton.hidden_size)
+    return tuple((name, dim) for name, dim in sides if job.source.stored(name).shape[dim] == skeleton.hidden_size)
 
 
 def reordered(tensors: Mapping[str, torch.Tensor], residual: FoldedPermutation | None) -> dict[str, torch.Tensor]:
@@ -65,39 +65,33 @@ def source_order(channels: torch.Tensor, weight: str, residual: FoldedPermutatio
     return torch.empty_like(channels).index_copy_(0, residual.permutation, channels)
 
 
-def _size(job: Job, side: tuple[str, int]) -> int:
-    name, dim = side
-    return job.checkpoint.tensors[job.names[name]].shape[dim]
-
-
 def _reading_rows(job: Job, tick: Callable[[], None]) -> torch.Tensor:
     """|W| times the inputs' root mean square, float32 [rows, hidden], of evenly spaced rows that read the stream.
 
     The inputs are those of the dense model on the first calibration sequences.
     """
-    skeleton, arithmetic = job.skeleton, job.arithmetic
-    inputs = text_inputs(skeleton, job.checkpoint, job.names)
+    skeleton, arithmetic = job.source.skeleton, job.arithmetic
+    inputs = text_inputs(job.source)
     arguments = embed(skeleton, inputs, job.tokens[:1], arithmetic, None, tick)
     recorded = [block_inputs(skeleton, inputs, row, arithmetic) for row in job.tokens[:PRE_PASS_SEQUENCES]]
     states = [one.hidden_states.to(arithmetic.device) for one in recorded]
     readers = sum(not group.producers for group in skeleton.architecture.groups)
     parts = []
-    for index, prefix in enumerate(skeleton.blocks):
-        parameters = skeleton.block_parameters(index)
-        source = job.checkpoint.read(job.names[name] for name in parameters)
-        tensors = {name: source[job.names[name]] for name in parameters}
-        block = dense_block(skeleton, index, tensors, arithmetic.device, arithmetic.dtype)
-        groups = [names for group, names in skeleton.group_layers(index) if not group.producers]
-        energy = {names[0]: torch.zeros(skeleton.hidden_size, dtype=torch.float64) for names in groups}
-        observers = {name.removeprefix(f"{prefix}."): _adding(energy[name]) for name in energy}
-        with layers_observed(block, observers, job.tokens.shape[1]):
+    for block in skeleton.blocks:
+        tensors = job.source.read(block.parameters)
+        runnable = RunnableBlock(block.name, dense_block(skeleton, block, tensors, arithmetic), arguments[block.index])
+        groups = [group for group in block.groups if not group.producers]
+        energy = {group.name: torch.zeros(skeleton.hidden_size, dtype=torch.float64) for group in groups}
+        observers = {block.local(name): _adding(sums) for name, sums in energy.items()}
+        with layers_observed(runnable.module, observers, job.tokens.shape[1]):
             for place, x in enumerate(states):
-                states[place] = run_block(block, x, arguments[index], prefix)
+                states[place] = runnable.run(x)
                 tick()
-        for names in groups:
-            rows = torch.cat([tensors[f"{name}.weight"].to(torch.float32) for name in names])
+        for group in groups:
+            weights = [layer.read(tensors[layer.parameter]).to(torch.float32) for layer in group.layers]
+            rows = torch.cat(weights)
             rows = rows[:: max(1, len(rows) * readers * len(skeleton.blocks) // MOST_ROWS)].abs()
-            rows = rows * energy[names[0]].sqrt().to(torch.float32)
+            rows = rows * energy[group.name].sqrt().to(torch.float32)
             parts.append(rows / rows.mean().clamp(min=torch.finfo(torch.float32).tiny))  # no block outweighs others
     return torch.cat(parts)
 

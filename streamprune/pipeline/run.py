@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import Interrupted
-from streamprune.model.streaming import BlockArguments, advance
+from streamprune.model.blocks import RunnableBlock
+from streamprune.model.streaming import advance
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.journal import Journal
@@ -19,17 +19,12 @@ from streamprune.pipeline.progress import Progress
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of a job: where it writes and who watches."""
+class Watch:
+    """Who watches a job: the journal's lease, progress for people, and whoever may stop it."""
 
-    job: Job
     journal: Journal
-    scratch: Path
     progress: Progress
     should_stop: Callable[[], bool]
-    open_files: ExitStack  # closes the hidden states, however the job ends
-    background: Executor  # waits for disks while the processor works
-    residual: FoldedPermutation | None = None  # of the residual stream, for the whole model
 
     def tick(self) -> None:
         """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
@@ -42,19 +37,37 @@ class Run:
         if self.should_stop():
             raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
 
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a job. `scratch` is where hidden states lie.
+
+    open_files  closes them, however the job ends
+    background  waits for disks while the processor works
+    residual    the permutation of the residual stream, for the whole model
+    """
+
+    job: Job
+    watch: Watch
+    scratch: Path
+    open_files: ExitStack
+    background: Executor
+    residual: FoldedPermutation | None
+
+    @property
+    def journal(self) -> Journal:
+        return self.watch.journal
+
     def advance(
         self,
-        block: nn.Module,
-        index: int,
-        arguments: BlockArguments,
+        block: RunnableBlock,
         states: HiddenStates,
         target: HiddenStates,
         observe: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda index, x, y: None,
     ) -> None:
-        """Run block `index` on every sequence."""
+        """Run a block on every sequence."""
         job = self.job
-        name, batch = job.skeleton.blocks[index], job.plan.micro_batch
-        advance(block, name, arguments[index], states, target, job.arithmetic, self.tick, observe, batch)
+        advance(block, states, target, job.arithmetic, self.watch.tick, observe, job.plan.micro_batch)
 
     def inputs_of(self, index: int, kind: str, samples: int) -> HiddenStates:
         """The inputs of a block. Two files of a kind take turns: a block's outputs go where its predecessor's inputs
@@ -64,7 +77,7 @@ class Run:
 
     def hidden_states(self, name: str, samples: int) -> HiddenStates:
         length = self.job.tokens.shape[1]
-        hidden, dtype = self.job.skeleton.hidden_size, self.job.arithmetic.dtype
+        hidden, dtype = self.job.source.skeleton.hidden_size, self.job.arithmetic.dtype
         on_gpu = self.job.arithmetic.device.type == "cuda"
         states = HiddenStates(self.scratch / f"{name}.bin", samples, length, hidden, dtype, for_gpu=on_gpu)
         self.open_files.callback(states.close)

@@ -1,20 +1,23 @@
 """The hidden states between two blocks: found on disk by a job that goes on, or made again by replaying."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from streamprune.checkpoint.reader import open_file
+from streamprune.checkpoint.manifest import JournalEntry
+from streamprune.checkpoint.reader import Checkpoint, open_file
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import CheckpointError
-from streamprune.model.blocks import dense_block
-from streamprune.model.streaming import BlockArguments, TextInputs, embed, load_block, text_inputs
+from streamprune.model.blocks import RunnableBlock, dense_block, load_block
+from streamprune.model.skeleton import Block
+from streamprune.model.source import Source
+from streamprune.model.streaming import BlockArguments, TextInputs, embed, text_inputs
+from streamprune.pipeline.job import Job
+from streamprune.pipeline.reading import parameters_of, read_block
 from streamprune.pipeline.residual import reordered
 from streamprune.pipeline.run import Run
-from streamprune.pipeline.source import parameters_of, read_source
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ class Streams:
                 states.close()
 
 
-def inputs_of_next_block(run: Run, entries: Sequence[dict[str, Any]]) -> tuple[BlockArguments, Streams]:
+def inputs_of_next_block(run: Run, entries: Sequence[JournalEntry]) -> tuple[BlockArguments, Streams]:
     """Hidden states for the first unfinished block: those on disk if they are whole, or made again by replaying."""
     job = run.job
-    inputs = text_inputs(job.skeleton, job.checkpoint, job.names, lambda tensors: reordered(tensors, run.residual))
+    inputs = text_inputs(job.source, lambda tensors: reordered(tensors, run.residual))
     arguments, hidden = _resumed(run, inputs, entries, "hidden", job.tokens, _written_block)
     if not job.config.correction:
         return arguments, Streams(hidden, None)
@@ -44,43 +47,47 @@ def inputs_of_next_block(run: Run, entries: Sequence[dict[str, Any]]) -> tuple[B
 def _resumed(
     run: Run,
     inputs: TextInputs,
-    entries: Sequence[dict[str, Any]],
+    entries: Sequence[JournalEntry],
     kind: str,
     tokens: torch.Tensor,
-    block_of: Callable[[Run, int, dict[str, Any]], nn.Module],
+    block_of: Callable[[Run, Block, JournalEntry], nn.Module],
 ) -> tuple[BlockArguments, HiddenStates]:
     job, finished = run.job, len(entries)
     if finished:
         states = run.inputs_of(finished, kind, len(tokens))
-        states.checksums = list(entries[-1][f"{kind}_states"])
+        recorded = entries[-1].hidden_states if kind == "hidden" else entries[-1].reference_states
+        states.checksums = list(recorded or ())
         if _is_whole(states):
-            return embed(job.skeleton, inputs, job.tokens, job.arithmetic, None, run.tick), states
+            return embed(job.source.skeleton, inputs, job.tokens, job.arithmetic, None, run.watch.tick), states
         states.close()
     states = run.inputs_of(0, kind, len(tokens))
-    run.progress.stage("embeddings")
-    arguments = embed(job.skeleton, inputs, tokens, job.arithmetic, states, run.tick)
-    for index, entry in enumerate(entries):
-        run.progress.stage("replaying")
-        block = block_of(run, index, entry)
-        following = run.inputs_of(index + 1, kind, len(tokens))
-        run.advance(block, index, arguments, states, following)
+    run.watch.progress.stage("embeddings")
+    arguments = embed(job.source.skeleton, inputs, tokens, job.arithmetic, states, run.watch.tick)
+    for block, entry in zip(job.source.blocks, entries, strict=False):
+        run.watch.progress.stage("replaying")
+        runnable = RunnableBlock(block.name, block_of(run, block, entry), arguments[block.index])
+        following = run.inputs_of(block.index + 1, kind, len(tokens))
+        run.advance(runnable, states, following)
         states.close()
         states = following
     return arguments, states
 
 
-def _written_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
-    job = run.job
-    shard = open_file(run.journal.out / job.shard_name(index))
-    packed = dict.fromkeys((layer["name"] for layer in entry["layers"]), job.config.pattern)
-    names = {name: name for name in job.skeleton.block_parameters(index)}
-    return load_block(job.skeleton, index, shard, names, packed, job.arithmetic)
+def _written_block(run: Run, block: Block, entry: JournalEntry) -> nn.Module:
+    shard = open_file(run.journal.out / run.job.shard_name(block))
+    written = written_source(run.job, block, shard, (layer.name for layer in entry.record.layers))
+    return load_block(written, block, run.job.arithmetic)
 
 
-def _source_block(run: Run, index: int, entry: dict[str, Any]) -> nn.Module:
-    job = run.job
-    tensors = parameters_of(job, read_source(job, index), run.residual)
-    return dense_block(job.skeleton, index, tensors, job.arithmetic.device, job.arithmetic.dtype)
+def written_source(job: Job, block: Block, shard: Checkpoint, pruned: Iterable[str]) -> Source:
+    """A written block's shard as what it is loaded from; `pruned` are its packed layers."""
+    names = {name: name for name in block.parameters}
+    return Source(job.source.skeleton, shard, names, dict.fromkeys(pruned, job.config.pattern))
+
+
+def _source_block(run: Run, block: Block, entry: JournalEntry) -> nn.Module:
+    tensors = parameters_of(run.job, read_block(run.job, block), run.residual)
+    return dense_block(run.job.source.skeleton, block, tensors, run.job.arithmetic)
 
 
 def _is_whole(states: HiddenStates) -> bool:

@@ -4,6 +4,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,6 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
-from streamprune.checkpoint.packed import is_packed, open_packed
-from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.config import check_numbers
 from streamprune.errors import CalibrationError, CheckpointError, NumericsError, SettingsError
@@ -25,6 +24,7 @@ from streamprune.model.arithmetic import (
     resolve_arithmetic,
     warn_without_kernels,
 )
+from streamprune.model.blocks import RunnableBlock, load_block
 from streamprune.model.documents import (
     BATCH_CHARACTERS,
     CHARACTERS_PER_TOKEN,
@@ -33,8 +33,10 @@ from streamprune.model.documents import (
     documents,
     kind_of,
 )
-from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
-from streamprune.model.streaming import advance, check_tied, embed, load_block, output_names, read_outer, text_inputs
+from streamprune.model.forward import run_tail
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.source import Source, open_source
+from streamprune.model.streaming import advance, embed, text_inputs
 from streamprune.model.text import fitting_length, load_tokenizer, tokenize
 
 WHOLE_CHARACTERS = 1 << 24  # tokenised at once without max_tokens: up to 6 GB, 400 bytes a token
@@ -85,54 +87,54 @@ def evaluate(
         raise SettingsError(f"scratch {scratch}: no such folder")
     warn_without_kernels()
     folder = Path(model)
-    packed = is_packed(folder)
-    checkpoint, layers, _ = open_packed(folder) if packed else (open_checkpoint(folder), {}, {})
-    skeleton = build_skeleton(folder, checkpoint)
-    names = output_names(skeleton, checkpoint, layers)
-    check_tied(skeleton, checkpoint, names)
-    sequence_length = fitting_length(sequence_length, skeleton.positions)
+    source = open_source(folder)
+    source.check_tied()
+    sequence_length = fitting_length(sequence_length, source.skeleton.positions)
     windows = _windows(folder, text, text_column, sequence_length, max_tokens)
-    vocabulary, _ = skeleton.embedding_shape
+    vocabulary, _ = source.skeleton.embedding_shape
     if int(windows.max()) >= vocabulary:
         raise CheckpointError(f"the tokenizer makes ids up to {int(windows.max())}, the model has {vocabulary}")
-    source_dtype = checkpoint.tensors[names[skeleton.outer_parameters()[0]]].dtype
-    arithmetic = resolve_arithmetic(device, dtype, source_dtype)
-    blocks = len(skeleton.blocks)
-    bar = tqdm(total=(blocks + 2) * len(windows), unit="sample", desc="evaluate", disable=None if progress else True)
+    arithmetic = resolve_arithmetic(device, dtype, source.dtype)
+    count = (len(source.blocks) + 2) * len(windows)
+    bar = tqdm(total=count, unit="sample", desc="evaluate", disable=None if progress else True)
+    with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar:
+        losses = _losses(source, windows, arithmetic, Path(work), bar.update)
+    loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
+    perplexity = math.exp(loss) if loss < MOST_EXPONENT else None
+    seconds, packed = time.perf_counter() - start, bool(source.packed)
+    return Evaluation(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
 
-    def tick() -> None:
-        bar.update()
 
-    def scratch_file(number: int) -> HiddenStates:
-        path, on_gpu = Path(work) / f"{number}.bin", arithmetic.device.type == "cuda"
-        count, length = windows.shape
-        return HiddenStates(path, count, length, skeleton.hidden_size, arithmetic.dtype, for_gpu=on_gpu)
-
-    with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar, ExitStack() as open_files:
-        files = [scratch_file(i) for i in (0, 1)]
+def _losses(
+    source: Source, windows: torch.Tensor, arithmetic: Arithmetic, scratch: Path, tick: Callable[[], object]
+) -> list[float]:
+    """Each window's loss, as `_window_loss`; hidden states lie in the folder `scratch`."""
+    skeleton, on_gpu = source.skeleton, arithmetic.device.type == "cuda"
+    sizes = (*windows.shape, skeleton.hidden_size, arithmetic.dtype)
+    with ExitStack() as open_files:
+        files = [HiddenStates(scratch / f"{number}.bin", *sizes, for_gpu=on_gpu) for number in (0, 1)]
         for file in files:
             open_files.callback(file.close)
-        arguments = embed(skeleton, text_inputs(skeleton, checkpoint, names), windows, arithmetic, files[0], tick)
-        for index, name in enumerate(skeleton.blocks):
-            block = load_block(skeleton, index, checkpoint, names, layers, arithmetic, untrusted=True)
-            advance(block, name, arguments[index], files[0], files[1], arithmetic, tick)
+        arguments = embed(skeleton, text_inputs(source), windows, arithmetic, files[0], tick)
+        for block in source.blocks:
+            module = load_block(source, block, arithmetic, untrusted=True)
+            states, following = files
+            advance(RunnableBlock(block.name, module, arguments[block.index]), states, following, arithmetic, tick)
             files.reverse()
-        tail = read_outer(skeleton, checkpoint, names, skeleton.outer_parameters())
-        tail = {name: tensor.to(arithmetic.device, arithmetic.dtype) for name, tensor in tail.items()}
+        # the tail is given embeddings, so that their matrix is needed where the head is tied to it alone
+        needed = [n for n in skeleton.outer_parameters if n != skeleton.embedding or n in skeleton.tied.values()]
+        tail = {n: tensor.to(arithmetic.device, arithmetic.dtype) for n, tensor in source.read(needed).items()}
         losses = []
         for index, window in enumerate(windows):
             losses.append(_window_loss(skeleton, tail, files[0].read(index), window, arithmetic))
             if not math.isfinite(losses[-1]):
                 wide = arithmetic.dtype == torch.float32
                 raise NumericsError(
-                    f"{folder}: the loss of window {index} is NaN or infinite: weights behind the last block are too "
-                    f"large for {name_of(arithmetic.dtype)}; {'mend them' if wide else 'try --dtype float32'}"
+                    f"{source.folder}: the loss of window {index} is NaN or infinite: weights behind the last block "
+                    f"are too large for {name_of(arithmetic.dtype)}; {'mend them' if wide else 'try --dtype float32'}"
                 )
             tick()
-    loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
-    perplexity = math.exp(loss) if loss < MOST_EXPONENT else None
-    seconds = time.perf_counter() - start
-    return Evaluation(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
+    return losses
 
 
 def _windows(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streamprune.checkpoint.manifest import STEP, read_manifest
+from streamprune.checkpoint.manifest import plain, read_manifest
 from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed, packed_shape
 from streamprune.errors import CheckpointError
 
@@ -46,14 +46,24 @@ def inspect(folder: str | Path) -> Inspection:
     folder = Path(folder)
     checkpoint, layers, _ = open_packed(folder)
     manifest = read_manifest(folder / MANIFEST_FILE)
-    fields = set(LayerRow.__dataclass_fields__)
-    rows = []
-    for block in manifest["blocks"]:
-        for layer in block["layers"]:
-            known = {key: value for key, value in layer.items() if key in fields}
-            known["steps"] = [{key: step[key] for key in STEP} for step in layer["steps"]]
-            rows.append(LayerRow(**known, block_error=block["block_error"]))
-    recorded = {row.name: (row.pattern, tuple(row.shape)) for row in rows}
+    rows = [
+        LayerRow(
+            name=layer.name,
+            pattern=layer.pattern,
+            shape=layer.shape,
+            packed_bytes=layer.packed_bytes,
+            dense_bytes=layer.dense_bytes,
+            permutation_bytes=layer.permutation_bytes,
+            kernel_error=layer.kernel_error,
+            layer_error=layer.layer_error,
+            block_error=block.block_error,
+            steps=[plain(step) for step in layer.steps],
+            shrinkage=list(layer.shrinkage),
+        )
+        for block in manifest.blocks
+        for layer in block.layers
+    ]
+    recorded = {row.name: (row.pattern, row.shape) for row in rows}
     stored = {name: (str(pattern), packed_shape(checkpoint, name, pattern)) for name, pattern in layers.items()}
     different = sorted(name for name in recorded | stored if recorded.get(name) != stored.get(name))
     if different:
@@ -62,7 +72,7 @@ def inspect(folder: str | Path) -> Inspection:
         )
     return Inspection(
         rows,
-        dict(manifest["dense_layers"]),
+        dict(manifest.dense_layers),
         sum(row.packed_bytes for row in rows),
         sum(row.dense_bytes for row in rows),
         sum(row.permutation_bytes for row in rows),

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from streamprune.checkpoint.beside import file_inside
-from streamprune.checkpoint.manifest import differences, read_manifest
+from streamprune.checkpoint.manifest import FileRecord, LayerRecord, Manifest, differences, read_manifest
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
@@ -21,7 +21,6 @@ from streamprune.checkpoint.packed import (
     STATISTICS_FILE,
     PackedLayer,
     layer_from_tensors,
-    open_packed,
     structure_faults,
     tensor_names,
 )
@@ -35,11 +34,10 @@ from streamprune.checkpoint.reader import (
 )
 from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, read_bounded
 from streamprune.checkpoint.writer import file_digest
-from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.model.configuration import forward_settings, model_config
-from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
-from streamprune.model.streaming import output_names
+from streamprune.model.names import match_names
+from streamprune.model.source import Source, open_output
 from streamprune.model.text import tokenizer_digests
 from streamprune.pruning.selection import stable_sum, weighted_error
 from streamprune_kernels import nm_linear
@@ -90,16 +88,19 @@ class _Findings:
 
 @dataclass(frozen=True)
 class _Output:
-    """An opened output: its tensors, its pruned layers, and what its manifest says of them."""
+    """An opened output and what its manifest says of it; `recorded` are the pruned layers by name."""
 
-    folder: Path
-    skeleton: Skeleton
-    checkpoint: Checkpoint
-    layers: dict[str, NMPattern]
-    recorded: dict[str, dict[str, Any]]
-    source_digests: dict[str, str]
-    reconstructed: bool
-    validated: bool
+    opened: Source
+    manifest: Manifest
+    recorded: dict[str, LayerRecord]
+
+    @property
+    def folder(self) -> Path:
+        return self.opened.folder
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.opened.checkpoint
 
 
 def verify(
@@ -123,7 +124,7 @@ def verify(
     try:
         manifest = _check_files(folder, findings, quick)
         output = _open_output(folder, manifest)
-        reconstructed, validated = output.reconstructed, output.validated
+        reconstructed, validated = manifest.reconstructed, manifest.validated
         if not quick:
             _check_layers(output, findings, progress)
         if original is not None:
@@ -145,7 +146,7 @@ def _digest(folder: Path) -> str | None:
         return None
 
 
-def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, Any]:
+def _check_files(folder: Path, findings: _Findings, quick: bool) -> Manifest:
     """Compare the manifest with its digest file, and every file (`quick`: its size) with it; returns the manifest."""
     if not (folder / MANIFEST_DIGEST_FILE).is_file():
         raise CheckpointError(f"{folder}: is not a finished output of streamprune ({MANIFEST_DIGEST_FILE} is missing)")
@@ -157,15 +158,15 @@ def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, An
         )
     needed = {"config.json", SAFETENSORS_INDEX, PERMUTATIONS_FILE, STATISTICS_FILE}
     needed.update(path.name for path in folder.glob("model-*.safetensors"))
-    findings.faults += [f"{name}: is not in {MANIFEST_FILE}" for name in sorted(needed - manifest["files"].keys())]
-    for name, recorded in sorted(manifest["files"].items()):
+    findings.faults += [f"{name}: is not in {MANIFEST_FILE}" for name in sorted(needed - manifest.files.keys())]
+    for name, recorded in sorted(manifest.files.items()):
         if fault := _file_fault(folder, name, recorded, quick):
             holds = f"; {_contents(manifest, name)}" if fault == OTHER_BYTES else ""
             findings.faults.append(f"{name}: {fault}{holds}")
     return manifest
 
 
-def _file_fault(folder: Path, name: str, recorded: dict[str, Any], quick: bool) -> str | None:
+def _file_fault(folder: Path, name: str, recorded: FileRecord, quick: bool) -> str | None:
     """What is wrong with a file of the manifest. One that lies elsewhere, or behind a link to another folder, is
     missing: the folder does not have it.
     """
@@ -173,40 +174,36 @@ def _file_fault(folder: Path, name: str, recorded: dict[str, Any], quick: bool) 
         path = file_inside(folder, name)
         if path is None:
             return "is missing"
-        if (size_bytes := path.stat().st_size) != recorded["bytes"]:
-            return f"has {size_bytes} bytes, not the recorded {recorded['bytes']}"
-        return OTHER_BYTES if not quick and file_digest(path) != recorded["sha256"] else None
+        if (size_bytes := path.stat().st_size) != recorded.bytes:
+            return f"has {size_bytes} bytes, not the recorded {recorded.bytes}"
+        return OTHER_BYTES if not quick and file_digest(path) != recorded.sha256 else None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
 
-def _contents(manifest: dict[str, Any], name: str) -> str:
+def _contents(manifest: Manifest, name: str) -> str:
     number = name.removeprefix("model-").partition("-of-")[0]
-    if number.isdecimal() and 2 <= int(number) < len(manifest["blocks"]) + 2:
-        return f"it holds block {manifest['blocks'][int(number) - 2]['name']}"
+    if number.isdecimal() and 2 <= int(number) < len(manifest.blocks) + 2:
+        return f"it holds block {manifest.blocks[int(number) - 2].name}"
     return "it holds no pruned layer"
 
 
-def _open_output(folder: Path, manifest: dict[str, Any]) -> _Output:
-    checkpoint, layers, _ = open_packed(folder)
-    skeleton = build_skeleton(folder, checkpoint)
-    output_names(skeleton, checkpoint, layers)
-    recorded = {layer["name"]: layer for block in manifest["blocks"] for layer in block["layers"]}
-    different = sorted(set(recorded) ^ set(layers))
+def _open_output(folder: Path, manifest: Manifest) -> _Output:
+    opened = open_output(folder)
+    recorded = {layer.name: layer for layer in manifest.layers}
+    different = sorted(set(recorded) ^ set(opened.packed))
     if different:
         raise CheckpointError(f"{different[0]}: config.json and the manifest disagree on whether it is pruned")
-    for name, pattern in layers.items():
-        if recorded[name]["pattern"] != str(pattern):
-            raise CheckpointError(f"{name}: config.json says {pattern}, the manifest {recorded[name]['pattern']}")
-    settings = manifest["identity"]["settings"]
-    about = settings["reconstruct"] is True, settings["validate"] is True
-    return _Output(folder, skeleton, checkpoint, layers, recorded, manifest["source_tensors"], *about)
+    for name, pattern in opened.packed.items():
+        if recorded[name].pattern != str(pattern):
+            raise CheckpointError(f"{name}: config.json says {pattern}, the manifest {recorded[name].pattern}")
+    return _Output(opened, manifest, recorded)
 
 
 def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
     shared: dict[str, torch.Tensor | None] = {}
-    leaders = _group_leaders(output.skeleton)
-    bar = tqdm(output.layers.items(), unit="layer", desc="verify", disable=None if progress else True)
+    leaders = _group_leaders(output.opened)
+    bar = tqdm(output.opened.packed.items(), unit="layer", desc="verify", disable=None if progress else True)
     for number, (name, pattern) in enumerate(bar):
         layer = layer_from_tensors(name, output.checkpoint.read(tensor_names(output.checkpoint, name)))
         faults = list(structure_faults(layer, pattern))
@@ -220,10 +217,9 @@ def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
         findings.faults += [f"{name}: {fault}" for fault in faults]
 
 
-def _group_leaders(skeleton: Skeleton) -> dict[str, str]:
+def _group_leaders(opened: Source) -> dict[str, str]:
     """Each layer's first fellow of those that share its input."""
-    groups = [names for index in range(len(skeleton.blocks)) for _, names in skeleton.group_layers(index)]
-    return {name: names[0] for names in groups for name in names}
+    return {name: group.name for block in opened.blocks for group in block.groups for name in group.names}
 
 
 def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
@@ -259,18 +255,19 @@ def _product_error(layer: PackedLayer, seed: int) -> float:
 
 def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Findings, progress: bool) -> None:
     findings.faults += _other_settings(output, checkpoint)
-    names = match_names(output.skeleton, checkpoint)
+    names = match_names(output.opened.skeleton, checkpoint)
+    views = {view.parameter: name for block in output.opened.blocks for name, view in block.layers.items()}
     orders = _orders(output)
     rms = open_file(output.folder / STATISTICS_FILE)
     faulty: set[str] = set()
     bar = tqdm(sorted(names.items()), unit="tensor", desc="against source", disable=None if progress else True)
     for parameter, original in bar:
         tensor = checkpoint.read([original])[original]
-        if tensor_digest(tensor) != output.source_digests.get(original):
+        if tensor_digest(tensor) != output.manifest.source_tensors.get(original):
             findings.faults.append(f"{original}: the source is not the one that was compressed")
         tensor = _in_output_order(parameter, tensor, orders.get(parameter, []))
-        layer_name = parameter.removesuffix(".weight")
-        if layer_name in output.layers:
+        layer_name = views.get(parameter, parameter)
+        if layer_name in output.opened.packed:
             faults = _layer_faults(output, layer_name, tensor, orders.get(parameter, ()), rms)
         else:
             stored = output.checkpoint.read([parameter])[parameter]
@@ -284,7 +281,7 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
 def _other_settings(output: _Output, checkpoint: Checkpoint) -> Iterator[str]:
     """What of the source's config.json and tokenizer is not what lies in the output."""
     config, _ = model_config(checkpoint.folder, checkpoint)
-    settings = forward_settings(config), forward_settings(output.skeleton.model.config)
+    settings = forward_settings(config), forward_settings(output.opened.skeleton.model.config)
     for name, theirs, ours in differences(*settings):
         yield f"config.json: {name} is {theirs} in the source, {ours} here"
     for name, _, _ in differences(tokenizer_digests(checkpoint.folder), tokenizer_digests(output.folder)):
@@ -314,7 +311,7 @@ def _orders(output: _Output) -> dict[str, list[tuple[int, torch.Tensor]]]:
                 orders.setdefault(tensor, []).append((dim, folded[item["permutation"]].long()))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{PERMUTATIONS_FILE}: its list of reordered tensors is malformed ({error})") from error
-    for layer in output.layers:
+    for layer in output.opened.packed:
         name = f"{layer}.input_permutation"
         if name in output.checkpoint.tensors:
             orders.setdefault(f"{layer}.weight", []).append((1, output.checkpoint.read([name])[name].long()))
@@ -335,7 +332,7 @@ def _layer_faults(output: _Output, name: str, weight: torch.Tensor, orders: Any,
     if expected is None:
         return ["its rows keep different numbers of weights"]
     different = (_bits(expected) != _bits(layer.values)).nonzero()
-    if len(different) and not output.reconstructed:
+    if len(different) and not output.manifest.reconstructed:
         row, place = different[0].tolist()
         return [f"{len(different)} kept values differ from the source's, first in row {row} at kept place {place}"]
     rms_name = f"{name}.input_rms"
@@ -344,7 +341,7 @@ def _layer_faults(output: _Output, name: str, weight: torch.Tensor, orders: Any,
         return [f"its stored input RMS does not have {weight.shape[1]} channels"]
     for dim, permutation in orders:
         rms = rms[permutation] if dim == 1 else rms
-    recomputed, recorded = weighted_error(weight, keep, rms), output.recorded[name]["weighted_error"]
+    recomputed, recorded = weighted_error(weight, keep, rms), output.recorded[name].weighted_error
     if not abs(recomputed - recorded) <= RECOMPUTED_TOLERANCE * max(recorded, RECOMPUTED_TOLERANCE):
         return [f"its weighted error recomputed from the bytes is {recomputed:.9g}, recorded is {recorded:.9g}"]
     return []

@@ -22,7 +22,7 @@ import torch
 
 from streamprune.cli import cli
 from streamprune.errors import StreampruneError
-from streamprune.pipeline import scheduler
+from streamprune.pipeline import two_passes
 from streamprune.pipeline.compress import compress
 
 ACTIONS = {"count": 0, "kill": 1, "full": 2, "stop": 3}
@@ -41,13 +41,13 @@ def arm(out: str, action: str = "count", at: int = -1, kinds: tuple[str, ...] = 
 def run(order: dict[str, Any]) -> dict[str, Any]:
     """In the child: compress, and say how it went."""
     pruned: list[int] = []
-    original = scheduler.prune_block
+    original = two_passes.prune_block
 
     def noted(skeleton: Any, index: int, *rest: Any) -> Any:
         pruned.append(index)
         return original(skeleton, index, *rest)
 
-    scheduler.prune_block = noted
+    two_passes.prune_block = noted
     library = arm(order["job"]["out"], **order.get("fault", {}))
     ended: dict[str, Any] = {}
     try:

@@ -143,7 +143,7 @@ def test_skeleton_holds_no_weights_but_real_buffers_and_is_in_evaluation_mode(na
 def test_parameters_are_those_of_the_blocks_and_the_outer_ones(name: str, models: Models) -> None:
     skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
     inside = [p for index in range(len(skeleton.blocks)) for p in skeleton.block_parameters(index)]
-    outer, tied = skeleton.outer_parameters(), tied_parameters(skeleton.model)
+    outer, tied = skeleton.outer_parameters, skeleton.tied
     every = [parameter for parameter, _ in skeleton.model.named_parameters(remove_duplicate=False)]
     assert sorted([*inside, *outer, *tied]) == sorted(every)
     assert set(tied) == (set() if name in ("llama-plain", "mistral", "qwen3") else {"lm_head.weight"})
@@ -154,7 +154,7 @@ def test_parameters_are_those_of_the_blocks_and_the_outer_ones(name: str, models
 )
 def test_heads(name: str, heads: tuple[int, int, int], models: Models) -> None:
     skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
-    assert skeleton.heads() == heads
+    assert skeleton.heads == heads
     query_heads, kv_heads, head_dim = heads
     attention = dict(skeleton.block(0).named_parameters())
     assert attention["self_attn.q_proj.weight"].shape[0] == query_heads * head_dim

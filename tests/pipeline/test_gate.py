@@ -13,7 +13,7 @@ import torch
 from streamprune.checkpoint import packed
 from streamprune.checkpoint.writer import Pieces, Staged
 from streamprune.errors import BlockErrorExceeded, KernelFault
-from streamprune.pipeline import entries, scheduler
+from streamprune.pipeline import entries, two_passes
 from streamprune.pipeline.compress import CompressResult
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
@@ -127,7 +127,7 @@ def test_hidden_states_after_a_block_kept_dense(
     """What enters block 1 is bit for bit what the dense block 0 gave."""
     seen: dict[int, list[torch.Tensor]] = {}
     dense: list[torch.Tensor] = []
-    original, original_dense = scheduler._compress_block, scheduler._dense_pass
+    original, original_dense = two_passes._compress_block, two_passes._dense_pass
 
     def compress_block(run: Any, index: int, sources: Any, arguments: Any, streams: Any) -> Any:
         seen[index] = [streams.hidden.read(sequence) for sequence in range(len(streams.hidden))]
@@ -139,8 +139,8 @@ def test_hidden_states_after_a_block_kept_dense(
             dense.extend(target.read(sequence) for sequence in range(len(target)))
         return result
 
-    monkeypatch.setattr(scheduler, "_compress_block", compress_block)
-    monkeypatch.setattr(scheduler, "_dense_pass", dense_pass)
+    monkeypatch.setattr(two_passes, "_compress_block", compress_block)
+    monkeypatch.setattr(two_passes, "_dense_pass", dense_pass)
     prune("llama", tmp_path / "out", max_block_error=0.0, on_excess="keep-dense")
     assert len(dense) == 4
     assert all(torch.equal(one, other) for one, other in zip(seen[1], dense, strict=True))

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from streamprune.cli import cli
-from streamprune.pipeline import scheduler
+from streamprune.pipeline import two_passes
 from streamprune.pipeline.block_pruning import prune_block
 from streamprune.pipeline.compress import CompressResult
 from streamprune.runtime.evaluate import evaluate
@@ -116,7 +116,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
         statistics[index] = copy.deepcopy(found)
         return prune_block(skeleton, index, tensors, found, *rest)
 
-    monkeypatch.setattr(scheduler, "prune_block", prune)
+    monkeypatch.setattr(two_passes, "prune_block", prune)
     return statistics
 
 

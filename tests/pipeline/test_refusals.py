@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from streamprune.cli import cli
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, NumericsError, OutputError, SettingsError, UnsupportedModelError
-from streamprune.pipeline import scheduler
+from streamprune.pipeline import two_passes
 from streamprune.pipeline.compress import CompressResult
 from streamprune.runtime.verify import verify
 
@@ -33,7 +33,7 @@ def no_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any) -> None:
         raise AssertionError("a block was reached")
 
-    monkeypatch.setattr(scheduler, "_compress_block", refuse)
+    monkeypatch.setattr(two_passes, "_compress_block", refuse)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from streamprune.errors import Interrupted, JobMismatchError, OutputError
-from streamprune.pipeline import scheduler
+from streamprune.pipeline import two_passes
 from streamprune.pipeline.compress import CompressResult
 from streamprune.pipeline.journal import output_leased
 from streamprune.pipeline.lease import holder_file
@@ -29,13 +29,13 @@ Prune = Callable[..., CompressResult]
 def pruned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The blocks that are pruned while a test runs, in order."""
     blocks: list[int] = []
-    original = scheduler.prune_block
+    original = two_passes.prune_block
 
     def counted(skeleton: Any, index: int, *rest: Any) -> Any:
         blocks.append(index)
         return original(skeleton, index, *rest)
 
-    monkeypatch.setattr(scheduler, "prune_block", counted)
+    monkeypatch.setattr(two_passes, "prune_block", counted)
     return blocks
 
 

@@ -10,16 +10,16 @@ from collections.abc import Generator, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from streamprune.checkpoint.writer import Staged
+from streamprune.checkpoint.manifest import BlockRecord, BlockTimings, JournalEntry
 from streamprune.model.arithmetic import peak_memory_bytes, threads_left
+from streamprune.model.skeleton import Block
 from streamprune.pipeline.ahead import ahead
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
-from streamprune.pipeline.entries import about_layer, about_moments, digests_of, stage_block
+from streamprune.pipeline.entries import StagedBlock, digests_of, layer_record, moments_record, stage_block
 from streamprune.pipeline.progress import StageTimes
+from streamprune.pipeline.reading import BlockTensors, parameters_of, read_ahead
 from streamprune.pipeline.run import Run
-from streamprune.pipeline.source import SourceBlock, parameters_of, source_blocks
 from streamprune.pruning.statistics import ChannelStatistics
 
 OTHERS = 2  # threads that compute beside the one that prunes: checksums on both sides, packing
@@ -27,67 +27,61 @@ OTHERS = 2  # threads that compute beside the one that prunes: checksums on both
 
 @dataclass(frozen=True)
 class _Pruned:
-    index: int
-    block: PrunedBlock
+    block: Block
+    pruned: PrunedBlock
     digests: dict[str, str]  # of the source's tensors
     timed: StageTimes
 
 
 @dataclass(frozen=True)
 class _Written:
-    entry: dict[str, Any]
-    staged: tuple[Staged, ...]
+    record: BlockRecord
+    digests: dict[str, str]
+    files: dict[str, str]
+    staged: StagedBlock
     timed: StageTimes
 
 
-def unseen_blocks(run: Run, left: Iterable[int]) -> Generator[dict[str, Any], None, None]:
-    """The entries of the blocks `left`, in order, each once the disk has its files."""
-    blocks_ahead = run.job.plan.memory.blocks_ahead
-    behind = min(blocks_ahead, 1)
+def blocks_by_weights(run: Run, blocks: Iterable[Block]) -> Generator[JournalEntry, None, None]:
+    """The entries of blocks, in order, each once the disk has its files."""
+    behind = min(run.job.plan.memory.blocks_ahead, 1)
 
     with threads_left(OTHERS if behind else 0), ExitStack() as open_stages:
-        sources = open_stages.enter_context(closing(source_blocks(run.job, left)))
+        sources = open_stages.enter_context(closing(read_ahead(run.job, blocks)))
         pruned = open_stages.enter_context(closing(ahead(map(partial(_prune, run), sources), behind, "prune")))
         written = open_stages.enter_context(closing(ahead(map(partial(_write, run), pruned), behind, "write")))
         entries = open_stages.enter_context(closing(ahead(map(_publish, written), behind, "sync")))
         for entry in entries:
             yield entry
-            run.check()
+            run.watch.check()
 
 
-def _prune(run: Run, source: SourceBlock) -> _Pruned:
-    job = run.job
+def _prune(run: Run, read: BlockTensors) -> _Pruned:
+    job, block = run.job, read.block
     timed = StageTimes(job.arithmetic.device)
-    timed.seconds["read"] = source.seconds
+    timed.seconds["read"] = read.seconds
     with timed("read"):
-        tensors = parameters_of(job, source, run.residual)
-    plans = job.plan.blocks[source.index]
+        tensors = parameters_of(job, read, run.residual)
+    plans, heads = job.plan.blocks[block.index], job.source.skeleton.heads
     device = job.arithmetic.device
     statistics = {layer: ChannelStatistics.unseen(plan.shape[1], device) for layer, plan in plans.items()}
-    block = prune_block(job.skeleton, source.index, tensors, statistics, set(plans), job.config, timed)
-    return _Pruned(source.index, block, source.digests, timed)
+    pruned = prune_block(block, tensors, statistics, plans, heads, job.config, timed)
+    return _Pruned(block, pruned, read.digests, timed)
 
 
-def _write(run: Run, pruned: _Pruned) -> _Written:
-    with pruned.timed("write"):
-        staged = stage_block(run, pruned.index, pruned.block)
-    layers = pruned.block.layers.items()
-    entry = {
-        "name": run.job.skeleton.blocks[pruned.index],
-        "outcome": "pruned",
-        "block_error": None,
-        "layers": [about_layer(run.job, pruned.index, name, layer, None) for name, layer in layers],
-        "source_tensors": pruned.digests,
-        "files": digests_of(run, staged),
-        "moments": about_moments({}),
-    }
-    return _Written(entry, staged, pruned.timed)
+def _write(run: Run, work: _Pruned) -> _Written:
+    with work.timed("write"):
+        staged = stage_block(run, work.block, work.pruned)
+    layers = work.pruned.layers.items()
+    records = tuple(layer_record(run.job, work.block, name, layer, None) for name, layer in layers)
+    record = BlockRecord(work.block.name, "pruned", None, moments_record({}), records)
+    return _Written(record, work.digests, digests_of(run, staged), staged, work.timed)
 
 
-def _publish(written: _Written) -> dict[str, Any]:
+def _publish(written: _Written) -> JournalEntry:
     with written.timed("sync"):
         for file in written.staged:
             file.sync()
             file.publish()
-    timings = {"seconds": written.timed.seconds, "peak_memory_bytes": peak_memory_bytes()}
-    return {**written.entry, "timings": timings}
+    timings = BlockTimings(written.timed.seconds, peak_memory_bytes())
+    return JournalEntry(written.record, written.digests, written.files, None, None, timings)

@@ -1,0 +1,134 @@
+"""What blocks are called with, and what comes after them.
+
+What each block receives beside the hidden states is recorded by running the model's own forward with recorders in the
+blocks' places, so nothing about masks or position embeddings is spelled here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten
+
+from streamprune.errors import UnsupportedModelError
+from streamprune.model.skeleton import Skeleton
+
+
+class _StopForward(Exception):
+    """Raised by the last recorder: what comes after the blocks is not run."""
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place; attributes that the model looks up there are the block's."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not a submodule: its parameters are not this module's
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["block"], name)
+
+
+class _Recorder(_StandIn):
+    """Keeps what a block is called with and passes the hidden states on; the last one ends the forward."""
+
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__(block)
+        self.last = last
+        self.states: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden_states: torch.Tensor, *extra: Any, **arguments: Any) -> torch.Tensor:
+        if extra:
+            raise UnsupportedModelError(
+                "a block of this model is called with positional arguments; that is not supported"
+            )
+        self.states, self.arguments = hidden_states, arguments
+        if self.last:
+            raise _StopForward
+        return hidden_states
+
+
+class _Substitute(_StandIn):
+    """Returns the given hidden states in place of the first block's output; without them passes its input on."""
+
+    def __init__(self, block: nn.Module, states: torch.Tensor | None) -> None:
+        super().__init__(block)
+        self.states = states
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states if self.states is None else self.states
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Hidden states that enter block 0, [1, tokens, hidden], and the keyword arguments of every block."""
+
+    hidden_states: torch.Tensor
+    arguments: tuple[dict[str, Any], ...]
+
+
+def record_block_inputs(skeleton: Skeleton, outer: Mapping[str, torch.Tensor], embeddings: torch.Tensor) -> BlockInputs:
+    """Run what lies between `embeddings` [1, tokens, width] and the blocks; `outer` are parameters outside them."""
+    blocks = [skeleton.module(block) for block in skeleton.blocks]
+    recorders = [_Recorder(block, index == len(blocks) - 1) for index, block in enumerate(blocks)]
+    base = skeleton.model.base_model
+    prefix = skeleton.base_prefix
+    parameters = {name.removeprefix(prefix): tensor for name, tensor in outer.items() if name.startswith(prefix)}
+    with _blocks_replaced(skeleton, recorders), torch.inference_mode(), suppress(_StopForward):
+        functional_call(base, parameters, (), {"inputs_embeds": embeddings, "use_cache": False})
+    first = recorders[0].states
+    if first is None:
+        raise UnsupportedModelError(f"the forward of {type(skeleton.model).__name__} did not call its blocks")
+    return BlockInputs(first, tuple(recorder.arguments for recorder in recorders))
+
+
+def run_tail(
+    skeleton: Skeleton, outer: Mapping[str, torch.Tensor], states: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Logits [len(positions), vocabulary] from the last block's hidden states [1, tokens, hidden]."""
+    blocks = [skeleton.module(block) for block in skeleton.blocks]
+    substitutes = [_Substitute(block, states if index == 0 else None) for index, block in enumerate(blocks)]
+    tied = {name: outer[stored] for name, stored in skeleton.tied.items() if stored in outer}
+    buffers = {name: buffer.to(states.device) for name, buffer in skeleton.model.named_buffers()}
+    # The first substitute ignores what it is given, so embeddings of zeros spare the embedding matrix.
+    zeros = states.new_zeros(1, states.shape[1], skeleton.embedding_shape[1])
+    inputs = {"inputs_embeds": zeros, "use_cache": False, "logits_to_keep": positions}
+    with _blocks_replaced(skeleton, substitutes), torch.inference_mode():
+        return functional_call(skeleton.model, {**buffers, **outer, **tied}, (), inputs).logits[0]
+
+
+def arguments_equal(one: Any, other: Any) -> bool:
+    """Whether two recorded arguments are the same, tensors by value, floating-point ones up to rounding."""
+    (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    # blocks share most of what they are called with: each pair is looked at once
+    pairs = {(id(leaf), id(other)): (leaf, other) for leaf, other in zip(leaves, others, strict=False)}
+    return structure == other_structure and all(_leaves_equal(*pair) for pair in pairs.values())
+
+
+def _leaves_equal(one: Any, other: Any) -> bool:
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return bool(one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6) if one.is_floating_point() else torch.equal(one, other)
+
+
+@contextmanager
+def _blocks_replaced(skeleton: Skeleton, substitutes: Sequence[nn.Module]) -> Iterator[None]:
+    """Put other modules in the blocks' places for a while."""
+    originals = [skeleton.module(block) for block in skeleton.blocks]
+    try:
+        for block, module in zip(skeleton.blocks, substitutes, strict=True):
+            skeleton.model.set_submodule(block.name, module)
+        yield
+    finally:
+        for block, module in zip(skeleton.blocks, originals, strict=True):
+            skeleton.model.set_submodule(block.name, module)

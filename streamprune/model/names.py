@@ -1,0 +1,144 @@
+"""Which tensor of a checkpoint is which parameter of a model, by the rules of from_pretrained."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from streamprune.checkpoint.packed import packed_shape
+from streamprune.checkpoint.reader import Checkpoint, TensorSource
+from streamprune.checkpoint.safetensors_header import QUANTISED
+from streamprune.config import NMPattern
+from streamprune.errors import CheckpointError
+from streamprune.model.skeleton import Skeleton
+
+logger = logging.getLogger("streamprune")
+
+# Buffers that old checkpoints carry and current modules compute for themselves.
+OBSOLETE_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+UNKNOWN_LISTED = 10  # tensors that belong to no parameter
+# What lies beside a quantised weight, under the names that published checkpoints use.
+QUANTISED_PART = re.compile(
+    r"(?P<layer>.+?)\.((weight_)?scales?(_inv|_2)?|input_scale|(weight_)?zero_point|qweight|qzeros|g_idx|SCB"
+    r"|weight_(packed|shape|format)|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..+)"
+)
+
+
+def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter name to the checkpoint's name for it, by the rules of from_pretrained.
+
+    A checkpoint of the base model lacks the prefix ("decoder.layers..." for "model.decoder.layers..."). Raises
+    CheckpointError for a parameter without tensor or with one of another shape; tensors without parameter are logged.
+    """
+    shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
+    prefix = skeleton.base_prefix
+    tied = skeleton.tied
+    names: dict[str, str] = {}
+    unknown = []
+    for name in checkpoint.tensors:
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        parameter = next((candidate for candidate in candidates if candidate in shapes), None)
+        if parameter is None:
+            unknown.append(name)
+        else:
+            names[parameter] = name
+    for parameter, stored in tied.items():
+        other = names.pop(parameter, None)
+        if other is not None and names.setdefault(stored, other) != other:
+            _check_shape(checkpoint, other, checkpoint.tensors[other], shapes[stored])
+    if part := next((name for name in unknown if _is_quantised(skeleton, name, shapes)), None):
+        raise CheckpointError(f"{checkpoint.folder}: tensor {part} is a part of a quantised weight: {QUANTISED}")
+    missing = sorted(set(shapes) - set(names) - set(tied))
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    for parameter, name in names.items():
+        _check_shape(checkpoint, name, checkpoint.tensors[name], shapes[parameter])
+    strange = [name for name in unknown if not name.endswith(OBSOLETE_SUFFIXES)]
+    strange = _without_predicting_blocks(skeleton, checkpoint, strange)
+    for name in strange[:UNKNOWN_LISTED]:
+        logger.warning("%s: tensor %s belongs to no parameter of the model and is left out", checkpoint.folder, name)
+    if len(strange) > UNKNOWN_LISTED:
+        logger.warning("%s: so do %d more tensors", checkpoint.folder, len(strange) - UNKNOWN_LISTED)
+    return names
+
+
+def output_names(skeleton: Skeleton, checkpoint: Checkpoint, packed: Mapping[str, NMPattern]) -> dict[str, str]:
+    """As `match_names`, for an output, whose packed layers' weights have no tensor of their own."""
+    pruned = {f"{name}.weight" for name in packed}
+    expected = {*skeleton.outer_parameters, *(name for block in skeleton.blocks for name in block.parameters)}
+    unknown = sorted(name for name in packed if f"{name}.weight" not in expected)
+    if unknown:
+        raise CheckpointError(f"{checkpoint.folder}: layer {unknown[0]} is not in the model of config.json")
+    missing = sorted(expected - pruned - set(checkpoint.tensors))
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    for name in sorted(expected):
+        shape = skeleton.model.get_parameter(name).shape
+        layer = name.removesuffix(".weight")
+        stored = packed_shape(checkpoint, layer, packed[layer]) if name in pruned else checkpoint.tensors[name].shape
+        if tuple(shape) != tuple(stored):
+            raise CheckpointError(f"{checkpoint.folder}: {name} is {list(stored)}, config.json makes it {list(shape)}")
+    return {name: name for name in sorted(expected - pruned)}
+
+
+def check_tied(skeleton: Skeleton, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Raise CheckpointError where a tensor that config.json ties to another is there too, and is not the same."""
+    for parameter, stored in skeleton.tied.items():
+        if parameter not in checkpoint.tensors or names[stored] == parameter:
+            continue
+        pairs = zip(checkpoint.pieces(parameter), checkpoint.pieces(names[stored]), strict=False)
+        if not all(torch.equal(one, other) for one, other in pairs):
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {parameter} differs from {names[stored]}, which config.json ties it to; "
+                "set tie_word_embeddings to false where the weights are right"
+            )
+
+
+def _without_predicting_blocks(skeleton: Skeleton, checkpoint: Checkpoint, unknown: list[str]) -> list[str]:
+    """Unknown tensors without those of blocks for multi-token prediction, which follow the model's own in their list.
+
+    They are no part of a causal LM's forward: from_pretrained drops them, and so does this, in a line. Raises
+    CheckpointError for a block that config.json does not know of.
+    """
+    count = len(skeleton.blocks)
+    predicting = getattr(skeleton.model.config, "num_nextn_predict_layers", None)
+    last = count + (predicting if type(predicting) is int else 0)
+    later = {name: number for name in unknown if (number := _number_of_block(skeleton, name)) >= count}
+    if beyond := next((name for name, number in later.items() if number >= last), None):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {beyond} is of a block beyond the {last} of config.json; "
+            "give a config.json that belongs to the weights"
+        )
+    if later:
+        logger.warning(
+            "%s: %d tensors of blocks for multi-token prediction (first %s) are left out; the causal LM does without",
+            *(checkpoint.folder, len(later), next(iter(later))),
+        )
+    return [name for name in unknown if name not in later]
+
+
+def _number_of_block(skeleton: Skeleton, name: str) -> int:
+    """The number in a tensor's name that it would have in the list of blocks; -1 where it has none."""
+    path = skeleton.architecture.blocks
+    for start in (f"{path}.", f"{path}.".removeprefix(skeleton.base_prefix)):
+        number = name.removeprefix(start).partition(".")[0]
+        if name.startswith(start) and number.isdecimal():
+            return int(number[:10])  # a longer one is beyond all blocks as well
+    return -1
+
+
+def _is_quantised(skeleton: Skeleton, name: str, shapes: Mapping[str, Any]) -> bool:
+    """Whether a tensor that belongs to no parameter is a part of a quantised weight."""
+    part, prefix = QUANTISED_PART.fullmatch(name), skeleton.base_prefix
+    return part is not None and not shapes.keys().isdisjoint(f"{start}{part['layer']}.weight" for start in ("", prefix))
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, source: TensorSource, shape: tuple[int, ...]) -> None:
+    if source.shape != shape:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {name} has shape {list(source.shape)}, config.json makes it {list(shape)}"
+        )
+    if not source.dtype.is_floating_point:
+        raise CheckpointError(f"{checkpoint.folder}: tensor {name} is {source.dtype}; the source must be unquantized")
