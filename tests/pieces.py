@@ -1,50 +1,39 @@
 """A dense model run in pieces: outer parameters, block inputs, single blocks, logits."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from streamprune.checkpoint.reader import open_checkpoint
-from streamprune.model.blocks import dense_block, run_block
-from streamprune.model.skeleton import (
-    BlockInputs,
-    Skeleton,
-    build_skeleton,
-    match_names,
-    record_block_inputs,
-    run_tail,
-)
+from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.blocks import RunnableBlock, dense_block
+from streamprune.model.forward import BlockInputs, record_block_inputs, run_tail
+from streamprune.model.source import Source, open_dense
 
-CPU = torch.device("cpu")
+FLOAT32 = Arithmetic(torch.device("cpu"), torch.float32)
 TOKENS = torch.tensor([[ord(character) for character in "Twenty-nine letters and more."]])
 
 
-def outer_tensors(skeleton: Skeleton, folder: Path) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
-    names = match_names(skeleton, checkpoint)
-    tensors = checkpoint.read(names[name] for name in skeleton.outer_parameters)
-    return {name: tensors[names[name]].float() for name in skeleton.outer_parameters}
+def outer_tensors(source: Source) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in source.read(source.skeleton.outer_parameters).items()}
 
 
-def recorded(skeleton: Skeleton, folder: Path, tokens: torch.Tensor = TOKENS) -> BlockInputs:
-    outer = outer_tensors(skeleton, folder)
-    return record_block_inputs(skeleton, outer, outer[skeleton.embedding][tokens])
+def recorded(source: Source, tokens: torch.Tensor = TOKENS) -> BlockInputs:
+    outer = outer_tensors(source)
+    return record_block_inputs(source.skeleton, outer, outer[source.skeleton.embedding][tokens])
 
 
-def block_of(skeleton: Skeleton, folder: Path, index: int) -> Any:
-    checkpoint = open_checkpoint(folder)
-    names = match_names(skeleton, checkpoint)
-    parameters = skeleton.block_parameters(index)
-    stored = checkpoint.read(names[name] for name in parameters)
-    return dense_block(skeleton, index, {name: stored[names[name]] for name in parameters}, CPU, torch.float32)
+def runnable(source: Source, index: int, inputs: BlockInputs) -> RunnableBlock:
+    """A dense block in float32, to be called as `inputs` say."""
+    block = source.blocks[index]
+    module = dense_block(source.skeleton, block, source.read(block.parameters), FLOAT32)
+    return RunnableBlock(block.name, module, inputs.arguments[index])
 
 
 def logits_in_pieces(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [tokens, vocabulary] of one sequence [1, tokens], block by block."""
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    inputs = recorded(skeleton, folder, tokens)
+    source = open_dense(folder)
+    inputs = recorded(source, tokens)
     states = inputs.hidden_states
-    for index in range(len(skeleton.blocks)):
-        states = run_block(block_of(skeleton, folder, index), states, inputs.arguments[index], "block")
-    return run_tail(skeleton, outer_tensors(skeleton, folder), states, torch.arange(tokens.shape[1]))
+    for index in range(len(source.blocks)):
+        states = runnable(source, index, inputs).run(states)
+    return run_tail(source.skeleton, outer_tensors(source), states, torch.arange(tokens.shape[1]))

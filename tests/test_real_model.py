@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from streamprune import compress, evaluate, export, verify
 from streamprune.config import PruneConfig
 from streamprune.errors import Interrupted
-from streamprune.pipeline.calibration import calibration_tokens
+from streamprune.pipeline.calibration import Calibration, calibration_tokens
 from streamprune.pruning.metrics import esparse_factor, score
 from streamprune.pruning.statistics import StatisticsAccumulator
 
@@ -90,7 +90,7 @@ def pruned(run: tuple[Path, int]) -> Path:
 @pytest.fixture(scope="session")
 def activations(model: Path, plain: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Inputs of block 0's linear layers on the calibration tokens, [tokens, in], by plain transformers and hooks."""
-    tokens = calibration_tokens(model, str(CALIBRATION), SAMPLES, LENGTH, seed=0)
+    tokens = calibration_tokens(model, Calibration(str(CALIBRATION), samples=SAMPLES, sequence_length=LENGTH))
     seen: dict[str, list[torch.Tensor]] = {}
     hooks = []
     for name, module in plain.model.layers[0].named_modules():

@@ -16,7 +16,7 @@ from hypothesis import strategies as some
 from safetensors.torch import save
 
 from attacks.catalogue import Malformed
-from streamprune.checkpoint.manifest import MANIFEST, read_checked
+from streamprune.checkpoint.manifest import Manifest, read_record
 from streamprune.checkpoint.packed import PackedLayer, check_contents, pack_layer
 from streamprune.checkpoint.reader import open_checkpoint, open_file
 from streamprune.checkpoint.safetensors_header import read_header
@@ -165,11 +165,11 @@ def test_json_is_refused_where_it_is_nested_too_deeply_and_only_there(depth: int
 
 
 @EXAMPLES
-@given(value=some.dictionaries(some.sampled_from([*MANIFEST, "more"]), VALUES, max_size=8))
+@given(value=some.dictionaries(some.sampled_from([*Manifest.__struct_fields__, "more"]), VALUES, max_size=8))
 def test_a_manifest_of_any_json_is_refused(value: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(value))
     with pytest.raises(CheckpointError):
-        read_checked(path, MANIFEST)
+        read_record(path, Manifest)
 
 
 @EXAMPLES

@@ -22,6 +22,7 @@ import torch
 
 from streamprune.cli import cli
 from streamprune.errors import StreampruneError
+from streamprune.model.skeleton import Block
 from streamprune.pipeline import two_passes
 from streamprune.pipeline.compress import compress
 
@@ -43,9 +44,9 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     pruned: list[int] = []
     original = two_passes.prune_block
 
-    def noted(skeleton: Any, index: int, *rest: Any) -> Any:
-        pruned.append(index)
-        return original(skeleton, index, *rest)
+    def noted(block: Block, *rest: Any) -> Any:
+        pruned.append(block.index)
+        return original(block, *rest)
 
     two_passes.prune_block = noted
     library = arm(order["job"]["out"], **order.get("fault", {}))

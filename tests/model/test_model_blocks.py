@@ -15,10 +15,11 @@ from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
-from streamprune.model.blocks import dense_block, layers_observed, packed_block, run_block
+from streamprune.model.blocks import RunnableBlock, dense_block, layers_observed, load_block, packed_block
+from streamprune.model.names import output_names
 from streamprune.model.packed_linear import PackedLinear
-from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
-from streamprune.model.streaming import advance, embed, load_block, output_names, text_inputs
+from streamprune.model.source import Source, open_dense
+from streamprune.model.streaming import advance, embed, text_inputs
 from streamprune.pruning.selection import select
 
 CPU = torch.device("cpu")
@@ -34,10 +35,12 @@ def no_tick() -> None:
     return None
 
 
-def block_tensors(skeleton: Skeleton, folder: Path, index: int) -> Tensors:
-    checkpoint = open_checkpoint(folder)
-    names = match_names(skeleton, checkpoint)
-    return {name: checkpoint.read([names[name]])[names[name]] for name in skeleton.block_parameters(index)}
+def block_tensors(source: Source, index: int) -> Tensors:
+    return source.read(source.blocks[index].parameters)
+
+
+def dense(source: Source, index: int, tensors: Tensors) -> torch.nn.Module:
+    return dense_block(source.skeleton, source.blocks[index], tensors, FLOAT32)
 
 
 def prune_by_magnitude(tensors: Tensors, layers: list[str], permuted: bool) -> tuple[Tensors, Tensors]:
@@ -55,75 +58,70 @@ def prune_by_magnitude(tensors: Tensors, layers: list[str], permuted: bool) -> t
     return shard, masked
 
 
-def arguments_of(skeleton: Skeleton, folder: Path, tokens: torch.Tensor = TOKENS[:1]) -> tuple[dict[str, object], ...]:
-    checkpoint = open_checkpoint(folder)
-    inputs = text_inputs(skeleton, checkpoint, match_names(skeleton, checkpoint))
-    return embed(skeleton, inputs, tokens, FLOAT32, None, no_tick)
+def arguments_of(source: Source, tokens: torch.Tensor = TOKENS[:1]) -> tuple[dict[str, object], ...]:
+    return embed(source.skeleton, text_inputs(source), tokens, FLOAT32, None, no_tick)
 
 
-def states_like(skeleton: Skeleton) -> torch.Tensor:
-    return torch.randn(1, TOKENS.shape[1], skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+def states_like(source: Source) -> torch.Tensor:
+    return torch.randn(1, TOKENS.shape[1], source.skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_packed_block_equals_the_masked_dense_block(name: str, permuted: bool, models: Models) -> None:
-    folder = models(name)
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    layers = [layer for _, names in skeleton.group_layers(1) for layer in names]
-    shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 1), layers, permuted)
-    packed = packed_block(skeleton, 1, shard, dict.fromkeys(layers, PATTERN), CPU, torch.float32)
-    dense = dense_block(skeleton, 1, masked, CPU, torch.float32)
+    source = open_dense(models(name))
+    layers = [*source.blocks[1].layers]
+    shard, masked = prune_by_magnitude(block_tensors(source, 1), layers, permuted)
+    packed = packed_block(source.skeleton, source.blocks[1], shard, dict.fromkeys(layers, PATTERN), FLOAT32)
+    masked_block = dense(source, 1, masked)
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == len(layers)
-    arguments, states = arguments_of(skeleton, folder)[1], states_like(skeleton)
-    output, expected = (run_block(block, states, arguments, "block") for block in (packed, dense))
+    arguments, states = arguments_of(source)[1], states_like(source)
+    output, expected = (RunnableBlock("block", block, arguments).run(states) for block in (packed, masked_block))
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)  # the sums round differently
-    unpruned = dense_block(skeleton, 1, block_tensors(skeleton, folder, 1), CPU, torch.float32)
-    assert (run_block(unpruned, states, arguments, "block") - output).abs().max() > 1e-2
+    unpruned = dense(source, 1, block_tensors(source, 1))
+    assert (RunnableBlock("block", unpruned, arguments).run(states) - output).abs().max() > 1e-2
 
 
 def test_layers_that_are_not_packed_stay_dense(models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
+    source = open_dense(models("llama"))
     layers = ["model.layers.0.mlp.down_proj"]
-    shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 0), layers, permuted=False)
-    packed = packed_block(skeleton, 0, shard, dict.fromkeys(layers, PATTERN), CPU, torch.float32)
+    shard, masked = prune_by_magnitude(block_tensors(source, 0), layers, permuted=False)
+    packed = packed_block(source.skeleton, source.blocks[0], shard, dict.fromkeys(layers, PATTERN), FLOAT32)
     kinds = {name: type(module) for name, module in packed.named_modules() if name.endswith("_proj")}
     assert kinds.pop("mlp.down_proj") is PackedLinear
     assert set(kinds.values()) == {torch.nn.Linear}
-    dense = dense_block(skeleton, 0, masked, CPU, torch.float32)
-    arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton)
-    output, expected = (run_block(one, states, arguments, "") for one in (packed, dense))
+    masked_block = dense(source, 0, masked)
+    arguments, states = arguments_of(source)[0], states_like(source)
+    output, expected = (RunnableBlock("", one, arguments).run(states) for one in (packed, masked_block))
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_compute_in_the_arithmetics_dtype(dtype: torch.dtype, models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    tensors = block_tensors(skeleton, folder, 0)
+    source = open_dense(models("llama"))
+    tensors = block_tensors(source, 0)
     layers = ["model.layers.0.self_attn.q_proj"]
     shard, _ = prune_by_magnitude(tensors, layers, permuted=True)
-    arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton).to(dtype)
+    arguments, states = arguments_of(source)[0], states_like(source).to(dtype)
     arguments = {key: tuple(x.to(dtype) for x in value) if key == "position_embeddings" else value
                  for key, value in arguments.items()}  # fmt: skip
-    packed = packed_block(skeleton, 0, shard, dict.fromkeys(layers, PATTERN), CPU, dtype)
+    skeleton, block, arithmetic = source.skeleton, source.blocks[0], Arithmetic(CPU, dtype)
+    packed = packed_block(skeleton, block, shard, dict.fromkeys(layers, PATTERN), arithmetic)
     assert packed.get_submodule("self_attn.q_proj").weight_values.dtype == torch.bfloat16  # as it is stored
-    for block in (dense_block(skeleton, 0, tensors, CPU, dtype), packed):
-        assert {p.dtype for p in block.parameters()} == {dtype}
-        assert run_block(block, states, arguments, "").dtype == dtype
-        assert not any(p.is_meta for p in [*block.parameters(), *block.buffers()])
+    for module in (dense_block(skeleton, block, tensors, arithmetic), packed):
+        assert {p.dtype for p in module.parameters()} == {dtype}
+        assert RunnableBlock("", module, arguments).run(states).dtype == dtype
+        assert not any(p.is_meta for p in [*module.parameters(), *module.buffers()])
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
 def test_missing_tensor_of_a_block_is_an_error_not_a_silent_zero(models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    tensors = block_tensors(skeleton, folder, 0)
+    source = open_dense(models("llama"))
+    tensors = block_tensors(source, 0)
     del tensors["model.layers.0.input_layernorm.weight"]
     for make in (
-        lambda: dense_block(skeleton, 0, tensors, CPU, torch.float32),
-        lambda: packed_block(skeleton, 0, tensors, {}, CPU, torch.float32),
+        lambda: dense(source, 0, tensors),
+        lambda: packed_block(source.skeleton, source.blocks[0], tensors, {}, FLOAT32),
     ):
         with pytest.raises(KeyError, match="input_layernorm"):
             make()
@@ -147,25 +145,23 @@ def test_packed_linear_gathers_adds_bias_and_takes_any_batch() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
-    states = states_like(skeleton)
+    source = open_dense(models("llama"))
+    block = dense(source, 0, block_tensors(source, 0))
+    states = states_like(source)
     states[0, 3, 5] = value
     with pytest.raises(NumericsError, match=r"^model\.layers\.0: its output holds NaN or infinity"):
-        run_block(block, states, arguments_of(skeleton, folder)[0], "model.layers.0")
+        RunnableBlock("model.layers.0", block, arguments_of(source)[0]).run(states)
 
 
 def test_layers_are_observed_as_tokens_by_channels_while_open(models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
-    arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton)
+    source = open_dense(models("llama"))
+    block = dense(source, 0, block_tensors(source, 0))
+    arguments, states = arguments_of(source)[0], states_like(source)
     seen: dict[str, list[torch.Tensor]] = {"self_attn.q_proj": [], "self_attn.v_proj": [], "mlp.down_proj": []}
     results: list[torch.Tensor] = []
     observers = {name: lambda x, y, tensors=tensors: tensors.append(x) for name, tensors in seen.items()}
     with layers_observed(block, {**observers, "mlp.gate_proj": lambda x, y: results.append(y)}, TOKENS.shape[1]):
-        output = run_block(block, states, arguments, "block")
+        output = RunnableBlock("block", block, arguments).run(states)
     assert [len(tensors) for tensors in seen.values()] == [1, 1, 1]
     assert torch.equal(seen["self_attn.q_proj"][0], seen["self_attn.v_proj"][0])
     with torch.inference_mode():
@@ -173,14 +169,13 @@ def test_layers_are_observed_as_tokens_by_channels_while_open(models: Models) ->
     assert torch.equal(seen["self_attn.q_proj"][0], normed)
     assert seen["mlp.down_proj"][0].shape == (TOKENS.shape[1], 160)
     assert [tuple(y.shape) for y in results] == [(TOKENS.shape[1], 160)]
-    assert torch.equal(run_block(block, states, arguments, "block"), output)
+    assert torch.equal(RunnableBlock("block", block, arguments).run(states), output)
     assert [len(tensors) for tensors in seen.values()] == [1, 1, 1]
 
 
 def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    block = dense_block(skeleton, 0, block_tensors(skeleton, folder, 0), CPU, torch.float32)
+    source = open_dense(models("llama"))
+    block = dense(source, 0, block_tensors(source, 0))
     with pytest.raises(RuntimeError, match="a fault"), layers_observed(block, {"mlp.up_proj": lambda x, y: None}, 4):
         raise RuntimeError("a fault")
     assert not block.get_submodule("mlp.up_proj")._forward_hooks
@@ -188,61 +183,54 @@ def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
 def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, models: Models, tmp_path: Path) -> None:
-    folder = models(name)
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    checkpoint = open_checkpoint(folder)
-    names = match_names(skeleton, checkpoint)
+    source = open_dense(models(name))
     samples, length = TOKENS.shape
     first, second = (
-        HiddenStates(tmp_path / f"{file}.bin", samples, length, skeleton.hidden_size, torch.float32) for file in "ab"
+        HiddenStates(tmp_path / f"{file}.bin", samples, length, source.skeleton.hidden_size, torch.float32)
+        for file in "ab"
     )
     ticks: list[int] = []
-    inputs = text_inputs(skeleton, checkpoint, names)
-    arguments = embed(skeleton, inputs, TOKENS, FLOAT32, first, lambda: ticks.append(1))
+    arguments = embed(source.skeleton, text_inputs(source), TOKENS, FLOAT32, first, lambda: ticks.append(1))
     expected = [first.read(index) for index in range(samples)]
-    for index, block_name in enumerate(skeleton.blocks):
+    for index, block in enumerate(source.blocks):
         shown: list[tuple[int, torch.Tensor]] = []
 
         def observe(sequence: int, x: torch.Tensor, y: torch.Tensor, shown: list[Any] = shown) -> None:
             shown.append((sequence, x))
 
-        block = load_block(skeleton, index, checkpoint, names, {}, FLOAT32)
-        advance(block, block_name, arguments[index], first, second, FLOAT32, lambda: ticks.append(1), observe)
+        runnable = RunnableBlock(block.name, load_block(source, block, FLOAT32), arguments[index])
+        advance(runnable, first, second, FLOAT32, lambda: ticks.append(1), observe)
         assert [sequence for sequence, _ in shown] == list(range(samples))
         assert all(torch.equal(x, expected[sequence]) for sequence, x in shown)
-        dense = dense_block(skeleton, index, block_tensors(skeleton, folder, index), CPU, torch.float32)
-        expected = [run_block(dense, states, arguments[index], block_name) for states in expected]
+        whole = RunnableBlock(block.name, dense(source, index, block_tensors(source, index)), arguments[index])
+        expected = [whole.run(states) for states in expected]
         for sequence in range(samples):
             assert torch.equal(second.read(sequence), expected[sequence])
         first, second = second, first
-    assert len(ticks) == samples * (1 + len(skeleton.blocks))
+    assert len(ticks) == samples * (1 + len(source.blocks))
     first.close()
     second.close()
 
 
 def test_packed_block_is_loaded_from_its_shard(models: Models, tmp_path: Path) -> None:
-    folder = models("opt")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
+    source = open_dense(models("opt"))
     layers = ["model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"]
-    shard, masked = prune_by_magnitude(block_tensors(skeleton, folder, 0), layers, permuted=False)
+    shard, masked = prune_by_magnitude(block_tensors(source, 0), layers, permuted=False)
     save_file(shard, tmp_path / "block.safetensors")
     checkpoint = open_file(tmp_path / "block.safetensors")
-    names = {name: name for name in skeleton.block_parameters(0)}
+    names = {name: name for name in source.blocks[0].parameters}
     patterns = dict.fromkeys([*layers, "model.decoder.layers.1.fc1"], PATTERN)  # another block's layer is none of ours
-    block = load_block(skeleton, 0, checkpoint, names, patterns, FLOAT32)
-    arguments, states = arguments_of(skeleton, folder)[0], states_like(skeleton)
-    dense = dense_block(skeleton, 0, masked, CPU, torch.float32)
-    output, expected = (run_block(one, states, arguments, "") for one in (block, dense))
+    block = load_block(Source(source.skeleton, checkpoint, names, patterns), source.blocks[0], FLOAT32)
+    arguments, states = arguments_of(source)[0], states_like(source)
+    masked_block = dense(source, 0, masked)
+    output, expected = (RunnableBlock("", one, arguments).run(states) for one in (block, masked_block))
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_embed_runs_one_sequence_where_nothing_is_kept(models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
+    source = open_dense(models("llama"))
     ticks: list[int] = []
-    checkpoint = open_checkpoint(folder)
-    inputs = text_inputs(skeleton, checkpoint, match_names(skeleton, checkpoint))
-    arguments = embed(skeleton, inputs, TOKENS, FLOAT32, None, lambda: ticks.append(1))
+    arguments = embed(source.skeleton, text_inputs(source), TOKENS, FLOAT32, None, lambda: ticks.append(1))
     assert len(arguments) == 3
     assert ticks == []
 
@@ -252,28 +240,24 @@ def test_blocks_whose_arguments_depend_on_the_text_are_refused(
 ) -> None:
     from streamprune.model import streaming
 
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    checkpoint = open_checkpoint(folder)
-    inputs = text_inputs(skeleton, checkpoint, match_names(skeleton, checkpoint))
+    source = open_dense(models("llama"))
     monkeypatch.setattr(streaming, "arguments_equal", lambda one, other: False)
     states = HiddenStates(tmp_path / "h.bin", *TOKENS.shape, 64, torch.float32)
     with pytest.raises(UnsupportedModelError, match="depends on the text"):
-        embed(skeleton, inputs, TOKENS, FLOAT32, states, no_tick)
+        embed(source.skeleton, text_inputs(source), TOKENS, FLOAT32, states, no_tick)
     states.close()
 
 
 def test_names_of_an_output_are_its_dense_parameters(models: Models, tmp_path: Path) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
+    source = open_dense(models("llama"))
     layer = "model.layers.0.mlp.down_proj"
-    tensors = tiny.read_tensors(folder)
+    tensors = tiny.read_tensors(source.folder)
     packed = pack_layer(tensors[f"{layer}.weight"], select(tensors[f"{layer}.weight"].abs().float(), PATTERN), None)
     del tensors[f"{layer}.weight"]
     save_file({**tensors, **packed.tensors(layer)}, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    assert output_names(skeleton, checkpoint, {layer: PATTERN}) == {name: name for name in tensors}
+    assert output_names(source.skeleton, checkpoint, {layer: PATTERN}) == {name: name for name in tensors}
     with pytest.raises(CheckpointError, match=r"model\.layers\.9\.mlp\.up_proj.* is not in the model"):
-        output_names(skeleton, checkpoint, {"model.layers.9.mlp.up_proj": PATTERN})
+        output_names(source.skeleton, checkpoint, {"model.layers.9.mlp.up_proj": PATTERN})
     with pytest.raises(CheckpointError, match=r"1 tensors are missing, first model\.layers\.0\.mlp\.down_proj\.weight"):
-        output_names(skeleton, checkpoint, {"model.layers.0.mlp.up_proj": PATTERN})
+        output_names(source.skeleton, checkpoint, {"model.layers.0.mlp.up_proj": PATTERN})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from pieces import TOKENS, block_of, outer_tensors, recorded
+from pieces import TOKENS, outer_tensors, recorded, runnable
 from safetensors.torch import save_file
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,15 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import ARCHITECTURES
-from streamprune.model.blocks import run_block
-from streamprune.model.skeleton import (
-    arguments_equal,
-    build_skeleton,
-    match_names,
-    record_block_inputs,
-    run_tail,
-    tied_parameters,
-)
+from streamprune.model.forward import arguments_equal, record_block_inputs, run_tail
+from streamprune.model.names import match_names
+from streamprune.model.skeleton import build_skeleton
+from streamprune.model.source import open_dense
 
 NAMES = ["llama", "llama-plain", "opt", "mistral", "qwen2", "qwen3"]
 
@@ -49,27 +44,25 @@ def names_in(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_called_as_recorded_give_transformers_hidden_states_and_logits(name: str, models: Models) -> None:
-    folder = models(name)
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    inputs = recorded(skeleton, folder)
+    source = open_dense(models(name))
+    inputs = recorded(source)
     with torch.inference_mode():
-        expected = plain_model(folder)(TOKENS, output_hidden_states=True, use_cache=False)
+        expected = plain_model(source.folder)(TOKENS, output_hidden_states=True, use_cache=False)
     states = inputs.hidden_states
-    assert len(inputs.arguments) == len(skeleton.blocks) == len(expected.hidden_states) - 1
-    for index in range(len(skeleton.blocks)):
+    assert len(inputs.arguments) == len(source.blocks) == len(expected.hidden_states) - 1
+    for index in range(len(source.blocks)):
         torch.testing.assert_close(states, expected.hidden_states[index], rtol=1e-6, atol=1e-6)
-        states = run_block(block_of(skeleton, folder, index), states, inputs.arguments[index], "block")
-        assert states.shape == (1, TOKENS.shape[1], skeleton.hidden_size)
-    logits = run_tail(skeleton, outer_tensors(skeleton, folder), states, torch.arange(TOKENS.shape[1]))
+        states = runnable(source, index, inputs).run(states)
+        assert states.shape == (1, TOKENS.shape[1], source.skeleton.hidden_size)
+    logits = run_tail(source.skeleton, outer_tensors(source), states, torch.arange(TOKENS.shape[1]))
     torch.testing.assert_close(logits, expected.logits[0], rtol=1e-5, atol=1e-5)
     assert logits.std() > 0.1  # nothing degenerate was compared
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_tail_computes_the_positions_asked_for(name: str, models: Models) -> None:
-    folder = models(name)
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    outer = outer_tensors(skeleton, folder)
+    source = open_dense(models(name))
+    skeleton, outer = source.skeleton, outer_tensors(source)
     states = torch.randn(1, 12, skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
     every = run_tail(skeleton, outer, states, torch.arange(12))
     some = run_tail(skeleton, outer, states, torch.tensor([2, 3, 11]))
@@ -78,8 +71,7 @@ def test_tail_computes_the_positions_asked_for(name: str, models: Models) -> Non
 
 
 def test_blocks_of_mixed_layer_types_are_called_with_their_own_masks(models: Models) -> None:
-    folder = models("qwen2")
-    arguments = recorded(build_skeleton(folder, open_checkpoint(folder)), folder).arguments
+    arguments = recorded(open_dense(models("qwen2"))).arguments
     assert arguments_equal(arguments[0], arguments[1])
     assert arguments_equal(arguments[2], arguments[3])
     assert not arguments_equal(arguments[1], arguments[2])
@@ -87,16 +79,15 @@ def test_blocks_of_mixed_layer_types_are_called_with_their_own_masks(models: Mod
 
 def test_sliding_window_reaches_the_blocks(models: Models) -> None:
     """Changing a token more than two windows back leaves a two-block model's last state as it was."""
-    folder = models("mistral")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
+    source = open_dense(models("mistral"))
     changed = TOKENS.clone()
     changed[0, 3] = 7
     lasts = []
     for tokens in (TOKENS, changed):
-        inputs = recorded(skeleton, folder, tokens)
+        inputs = recorded(source, tokens)
         states = inputs.hidden_states
         for index in range(2):
-            states = run_block(block_of(skeleton, folder, index), states, inputs.arguments[index], "block")
+            states = runnable(source, index, inputs).run(states)
         lasts.append(states[0])
     assert torch.equal(lasts[0][-1], lasts[1][-1])
     assert not torch.equal(lasts[0][3 + 6], lasts[1][3 + 6])
@@ -104,27 +95,26 @@ def test_sliding_window_reaches_the_blocks(models: Models) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_no_cache_reaches_a_block(name: str, models: Models) -> None:
-    folder = models(name)
-    for arguments in recorded(build_skeleton(folder, open_checkpoint(folder)), folder).arguments:
+    for arguments in recorded(open_dense(models(name))).arguments:
         assert not arguments.get("use_cache")
         assert all(arguments.get(key) is None for key in ("past_key_values", "past_key_value"))
 
 
 def test_recording_leaves_the_skeleton_as_it_was(models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
+    source = open_dense(models("llama"))
+    skeleton = source.skeleton
     before = {name: id(module) for name, module in skeleton.model.named_modules()}
-    one, other = recorded(skeleton, folder), recorded(skeleton, folder)
+    one, other = recorded(source), recorded(source)
     assert {name: id(module) for name, module in skeleton.model.named_modules()} == before
     assert torch.equal(one.hidden_states, other.hidden_states)
     assert arguments_equal(one.arguments, other.arguments)
 
 
 def test_skeleton_is_put_back_when_the_forward_fails(models: Models) -> None:
-    folder = models("llama")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
+    source = open_dense(models("llama"))
+    skeleton = source.skeleton
     before = {name: id(module) for name, module in skeleton.model.named_modules()}
-    outer = outer_tensors(skeleton, folder)
+    outer = outer_tensors(source)
     with pytest.raises(IndexError):
         record_block_inputs(skeleton, outer, torch.zeros(3))
     assert {name: id(module) for name, module in skeleton.model.named_modules()} == before
@@ -142,7 +132,7 @@ def test_skeleton_holds_no_weights_but_real_buffers_and_is_in_evaluation_mode(na
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_those_of_the_blocks_and_the_outer_ones(name: str, models: Models) -> None:
     skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
-    inside = [p for index in range(len(skeleton.blocks)) for p in skeleton.block_parameters(index)]
+    inside = [parameter for block in skeleton.blocks for parameter in block.parameters]
     outer, tied = skeleton.outer_parameters, skeleton.tied
     every = [parameter for parameter, _ in skeleton.model.named_parameters(remove_duplicate=False)]
     assert sorted([*inside, *outer, *tied]) == sorted(every)
@@ -156,7 +146,7 @@ def test_heads(name: str, heads: tuple[int, int, int], models: Models) -> None:
     skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
     assert skeleton.heads == heads
     query_heads, kv_heads, head_dim = heads
-    attention = dict(skeleton.block(0).named_parameters())
+    attention = dict(skeleton.module(skeleton.blocks[0]).named_parameters())
     assert attention["self_attn.q_proj.weight"].shape[0] == query_heads * head_dim
     assert attention["self_attn.v_proj.weight"].shape[0] == kv_heads * head_dim
 
@@ -164,10 +154,15 @@ def test_heads(name: str, heads: tuple[int, int, int], models: Models) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_input_groups_name_every_linear_layer_of_a_block_once(name: str, models: Models) -> None:
     skeleton = build_skeleton(models(name), open_checkpoint(models(name)))
-    linears = [n for n, m in skeleton.block(1).named_modules() if isinstance(m, torch.nn.Linear)]
-    grouped = [layer for _, layers in skeleton.group_layers(1) for layer in layers]
-    assert sorted(grouped) == sorted(f"{skeleton.blocks[1]}.{linear}" for linear in linears)
-    for group, _ in skeleton.group_layers(1):
+    block = skeleton.blocks[1]
+    modules = skeleton.module(block).named_modules()
+    linears = {f"{block.name}.{n}": tuple(m.weight.shape) for n, m in modules if isinstance(m, torch.nn.Linear)}
+    views = [layer for group in block.groups for layer in group.layers]
+    assert sorted(view.name for view in views) == sorted(linears)
+    assert {view.name: view.shape for view in views} == linears
+    assert {view.parameter for view in views} == {f"{name}.weight" for name in linears}
+    assert block.ungrouped == ()
+    for group in block.groups:
         assert set(group.producers) <= set(linears)
 
 
@@ -330,11 +325,8 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(models: Models, tmp_path: 
 
 def test_quantization_entry_of_an_output_does_not_reach_transformers(models: Models, tmp_path: Path) -> None:
     folder = write_config(tmp_path, models("llama"), quantization_config={"quant_method": "streamprune"})
-    assert build_skeleton(folder, open_checkpoint(models("llama"))).blocks == (
-        "model.layers.0",
-        "model.layers.1",
-        "model.layers.2",
-    )
+    blocks = build_skeleton(folder, open_checkpoint(models("llama"))).blocks
+    assert [block.name for block in blocks] == ["model.layers.0", "model.layers.1", "model.layers.2"]
 
 
 def test_arguments_equal_compares_tensors_by_value() -> None:
@@ -349,12 +341,11 @@ def test_arguments_equal_compares_tensors_by_value() -> None:
 
 def test_outer_tensors_alone_run_what_comes_before_the_blocks(models: Models) -> None:
     """The embeddings of OPT are tokens plus learned positions, two places further on."""
-    folder = models("opt")
-    skeleton = build_skeleton(folder, open_checkpoint(folder))
-    outer = outer_tensors(skeleton, folder)
+    source = open_dense(models("opt"))
+    outer = outer_tensors(source)
     positions = torch.arange(TOKENS.shape[1]) + 2
     expected = functional_call(
         torch.nn.Embedding(tiny.VOCABULARY, 64), {"weight": outer["model.decoder.embed_tokens.weight"]}, (TOKENS,)
     )
     expected = expected + outer["model.decoder.embed_positions.weight"][positions]
-    torch.testing.assert_close(recorded(skeleton, folder).hidden_states, expected, rtol=0, atol=0)
+    torch.testing.assert_close(recorded(source).hidden_states, expected, rtol=0, atol=0)

@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from streamprune.errors import CheckpointError
 from streamprune.model.library_warnings import warnings_heard
 from streamprune.model.text import CONVERTERS_PATTERN, load_tokenizer, tokenize
-from streamprune.pipeline.calibration import calibration_tokens
+from streamprune.pipeline.calibration import Calibration, calibration_tokens
 
 # What mistral-common splits the text of large vocabularies by.
 MISTRALS_PATTERN = (
@@ -85,7 +85,9 @@ def test_tokenizer_model_alone_gives_the_ids_of_sentencepiece(
     expected = SentencePieceProcessor(model_proto=content).encode(TEXT)
     assert tokenize(load_tokenizer(folder), TEXT) == expected
     (tmp_path / "text.txt").write_text(TEXT)
-    windows = calibration_tokens(folder, str(tmp_path / "text.txt"), len(expected) // 50, 50, seed=0).tolist()
+    windows = calibration_tokens(
+        folder, Calibration(str(tmp_path / "text.txt"), samples=len(expected) // 50, sequence_length=50)
+    ).tolist()
     assert sorted(windows) == sorted(expected[start : start + 50] for start in range(0, len(expected) - 49, 50))
 
 
@@ -173,7 +175,9 @@ def test_a_mistrals_words_are_split_as_mistral_does(
     ids = [vocabulary[token] for token in expected]
     assert tokenize(load_tokenizer(folder), "12oW") == ids
     (tmp_path / "text.txt").write_text("12oW" * 50)
-    assert calibration_tokens(folder, str(tmp_path / "text.txt"), 1, 4 * len(ids), seed=0).tolist() == [ids * 4]
+    assert calibration_tokens(
+        folder, Calibration(str(tmp_path / "text.txt"), samples=1, sequence_length=4 * len(ids))
+    ).tolist() == [ids * 4]
     assert len(caplog.messages) == (2 if warning else 0)
     assert all(message.startswith(f"{folder}: ") and str(warning) in message for message in caplog.messages)
 

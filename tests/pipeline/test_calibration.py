@@ -18,7 +18,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from streamprune.errors import CalibrationError, SettingsError
 from streamprune.model.text import load_tokenizer, tokenize
-from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
+from streamprune.pipeline.calibration import Calibration, calibration_tokens, tokens_digest
 from streamprune.pipeline.compress import CompressResult
 
 TEXT = tiny.text(4_000, seed=7)
@@ -53,7 +53,7 @@ def decoded(tokens: torch.Tensor) -> list[str]:
 
 
 def test_windows_are_pieces_of_the_text_that_do_not_overlap(llama: Path, texts: Path) -> None:
-    tokens = calibration_tokens(llama, str(texts / "whole.txt"), 20, 50, seed=0)
+    tokens = calibration_tokens(llama, Calibration(str(texts / "whole.txt"), samples=20, sequence_length=50))
     assert (tokens.shape, tokens.dtype) == ((20, 50), torch.int64)
     pieces = [TEXT[start : start + 50] for start in range(0, 4_000, 50)]
     places = [pieces.index(window) for window in decoded(tokens)]
@@ -62,12 +62,15 @@ def test_windows_are_pieces_of_the_text_that_do_not_overlap(llama: Path, texts: 
 
 
 def test_all_windows_when_all_are_asked_for(llama: Path, texts: Path) -> None:
-    tokens = calibration_tokens(llama, str(texts / "whole.txt"), 80, 50, seed=3)
+    tokens = calibration_tokens(llama, Calibration(str(texts / "whole.txt"), samples=80, sequence_length=50, seed=3))
     assert sorted(decoded(tokens)) == sorted(TEXT[start : start + 50] for start in range(0, 4_000, 50))
 
 
 def test_the_seed_draws_the_windows(llama: Path, texts: Path) -> None:
-    draws = [calibration_tokens(llama, str(texts / "whole.txt"), 4, 50, seed) for seed in (0, 0, 1)]
+    draws = [
+        calibration_tokens(llama, Calibration(str(texts / "whole.txt"), samples=4, sequence_length=50, seed=seed))
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert tokens_digest(draws[0]) == tokens_digest(draws[1]) != tokens_digest(draws[2])
@@ -84,8 +87,10 @@ def test_digest_is_stable() -> None:
     "name", ["documents.jsonl", "c4-train.00000-of-01024.json.gz", "documents.parquet", "set", "set::train"]
 )
 def test_documents_are_joined_by_blank_lines(name: str, llama: Path, texts: Path) -> None:
-    expected = calibration_tokens(llama, str(texts / "joined.txt"), 8, 100, seed=0)
-    assert torch.equal(calibration_tokens(llama, str(texts / name), 8, 100, seed=0), expected)
+    expected = calibration_tokens(llama, Calibration(str(texts / "joined.txt"), samples=8, sequence_length=100))
+    assert torch.equal(
+        calibration_tokens(llama, Calibration(str(texts / name), samples=8, sequence_length=100)), expected
+    )
 
 
 @pytest.mark.parametrize("text", ["word " * 250_000, " " * 1_250_000])
@@ -97,9 +102,11 @@ def test_reading_stops_when_there_is_enough(text: str, llama: Path, tmp_path: Pa
     tiny.write_json(folder / "tokenizer.json", value)
     content = gzip.compress(f"{tiny.text(1_000)}\n{text}".encode() + random.Random(0).randbytes(100_000))
     (tmp_path / "text.txt.gz").write_bytes(content[:-50_000])
-    assert calibration_tokens(folder, str(tmp_path / "text.txt.gz"), 2, 100, seed=0).shape == (2, 100)
+    assert calibration_tokens(
+        folder, Calibration(str(tmp_path / "text.txt.gz"), samples=2, sequence_length=100)
+    ).shape == (2, 100)
     with pytest.raises(CalibrationError, match=r"text\.txt\.gz: "):
-        calibration_tokens(folder, str(tmp_path / "text.txt.gz"), 2_000, 1_000, seed=0)
+        calibration_tokens(folder, Calibration(str(tmp_path / "text.txt.gz"), samples=2_000, sequence_length=1_000))
 
 
 def test_the_job_is_the_same_whatever_its_tokens_lay_in(prune: Callable[..., CompressResult], tmp_path: Path) -> None:
@@ -126,7 +133,7 @@ def test_a_job_on_tokenizer_model_alone(
     prune(folder, tmp_path / "out", calibration=str(texts / "whole.txt"))
     ids = SentencePieceProcessor(model_proto=written.getvalue()).encode(TEXT)
     assert tokenize(load_tokenizer(tmp_path / "out"), TEXT) == ids
-    tokens = calibration_tokens(folder, str(texts / "whole.txt"), 4, 48, seed=0)
+    tokens = calibration_tokens(folder, Calibration(str(texts / "whole.txt"), samples=4, sequence_length=48))
     manifest = tiny.read_json(tmp_path / "out" / tiny.MANIFEST)
     assert manifest["identity"]["calibration"]["tokens"] == tokens_digest(tokens)
     windows = [ids[start : start + 48] for start in range(0, len(ids), 48)]
@@ -134,7 +141,7 @@ def test_a_job_on_tokenizer_model_alone(
 
 
 def test_a_data_sets_other_split(llama: Path, texts: Path) -> None:
-    tokens = calibration_tokens(llama, f"{texts / 'set'}::test", 2, 2_000, seed=0)
+    tokens = calibration_tokens(llama, Calibration(f"{texts / 'set'}::test", samples=2, sequence_length=2_000))
     assert sorted(decoded(tokens)) == sorted([TEXT[::-1][:2_000], TEXT[::-1][2_000:]])
 
 
@@ -144,7 +151,7 @@ def test_the_shipped_text(llama: Path) -> None:
         (importlib.resources.files("streamprune.data") / "calibration.txt.gz").read_bytes()
     ).decode()
     assert len(shipped) > 4 * 128 * 2_048
-    tokens = calibration_tokens(llama, None, 3, 100, seed=0)
+    tokens = calibration_tokens(llama, Calibration(None, samples=3, sequence_length=100))
     ascii_only = "".join(character if ord(character) < 127 else chr(127) for character in shipped)
     assert all(window in ascii_only for window in decoded(tokens))
 
@@ -153,8 +160,8 @@ def test_too_short_says_by_how_much(llama: Path, texts: Path) -> None:
     with pytest.raises(
         CalibrationError, match=r"whole\.txt: 4000 tokens make 40 windows of 100, 41 are asked for; give a longer text"
     ):
-        calibration_tokens(llama, str(texts / "whole.txt"), 41, 100, seed=0)
-    assert len(calibration_tokens(llama, str(texts / "whole.txt"), 40, 100, seed=0)) == 40
+        calibration_tokens(llama, Calibration(str(texts / "whole.txt"), samples=41, sequence_length=100))
+    assert len(calibration_tokens(llama, Calibration(str(texts / "whole.txt"), samples=40, sequence_length=100))) == 40
 
 
 @pytest.mark.parametrize(
@@ -174,24 +181,24 @@ def test_too_short_says_by_how_much(llama: Path, texts: Path) -> None:
 def test_what_is_not_text_is_refused(name: str, content: bytes, message: str, llama: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CalibrationError, match=message) as error:
-        calibration_tokens(llama, str(tmp_path / name), 1, 10, seed=0)
+        calibration_tokens(llama, Calibration(str(tmp_path / name), samples=1, sequence_length=10))
     assert error.value.exit_code == 4
 
 
 def test_a_parquet_file_without_the_column_is_refused(llama: Path, tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"words": ["one"]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(CalibrationError, match=r"a\.parquet: .* column 'text'"):
-        calibration_tokens(llama, str(tmp_path / "a.parquet"), 1, 10, seed=0)
+        calibration_tokens(llama, Calibration(str(tmp_path / "a.parquet"), samples=1, sequence_length=10))
 
 
 def test_what_is_missing_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"missing\.txt: no such file"):
-        calibration_tokens(llama, str(tmp_path / "missing.txt"), 1, 10, seed=0)
+        calibration_tokens(llama, Calibration(str(tmp_path / "missing.txt"), samples=1, sequence_length=10))
     with pytest.raises(CalibrationError, match="no-such-set: is neither a file nor a data set that can be loaded"):
-        calibration_tokens(llama, "no-such-set", 1, 10, seed=0)
+        calibration_tokens(llama, Calibration("no-such-set", samples=1, sequence_length=10))
 
 
 @pytest.mark.parametrize(("samples", "length"), [(0, 10), (-1, 10), (1, 1), (1, 0)])
 def test_no_tokens_are_refused(samples: int, length: int, llama: Path, texts: Path) -> None:
     with pytest.raises(SettingsError, match="at least 1 sample of at least 2 tokens"):
-        calibration_tokens(llama, str(texts / "whole.txt"), samples, length, seed=0)
+        calibration_tokens(llama, Calibration(str(texts / "whole.txt"), samples=samples, sequence_length=length))

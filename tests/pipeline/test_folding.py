@@ -47,17 +47,14 @@ def statistics_of(model: Any, layers: list[str], config: PruneConfig) -> dict[st
 
 def prune_all(folder: Path, config: PruneConfig) -> list[PrunedBlock]:
     skeleton, tensors = build_skeleton(folder, open_checkpoint(folder)), tiny.read_tensors(folder)
-    groups = [skeleton.group_layers(index) for index in range(len(skeleton.blocks))]
-    layers = [[name for _, names in block for name in names] for block in groups]
-    statistics = statistics_of(load(folder), [name for block in layers for name in block], config)
-    m = config.pattern.group_size
+    statistics = statistics_of(load(folder), [name for block in skeleton.blocks for name in block.layers], config)
+    m, timed = config.pattern.group_size, StageTimes(torch.device("cpu"))
     return [
         prune_block(
-            skeleton, index, tensors, statistics,
-            {name for name in layers[index] if tensors[f"{name}.weight"].shape[1] % m == 0},
-            config, StageTimes(torch.device("cpu")),
+            block, tensors, statistics, {name for name, view in block.layers.items() if view.shape[1] % m == 0},
+            skeleton.heads, config, timed,
         )
-        for index in range(len(skeleton.blocks))
+        for block in skeleton.blocks
     ]  # fmt: skip
 
 

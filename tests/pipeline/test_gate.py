@@ -15,6 +15,7 @@ from streamprune.checkpoint.writer import Pieces, Staged
 from streamprune.errors import BlockErrorExceeded, KernelFault
 from streamprune.pipeline import entries, two_passes
 from streamprune.pipeline.compress import CompressResult
+from streamprune.pipeline.two_passes import BlockWork
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
 from streamprune.runtime.inspect import inspect
@@ -129,14 +130,15 @@ def test_hidden_states_after_a_block_kept_dense(
     dense: list[torch.Tensor] = []
     original, original_dense = two_passes._compress_block, two_passes._dense_pass
 
-    def compress_block(run: Any, index: int, sources: Any, arguments: Any, streams: Any) -> Any:
-        seen[index] = [streams.hidden.read(sequence) for sequence in range(len(streams.hidden))]
-        return original(run, index, sources, arguments, streams)
+    def compress_block(work: BlockWork, *rest: Any) -> Any:
+        hidden = work.inputs.hidden
+        seen[work.block.index] = [hidden.read(sequence) for sequence in range(len(hidden))]
+        return original(work, *rest)
 
-    def dense_pass(run: Any, index: int, tensors: Any, arguments: Any, states: Any, target: Any, *rest: Any) -> Any:
-        result = original_dense(run, index, tensors, arguments, states, target, *rest)
-        if index == 0:
-            dense.extend(target.read(sequence) for sequence in range(len(target)))
+    def dense_pass(work: BlockWork, *rest: Any) -> Any:
+        result = original_dense(work, *rest)
+        if work.block.index == 0:
+            dense.extend(work.dense.read(sequence) for sequence in range(len(work.dense)))
         return result
 
     monkeypatch.setattr(two_passes, "_compress_block", compress_block)
@@ -277,6 +279,6 @@ def test_journal_entries_hold_only_plain_data(prune: Prune, tmp_path: Path) -> N
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    loaded = json.loads(texts[0], parse_constant=refuse)["value"]
+    loaded = json.loads(texts[0], parse_constant=refuse)["value"]["record"]
     assert loaded["name"] == "model.layers.1"
     assert len(loaded["layers"]) == 7

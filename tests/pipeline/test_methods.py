@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from streamprune.cli import cli
+from streamprune.model.skeleton import Block
 from streamprune.pipeline import two_passes
 from streamprune.pipeline.block_pruning import prune_block
 from streamprune.pipeline.compress import CompressResult
@@ -112,9 +113,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     """The statistics that each block was pruned by."""
     statistics: dict[int, Any] = {}
 
-    def prune(skeleton: Any, index: int, tensors: Any, found: Any, *rest: Any) -> Any:
-        statistics[index] = copy.deepcopy(found)
-        return prune_block(skeleton, index, tensors, found, *rest)
+    def prune(block: Block, tensors: Any, found: Any, *rest: Any) -> Any:
+        statistics[block.index] = copy.deepcopy(found)
+        return prune_block(block, tensors, found, *rest)
 
     monkeypatch.setattr(two_passes, "prune_block", prune)
     return statistics
@@ -143,11 +144,11 @@ def test_moments_and_cross_moments_are_numpys(
     tmp_path: Path,
 ) -> None:
     """Block 1's, whose inputs lie behind a pruned block and, for the reference, behind the dense one."""
-    from streamprune.pipeline.calibration import calibration_tokens
+    from streamprune.pipeline.calibration import Calibration, calibration_tokens
 
     prefix = {"llama": "model.layers", "opt": "model.decoder.layers"}[source]
     prune(source, tmp_path / "out", shuffle="none", correction_stride=stride)
-    tokens = calibration_tokens(sources(source), str(calibration), 4, 48, 0)
+    tokens = calibration_tokens(sources(source), Calibration(str(calibration), samples=4, sequence_length=48))
     # the plain model with block 0 as it was written; nothing is permuted
     export(tmp_path / "out", out=tmp_path / "dense")
     for name in ("self_attn.q_proj", {"llama": "mlp.down_proj", "opt": "fc2"}[source]):

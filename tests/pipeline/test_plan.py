@@ -15,10 +15,10 @@ import streamprune
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.config import PruneConfig, parse_bytes
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
+from streamprune.model.source import open_dense
 from streamprune.model.text import fitting_length
 from streamprune.pipeline import memory
 from streamprune.pipeline.compress import CompressResult
-from streamprune.pipeline.job import open_model
 from streamprune.pipeline.plan import plan_layers
 
 Sources = Callable[[str], Path]
@@ -144,14 +144,11 @@ def test_without_room_for_the_next_block_it_is_not_read_ahead_and_the_bytes_are_
 
 def test_on_a_gpu_the_stages_of_a_block_lie_there(sources: Sources) -> None:
     """What each limit is held against; the arithmetic of it needs no GPU."""
-    skeleton, checkpoint, names = open_model(sources("llama"))
-    config = PruneConfig()
-    layers, _ = plan_layers(skeleton, checkpoint, names, config.pattern)
+    source, config = open_dense(sources("llama")), PruneConfig()
+    layers, _ = plan_layers(source, config.pattern)
     shapes = [{name: layer.shape for name, layer in block.items()} for block in layers]
     pace = memory.Pace(4, 1)
-    host, gpu = (
-        memory.Sizes(skeleton, checkpoint, names, shapes, 48, torch.float32, on_gpu=on_gpu) for on_gpu in (False, True)
-    )
+    host, gpu = (memory.Sizes(source, shapes, 48, torch.float32, on_gpu=on_gpu) for on_gpu in (False, True))
     here, there = (memory.estimate_memory(sizes, config, pace) for sizes in (host, gpu))
     assert (here.device_peak, there.device_peak) == (0, here.of_block)
     assert there.peak == there.libraries + max(there.embeddings, there.on_its_way + there.read_ahead)

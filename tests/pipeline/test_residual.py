@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.pipeline.block_pruning import FoldedPermutation
+from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.job import Job, resolve_job
+from streamprune.pipeline.plan import Resources
 from streamprune.pipeline.residual import NAME, reordered, residual_sides, source_order
 from streamprune.pruning.selection import select, stable_sum
 from streamprune.runtime.evaluate import evaluate
@@ -33,19 +35,23 @@ READERS = {
 def job(sources: Callable[[str], Path], calibration: Path) -> Callable[[str], Job]:
     def resolve(source: str | Path) -> Job:
         folder = sources(source) if isinstance(source, str) else source
-        return resolve_job(folder, PruneConfig(**RESIDUAL), str(calibration), 1, 16, 0, "cpu", "float32")
+        return resolve_job(
+            folder,
+            PruneConfig(**RESIDUAL),
+            Calibration(str(calibration), samples=1, sequence_length=16),
+            Resources("cpu", "float32"),
+        )
 
     return resolve
 
 
 def random_fold(job: Job) -> FoldedPermutation:
-    order = torch.randperm(job.skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(job.source.skeleton.hidden_size, generator=torch.Generator().manual_seed(0))
     return FoldedPermutation(NAME, order, residual_sides(job))
 
 
 def by_parameter(job: Job) -> dict[str, torch.Tensor]:
-    tensors = job.checkpoint.read(job.names.values())
-    return {parameter: tensors[name] for parameter, name in job.names.items()}
+    return job.source.read(job.source.names)
 
 
 def logits(folder: Path, state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:

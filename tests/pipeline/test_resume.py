@@ -16,6 +16,7 @@ import pytest
 import tiny
 
 from streamprune.errors import Interrupted, JobMismatchError, OutputError
+from streamprune.model.skeleton import Block
 from streamprune.pipeline import two_passes
 from streamprune.pipeline.compress import CompressResult
 from streamprune.pipeline.journal import output_leased
@@ -31,9 +32,9 @@ def pruned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     blocks: list[int] = []
     original = two_passes.prune_block
 
-    def counted(skeleton: Any, index: int, *rest: Any) -> Any:
-        blocks.append(index)
-        return original(skeleton, index, *rest)
+    def counted(block: Block, *rest: Any) -> Any:
+        blocks.append(block.index)
+        return original(block, *rest)
 
     monkeypatch.setattr(two_passes, "prune_block", counted)
     return blocks
