@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamprune.checkpoint.layout import layout_of
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError
 
@@ -59,13 +60,16 @@ MANIFEST = {
     "source_tensors": Entries(str),
     "files": Entries({"sha256": str, "bytes": int}),
 }
+SINCE_2 = {"source_name": str, "made_by": str}  # keys that version 1 does not have
 MEASURED = ("kernel_error", "layer_error")  # by running text; null where none was run
 TIMINGS = {"seconds": NUMBER, "peak_memory_bytes": int}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """A manifest whose fields are of their kinds. Raises CheckpointError naming the first that is not."""
+    """A manifest of a known version whose fields are of their kinds. Raises CheckpointError naming what is not."""
     manifest = read_checked(path, MANIFEST)
+    if layout_of(manifest["format_version"], path).version > 1:
+        _check(path, manifest, SINCE_2)
     if manifest["identity"]["settings"]["validate"]:
         for block in manifest["blocks"]:
             measured = [block["block_error"], *(layer[key] for layer in block["layers"] for key in MEASURED)]
@@ -77,9 +81,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def read_checked(path: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object of a kind. Raises CheckpointError naming the first field that is not of its kind."""
     value = read_json(path)
+    _check(path, value, kind)
+    return value
+
+
+def _check(path: Path, value: dict[str, Any], kind: Mapping[str, Any]) -> None:
     if fault := next(_faults(value, kind, ""), None):
         raise CheckpointError(f"{path}: is malformed ({fault}); run streamprune verify, or take another copy")
-    return value
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, str, str]]:

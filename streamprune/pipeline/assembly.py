@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from streamprune.checkpoint.beside import copy_beside
+from streamprune.checkpoint.beside import README, copy_beside
+from streamprune.checkpoint.card import model_card, source_licence, source_name
+from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
-    PERMUTATIONS_FILE,
-    STATISTICS_FILE,
     quantization_config,
 )
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, byte_view, open_file, read_about
+from streamprune.checkpoint.reader import byte_view, open_file, read_about
 from streamprune.checkpoint.safetensors_header import read_header
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import (
@@ -31,7 +31,7 @@ from streamprune.checkpoint.writer import (
 )
 from streamprune.errors import Interrupted
 from streamprune.pipeline.entries import about_permutation
-from streamprune.pipeline.job import Job
+from streamprune.pipeline.job import Job, versions
 from streamprune.pipeline.journal import Journal
 from streamprune.pipeline.residual import reordered
 from streamprune.pipeline.run import Run
@@ -59,27 +59,36 @@ def assemble(run: Run, entries: Sequence[dict[str, Any]], outer: Staged, digests
     _write_index(out, shards, temporary)
     pruned = {layer["name"]: job.config.pattern for entry in entries for layer in entry["layers"]}
     dense = _dense_layers(job, entries, set(pruned))
-    config = {**read_json(job.source / "config.json"), "quantization_config": quantization_config(pruned, dense)}
-    write_json(out / "config.json", config, temporary)
-    run.journal.note_copied(job.beside.copied)
-    copy_beside(job.source, job.beside.copied, out, temporary)
+    config = read_json(job.source / "config.json")
+    write_json(out / "config.json", {**config, "quantization_config": quantization_config(pruned, dense)}, temporary)
+    beside = job.beside.placed
+    run.journal.note_copied([*beside.values(), README])
+    copy_beside(job.source, beside, out, temporary)
     for entry in entries:
         digests = {**digests, **entry["source_tensors"]}
     known = dict(zip(shards, shard_digests, strict=True))
-    written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *job.beside.copied]
+    written = [*shards, *LAYOUT.files, "config.json", *beside.values()]
     kept = ("name", "outcome", "block_error", "moments", "layers")
-    return {
-        "format_version": 1,
+    manifest = {
+        "format_version": LAYOUT.version,
+        "made_by": f"streamprune {versions()['streamprune']}",
+        "source_name": source_name(job.source, config),
         "identity": job.identity,
         "blocks": [{key: entry[key] for key in kept} for entry in entries],
         "dense_layers": dense,
         "source_bytes": job.plan.source_bytes,
         "source_tensors": digests,
-        "files": {
-            name: {"sha256": known.get(name) or file_digest(out / name), "bytes": (out / name).stat().st_size}
-            for name in written
-        },
+        "files": {name: _recorded(out / name, known.get(name)) for name in written},
     }
+    licence, weights_bytes = source_licence(job.source, job.beside), LAYOUT.weights_bytes(manifest["files"])
+    write_text(out / README, model_card(manifest, pruned, licence, job.beside, weights_bytes), temporary)
+    manifest["files"][README] = _recorded(out / README)
+    return manifest
+
+
+def _recorded(path: Path, digest: str | None = None) -> dict[str, Any]:
+    """A file's entry in the manifest; `digest` is its sha256 where it is known."""
+    return {"sha256": digest or file_digest(path), "bytes": path.stat().st_size}
 
 
 def _outer_tensors(run: Run, digests: dict[str, str], given_up: threading.Event) -> dict[str, Pieces]:
@@ -119,15 +128,15 @@ def _merge_evidence(run: Run) -> None:
         for name, tensor in tensors.read(tensors.tensors).items():
             (statistics if name.endswith(".input_rms") else permutations)[name] = tensor
         reorders += read_about(path)
-    write_safetensors(journal.out / PERMUTATIONS_FILE, permutations, journal.temporary, reorders)
-    write_safetensors(journal.out / STATISTICS_FILE, statistics, journal.temporary)
+    write_safetensors(journal.out / LAYOUT.permutations, permutations, journal.temporary, reorders)
+    write_safetensors(journal.out / LAYOUT.statistics, statistics, journal.temporary)
 
 
 def _write_index(out: Path, shards: Sequence[str], temporary: Path) -> None:
     headers = {shard: read_header(out / shard)[0] for shard in shards}
     total = sum(entry.size_bytes for header in headers.values() for entry in header.values())
     weight_map = {name: shard for shard, header in headers.items() for name in header}
-    write_json(out / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary)
+    write_json(out / LAYOUT.index, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary)
 
 
 def _dense_layers(job: Job, entries: Sequence[dict[str, Any]], pruned: set[str]) -> dict[str, str]:

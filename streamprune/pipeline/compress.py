@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from streamprune.checkpoint.layout import LAYOUT, layout_of
 from streamprune.checkpoint.manifest import TIMINGS, read_checked, read_manifest
 from streamprune.checkpoint.packed import MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.writer import file_digest, write_json
@@ -50,6 +51,7 @@ class CompressResult:
     """
 
     status: str  # "finished" or "already finished"
+    format_version: int  # of the output; a former one where it was already finished by a former version
     out: str
     blocks: int
     seconds: float
@@ -127,7 +129,8 @@ def compress(
             result = _already_finished(job, out)
             journal.clear()
             return result
-        entries = journal.start({**without_budget(job.identity), "versions": versions()})
+        about = {"versions": versions(), "format_version": LAYOUT.version}
+        entries = journal.start({**without_budget(job.identity), **about})
         earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
         earlier_seconds = sum(earlier) if config.validate else max(earlier, default=0.0)
         folder = _scratch_folder(journal, scratch)
@@ -222,13 +225,14 @@ def _stages(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _result(status: str, out: Path, job: Job, manifest: dict[str, Any], timings: dict[str, Any]) -> CompressResult:
-    blocks = manifest["blocks"]
+    blocks, layout = manifest["blocks"], layout_of(manifest["format_version"], out)
     layers = [layer for block in blocks for layer in block["layers"]]
     validated = manifest["identity"]["settings"]["validate"]
     worst = sorted(layers, key=lambda layer: -layer["layer_error"])[:WORST_LAYERS] if validated else []
     block = max(blocks, key=lambda block: block["block_error"]) if validated else None
     return CompressResult(
         status=status,
+        format_version=manifest["format_version"],
         out=str(out),
         blocks=len(blocks),
         seconds=timings["seconds"],
@@ -237,7 +241,7 @@ def _result(status: str, out: Path, job: Job, manifest: dict[str, Any], timings:
         packed_bytes=sum(layer["packed_bytes"] for layer in layers),
         permutation_bytes=sum(layer["permutation_bytes"] for layer in layers),
         source_bytes=manifest["source_bytes"],
-        output_bytes=sum(file["bytes"] for name, file in manifest["files"].items() if name.startswith("model-")),
+        output_bytes=layout.weights_bytes(manifest["files"]),
         worst_layers=tuple((layer["name"], layer["layer_error"]) for layer in worst),
         worst_block=None if block is None else (block["name"], block["block_error"]),
         kept_dense=tuple(block["name"] for block in blocks if block["outcome"] == "kept dense"),

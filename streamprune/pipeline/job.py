@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from streamprune.checkpoint.beside import Beside, list_beside
+from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.packed import is_packed
 from streamprune.checkpoint.reader import INDEX_FILES, Checkpoint, open_checkpoint
 from streamprune.config import PruneConfig
@@ -52,7 +53,7 @@ class Job:
     def shard_name(self, index: int | None) -> str:
         """File name of a block's shard; None: the tensors outside the blocks."""
         number = 1 if index is None else index + 2
-        return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
+        return LAYOUT.shard(number, self.shards)
 
 
 def resolve_job(

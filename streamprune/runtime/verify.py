@@ -13,20 +13,19 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from streamprune.checkpoint.beside import file_inside
+from streamprune.checkpoint.layout import Layout, layout_of
 from streamprune.checkpoint.manifest import differences, read_manifest
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
-    PERMUTATIONS_FILE,
-    STATISTICS_FILE,
     PackedLayer,
     layer_from_tensors,
     open_packed,
+    packed_layout,
     structure_faults,
     tensor_names,
 )
 from streamprune.checkpoint.reader import (
-    SAFETENSORS_INDEX,
     Checkpoint,
     open_checkpoint,
     open_file,
@@ -47,6 +46,7 @@ from streamprune_kernels import nm_linear
 PRODUCT_TOKENS = 16
 PRODUCT_TOLERANCE = 1e-5  # float32 on the same numbers in another order
 RECOMPUTED_TOLERANCE = 1e-9  # float64 sums on another machine
+LOADED = ("*.safetensors", "*.bin", "*.index.json")  # what loaders take, whether it is the output's or not
 OTHER_BYTES = "its sha256 is not the recorded one"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -93,6 +93,7 @@ class _Output:
     """An opened output: its tensors, its pruned layers, and what its manifest says of them."""
 
     folder: Path
+    layout: Layout
     skeleton: Skeleton
     checkpoint: Checkpoint
     layers: dict[str, NMPattern]
@@ -155,8 +156,8 @@ def _check_files(folder: Path, findings: _Findings, quick: bool) -> dict[str, An
         raise CheckpointError(
             f"{MANIFEST_FILE}: its sha256 is not the one in {MANIFEST_DIGEST_FILE}; nothing else is checked"
         )
-    needed = {"config.json", SAFETENSORS_INDEX, PERMUTATIONS_FILE, STATISTICS_FILE}
-    needed.update(path.name for path in folder.glob("model-*.safetensors"))
+    needed = {"config.json", *layout_of(manifest["format_version"], folder).files}
+    needed.update(path.name for pattern in LOADED for path in folder.glob(pattern))
     findings.faults += [f"{name}: is not in {MANIFEST_FILE}" for name in sorted(needed - manifest["files"].keys())]
     for name, recorded in sorted(manifest["files"].items()):
         if fault := _file_fault(folder, name, recorded, quick):
@@ -181,13 +182,18 @@ def _file_fault(folder: Path, name: str, recorded: dict[str, Any], quick: bool) 
 
 
 def _contents(manifest: dict[str, Any], name: str) -> str:
-    number = name.removeprefix("model-").partition("-of-")[0]
+    stem = layout_of(manifest["format_version"], MANIFEST_FILE).stem
+    number = name.removeprefix(f"{stem}-").partition("-of-")[0]
     if number.isdecimal() and 2 <= int(number) < len(manifest["blocks"]) + 2:
         return f"it holds block {manifest['blocks'][int(number) - 2]['name']}"
     return "it holds no pruned layer"
 
 
 def _open_output(folder: Path, manifest: dict[str, Any]) -> _Output:
+    layout = packed_layout(folder)
+    if layout.version != manifest["format_version"]:
+        versions = f"format {layout.version}, the manifest {manifest['format_version']}"
+        raise CheckpointError(f"{folder}: config.json says {versions}")
     checkpoint, layers, _ = open_packed(folder)
     skeleton = build_skeleton(folder, checkpoint)
     output_names(skeleton, checkpoint, layers)
@@ -200,7 +206,7 @@ def _open_output(folder: Path, manifest: dict[str, Any]) -> _Output:
             raise CheckpointError(f"{name}: config.json says {pattern}, the manifest {recorded[name]['pattern']}")
     settings = manifest["identity"]["settings"]
     about = settings["reconstruct"] is True, settings["validate"] is True
-    return _Output(folder, skeleton, checkpoint, layers, recorded, manifest["source_tensors"], *about)
+    return _Output(folder, layout, skeleton, checkpoint, layers, recorded, manifest["source_tensors"], *about)
 
 
 def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
@@ -261,7 +267,7 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
     findings.faults += _other_settings(output, checkpoint)
     names = match_names(output.skeleton, checkpoint)
     orders = _orders(output)
-    rms = open_file(output.folder / STATISTICS_FILE)
+    rms = open_file(output.folder / output.layout.statistics)
     faulty: set[str] = set()
     bar = tqdm(sorted(names.items()), unit="tensor", desc="against source", disable=None if progress else True)
     for parameter, original in bar:
@@ -305,15 +311,16 @@ def _in_output_order(name: str, tensor: torch.Tensor, orders: list[tuple[int, to
 
 def _orders(output: _Output) -> dict[str, list[tuple[int, torch.Tensor]]]:
     """Of each reordered tensor: the dimensions and their permutations (place j holds source index p[j])."""
-    file = open_file(output.folder / PERMUTATIONS_FILE)
+    path = output.folder / output.layout.permutations
+    file = open_file(path)
     folded = file.read(file.tensors)
     orders: dict[str, list[tuple[int, torch.Tensor]]] = {}
     try:
-        for item in read_about(output.folder / PERMUTATIONS_FILE) or []:
+        for item in read_about(path) or []:
             for tensor, dim in item["reorders"]:
                 orders.setdefault(tensor, []).append((dim, folded[item["permutation"]].long()))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{PERMUTATIONS_FILE}: its list of reordered tensors is malformed ({error})") from error
+        raise CheckpointError(f"{path.name}: its list of reordered tensors is malformed ({error})") from error
     for layer in output.layers:
         name = f"{layer}.input_permutation"
         if name in output.checkpoint.tensors:
