@@ -29,7 +29,8 @@ POSITIONS = 320  # more than evaluate computes logits for at once
 # Of every tiny job, unless a test says otherwise; auto would be bfloat16 on some processors.
 CALIBRATION = {"samples": 4, "sequence_length": 48, "dtype": "float32"}
 MANIFEST, MANIFEST_DIGEST = "streamprune_manifest.json", "streamprune_manifest.sha256"
-PERMUTATIONS, STATISTICS = "streamprune_permutations.safetensors", "streamprune_statistics.safetensors"
+PERMUTATIONS, STATISTICS = "streamprune_permutations.st", "streamprune_statistics.st"
+INDEX = "streamprune.safetensors.index.json"  # of an output
 
 
 def write_llama(folder: Path, *, kv_heads: int = 2, biases: bool = True, tied: bool = True, blocks: int = 3) -> Path:
@@ -147,8 +148,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder's model.safetensors or of the shards in its index."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    index = next(folder.glob("*.safetensors.index.json"), folder)
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
@@ -169,7 +170,7 @@ def flip_byte(path: Path, position: int, bits: int = 0x01) -> None:
 
 
 def shard_of(folder: Path, tensor: str) -> Path:
-    return folder / read_json(folder / "model.safetensors.index.json")["weight_map"][tensor]
+    return folder / read_json(folder / INDEX)["weight_map"][tensor]
 
 
 def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:

@@ -75,7 +75,7 @@ def source_licence(folder: Path, beside: Beside) -> Licence:
         file, size_bytes = open_regular(folder / readme)
         with file:
             content = read_exactly(file, min(size_bytes, README_BYTES), folder / readme)
-        matter = re.match(r"---\s*\n(.*?)\n---", content.decode("utf-8-sig", "replace"), re.DOTALL)
+        matter = re.match(r"---[ \t]*\r?\n(.*?)\n---", content.decode("utf-8-sig", "replace"), re.DOTALL)
         head = matter[1] if matter else ""
     found = {
         key: re.search(rf"^{key}:[ \t]*(['\"]?)([a-z0-9][\w.-]{{0,60}})\1[ \t\r]*$", head, re.MULTILINE | re.ASCII)
@@ -99,7 +99,7 @@ def model_card(
     patterns = ", ".join(sorted({str(pattern) for pattern in layers.values()}))
     settings = manifest["identity"]["settings"]
     bits = "were fitted to the dense layers' outputs" if settings["reconstruct"] else "have the source's bits"
-    pruned = f"In its linear layers N of every M consecutive input channels are kept ({patterns}), the others are zero."
+    pruned = f"In its linear layers N of every M input channels of a row are kept ({patterns}), the others are zero."
     sections = [
         _front_matter(name, patterns, licence, dense),
         f"# {_code(name)}, pruned",
@@ -145,7 +145,6 @@ def _figures(manifest: Mapping[str, Any], layers: Mapping[str, NMPattern], weigh
     kept_dense = sum(block["outcome"] == "kept dense" for block in blocks)
     errors = {b["name"]: b["block_error"] for b in blocks if b["layers"] and b["block_error"] is not None}
     worst = max(errors, key=lambda name: errors[name], default=None)
-    before, after = (sum(layer[f"{kind}_bytes"] for layer in recorded) for kind in ("dense", "packed"))
     mean = math.fsum(error / len(errors) for error in errors.values())
     return {
         "blocks": f"{len(blocks)}" + (f", {kept_dense} kept dense" if kept_dense else ""),
@@ -153,8 +152,10 @@ def _figures(manifest: Mapping[str, Any], layers: Mapping[str, NMPattern], weigh
         "block error, mean": "unknown" if worst is None else f"{mean:.4g}",
         "linear layers in the blocks": f"{len(layers)} pruned, {len(manifest['dense_layers'])} dense",
         "zeros in pruned layers": f"{dropped / max(1, sum(sizes.values())):.2%} of their weights",
-        "pruned layers, packed": f"{_megabytes(before)} -> {_megabytes(after)}",
-        "all weights, source -> here": f"{_megabytes(manifest['source_bytes'])} -> {_megabytes(weights_bytes)}",
+        "pruned layers, dense": _megabytes(sum(layer["dense_bytes"] for layer in recorded)),
+        "pruned layers, packed": _megabytes(sum(layer["packed_bytes"] for layer in recorded)),
+        "all weights of the source": _megabytes(manifest["source_bytes"]),
+        "all weights here": _megabytes(weights_bytes),
     }
 
 

@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streamprune.checkpoint.beside import file_inside, is_inside, refuse_link
-from streamprune.checkpoint.manifest import differences, read_manifest
 from streamprune.checkpoint.layout import LAYOUTS
+from streamprune.checkpoint.manifest import differences, read_manifest
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import canonical_json, file_digest, write_json

@@ -115,7 +115,7 @@ for fault, content in JSON_TEXTS.items():
     for name, commands in (
         (tiny.MANIFEST, ("inspect", "verify", "again")),
         ("config.json", ("evaluate", "export")),
-        ("model.safetensors.index.json", ("inspect", "evaluate")),
+        (tiny.INDEX, ("inspect", "evaluate")),
         ("timings.json", ("again",)),
     ):
         for command in commands:
@@ -159,9 +159,12 @@ def entry_with(case: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version 2": (lambda e: e.update(format_version=2), "has packed format 2; this streamprune reads 1"),
+    "version 3": (lambda e: e.update(format_version=3), "has packed format 3; this streamprune reads 1 and 2"),
+    "version 0": (lambda e: e.update(format_version=0), "has packed format 0"),
+    "version 2.0": (lambda e: e.update(format_version=2.0), "has packed format 2.0"),
+    "version of 5,000 digits": (lambda e: e.update(format_version=[10**4] * 1000), "has packed format [10000, "),
     "version true": (lambda e: e.update(format_version=True), "has packed format True"),
-    "version of text": (lambda e: e.update(format_version="1"), "has packed format 1"),
+    "version of text": (lambda e: e.update(format_version="2"), "has packed format 2"),
     "no version": (lambda e: e.pop("format_version"), "has packed format None"),
     "another method": (lambda e: e.update(quant_method="gptq"), ""),
     "layers of a list": (lambda e: e.update(layers=["x"]), "quantization_config is malformed"),
@@ -390,7 +393,7 @@ def linked(case: Path, name: str, target: str, unfinished: bool = True) -> None:
 
 
 LINKS = {
-    "a shard": ("model-00001-of-00004.safetensors", "../elsewhere/thesis.tex"),
+    "a shard": ("streamprune-00001-of-00004.safetensors", "../elsewhere/thesis.tex"),
     "the config": ("config.json", "../elsewhere/thesis.tex"),
     "the manifest": (tiny.MANIFEST, "/etc/passwd"),
     "the digest": (tiny.MANIFEST_DIGEST, "nowhere"),
