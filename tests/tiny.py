@@ -193,6 +193,40 @@ def reseal(folder: Path, edit: Callable[[Any], None] = lambda manifest: None) ->
     (folder / MANIFEST_DIGEST).write_text(f"{sha256(folder / MANIFEST)}  {MANIFEST}\n")
 
 
+def as_version_1(out: Path) -> Path:
+    """Turn an output into one of version 1 of the format, finished or not: its names, numbers and keys."""
+    renamed = {path.name: path.name.replace("streamprune-", "model-") for path in out.glob("streamprune-*")}
+    renamed |= {INDEX: "model.safetensors.index.json"}
+    renamed |= {name: name.replace(".st", ".safetensors") for name in (PERMUTATIONS, STATISTICS)}
+    for path in [*out.glob("*.json"), *out.glob(".work/block-*.json")]:
+        content = path.read_text()
+        for name, former in renamed.items():
+            content = content.replace(f'"{name}"', f'"{former}"')
+        path.write_text(content.replace('"format_version": 2', '"format_version": 1'))
+    for name, former in renamed.items():
+        if (out / name).exists():
+            (out / name).rename(out / former)
+    (out / "README.md").unlink(missing_ok=True)
+    if (out / "README.source.md").exists():
+        (out / "README.source.md").rename(out / "README.md")
+    for path in out.glob(".work/*.json"):
+        sealed = read_json(path)
+        sealed["value"].pop("format_version", None)
+        content = json.dumps(sealed["value"], sort_keys=True, separators=(",", ":"))
+        write_json(path, {"sha256": hashlib.sha256(content.encode()).hexdigest(), "value": sealed["value"]})
+    if (out / MANIFEST).exists():
+        reseal(out, _as_version_1)
+    return out
+
+
+def _as_version_1(manifest: Any) -> None:
+    for key in ("source_name", "made_by"):
+        del manifest[key]
+    del manifest["files"]["README.md"]
+    if "README.source.md" in manifest["files"]:
+        manifest["files"]["README.md"] = manifest["files"].pop("README.source.md")
+
+
 def windows(tokens: list[int], length: int) -> Iterator[torch.Tensor]:
     """Windows [1, length] that do not overlap, the remainder dropped."""
     for start in range(0, len(tokens) - length + 1, length):

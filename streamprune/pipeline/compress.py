@@ -29,6 +29,7 @@ from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
     WORK_FOLDER,
     Journal,
+    as_recorded,
     check_identity,
     is_finished,
     output_leased,
@@ -175,7 +176,10 @@ def _work(
 def _already_finished(job: Job, out: Path) -> CompressResult:
     """The result of this job as finished before. Raises JobMismatchError where it was another."""
     manifest = read_manifest(out / MANIFEST_FILE)
-    check_identity(out, without_budget(manifest["identity"]), without_budget(job.identity))
+    recorded, asked = without_budget(manifest["identity"]), without_budget(job.identity)
+    if manifest["format_version"] < LAYOUT.version:  # by a streamprune that looked at less of source and machine
+        asked |= {key: as_recorded(recorded.get(key), asked[key]) for key in ("source", "compute")}
+    check_identity(out, recorded, asked)
     check_outcomes(job.config, manifest["blocks"])
     return _result("already finished", out, job, manifest, read_checked(out / TIMINGS_FILE, TIMINGS))
 

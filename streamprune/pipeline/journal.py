@@ -138,6 +138,13 @@ def check_identity(out: Path, recorded: dict[str, Any], asked: dict[str, Any]) -
         )
 
 
+def as_recorded(recorded: Any, asked: Any) -> Any:
+    """Of a nested object the entries that another one has too."""
+    if not isinstance(recorded, dict) or not isinstance(asked, dict):
+        return asked
+    return {key: as_recorded(recorded[key], value) for key, value in asked.items() if key in recorded}
+
+
 def is_finished(out: Path) -> bool:
     """Whether a folder holds a finished output: the digest of the manifest is written last."""
     return (out / MANIFEST_DIGEST_FILE).exists() and (out / MANIFEST_FILE).exists()

@@ -19,6 +19,7 @@ from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
     PackedLayer,
+    is_packed,
     layer_from_tensors,
     open_packed,
     packed_layout,
@@ -118,6 +119,8 @@ def verify(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    if source is not None and is_packed(Path(source)):
+        raise CheckpointError(f"{source}: is an output of streamprune too; give the dense model that was compressed")
     original = open_checkpoint(Path(source)) if source is not None else None
     findings = _Findings()
     compared = reconstructed = validated = False

@@ -139,7 +139,7 @@ def test_a_sources_own_card_and_licence(sources: Callable[[str], Path], prune: P
     [
         ({}, Licence(None, None, None)),
         ({"README.md": "---\nlicense: mit\n---\n"}, Licence("mit", None, None)),
-        ({"README.md": "\ufeff---\r\nlanguage:\r\n- en\r\nlicense: 'gpl-3.0' \r\n---\r\n"}, Licence("gpl-3.0", None, None)),
+        ({"README.md": "\ufeff---\r\nlanguage:\r\n- en\r\nlicense: 'mit' \r\n---\r\n"}, Licence("mit", None, None)),
         ({"README.md": '---\nlicense: "other"\nlicense_name: llama3.1\n---\n', "LICENSE.txt": ""},
          Licence("other", "llama3.1", "LICENSE.txt")),
         ({"README.md": "# none\n\nlicense: mit\n", "COPYING": ""}, Licence(None, None, "COPYING")),
