@@ -77,12 +77,14 @@ def source_licence(folder: Path, beside: Beside) -> Licence:
             content = read_exactly(file, min(size_bytes, README_BYTES), folder / readme)
         matter = re.match(r"---[ \t]*\r?\n(.*?)\n---", content.decode("utf-8-sig", "replace"), re.DOTALL)
         head = matter[1] if matter else ""
-    found = {
-        key: re.search(rf"^{key}:[ \t]*(['\"]?)([a-z0-9][\w.-]{{0,60}})\1[ \t\r]*$", head, re.MULTILINE | re.ASCII)
-        for key in ("license", "license_name")
-    }
+
+    def word_at(key: str) -> str | None:
+        form = rf"^{key}:[ \t]*(['\"]?)([a-z0-9][\w.-]{{0,60}})\1[ \t\r]*$"
+        found = re.search(form, head, re.MULTILINE | re.ASCII)
+        return found[2] if found else None
+
     file_name = next((name for name in beside.placed.values() if LICENCE_FILE.fullmatch(name)), None)
-    return Licence(*(match[2] if match else None for match in found.values()), file_name)
+    return Licence(word_at("license"), word_at("license_name"), file_name)
 
 
 def model_card(

@@ -69,6 +69,7 @@ def assemble(run: Run, entries: Sequence[dict[str, Any]], outer: Staged, digests
     known = dict(zip(shards, shard_digests, strict=True))
     written = [*shards, *LAYOUT.files, "config.json", *beside.values()]
     kept = ("name", "outcome", "block_error", "moments", "layers")
+    files = {name: _recorded(out / name, known.get(name)) for name in written}
     manifest = {
         "format_version": LAYOUT.version,
         "made_by": f"streamprune {versions()['streamprune']}",
@@ -78,12 +79,10 @@ def assemble(run: Run, entries: Sequence[dict[str, Any]], outer: Staged, digests
         "dense_layers": dense,
         "source_bytes": job.plan.source_bytes,
         "source_tensors": digests,
-        "files": {name: _recorded(out / name, known.get(name)) for name in written},
     }
-    licence, weights_bytes = source_licence(job.source, job.beside), LAYOUT.weights_bytes(manifest["files"])
+    licence, weights_bytes = source_licence(job.source, job.beside), LAYOUT.weights_bytes(files)
     write_text(out / README, model_card(manifest, pruned, licence, job.beside, weights_bytes), temporary)
-    manifest["files"][README] = _recorded(out / README)
-    return manifest
+    return {**manifest, "files": {**files, README: _recorded(out / README)}}
 
 
 def _recorded(path: Path, digest: str | None = None) -> dict[str, Any]:

@@ -388,7 +388,7 @@ def weights_that_a_plain_loader_takes(case: Path) -> None:
 @CATALOGUE.entry("packed", "export", 0)
 def a_manifest_whose_words_are_markup(case: Path) -> None:
     """They are written into the card of the export."""
-    text = "](https://x.example)<script>`|\n---\nlicense: mit\n---\n\x1b[2J" + "x" * 100_000
+    text = "](https://x.example)<script>`|\n---\nlicense: mit\n---\n\x1b[2J" + "x" * 10_000
     settings = {"validate": True, "reconstruct": False, "metric": [[text] * 10] * 10, "pattern": {text: text}}
     manifest_with(
         case, lambda m: m.update(source_name=text, made_by=text, identity={**m["identity"], "settings": settings})
