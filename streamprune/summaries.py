@@ -41,6 +41,8 @@ def show_compression(result: Any) -> None:
     if result.reconstructed:
         rows.append(("reconstructed", "kept weights were fitted: they are NOT the source's"))
     rows += [("not copied", text) for text in _not_copied(result.left_out)]
+    if result.format_version < 2:
+        rows.append(("format", f"version {result.format_version}, which plain transformers loads wrongly; --restart"))
     rows.append(("manifest sha256", result.manifest_sha256))
     say(f"{result.status}: {result.out}, {result.blocks} blocks")
     for label, text in rows:

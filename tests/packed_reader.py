@@ -21,9 +21,11 @@ def bits(tensor: torch.Tensor) -> numpy.ndarray:
 
 
 def open_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors checkpoint, by the names in its files."""
+    """All tensors of a folder of weights, packed or dense, by the names in its files."""
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    index = next(folder.glob("*.safetensors.index.json"), None)
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index else {"model.safetensors"}
+    for path in sorted(folder / name for name in shards):
         with safe_open(path, "pt") as file:
             tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
     return tensors
@@ -50,7 +52,7 @@ class PackedFolder:
             name: tuple(map(int, entry["pattern"].split(":"))) for name, entry in self.config["layers"].items()
         }
         self.orders: dict[str, dict[int, numpy.ndarray]] = {}  # of a tensor: dimension to folded permutation
-        with safe_open(folder / "streamprune_permutations.safetensors", "pt") as file:
+        with safe_open(next(folder.glob("streamprune_permutations.*")), "pt") as file:
             self.folded = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
             about: Any = json.loads((file.metadata() or {}).get("streamprune", "[]"))
         for item in about:

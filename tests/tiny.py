@@ -29,7 +29,8 @@ POSITIONS = 320  # more than evaluate computes logits for at once
 # Of every tiny job, unless a test says otherwise; auto would be bfloat16 on some processors.
 CALIBRATION = {"samples": 4, "sequence_length": 48, "dtype": "float32"}
 MANIFEST, MANIFEST_DIGEST = "streamprune_manifest.json", "streamprune_manifest.sha256"
-PERMUTATIONS, STATISTICS = "streamprune_permutations.safetensors", "streamprune_statistics.safetensors"
+PERMUTATIONS, STATISTICS = "streamprune_permutations.st", "streamprune_statistics.st"
+INDEX = "streamprune.safetensors.index.json"  # of an output
 
 
 def write_llama(folder: Path, *, kv_heads: int = 2, biases: bool = True, tied: bool = True, blocks: int = 3) -> Path:
@@ -147,8 +148,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a folder's model.safetensors or of the shards in its index."""
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    index = next(folder.glob("*.safetensors.index.json"), folder)
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
@@ -169,7 +170,7 @@ def flip_byte(path: Path, position: int, bits: int = 0x01) -> None:
 
 
 def shard_of(folder: Path, tensor: str) -> Path:
-    return folder / read_json(folder / "model.safetensors.index.json")["weight_map"][tensor]
+    return folder / read_json(folder / INDEX)["weight_map"][tensor]
 
 
 def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
@@ -190,6 +191,40 @@ def reseal(folder: Path, edit: Callable[[Any], None] = lambda manifest: None) ->
         entry.update(sha256=sha256(path), bytes=path.stat().st_size)
     write_json(folder / MANIFEST, manifest)
     (folder / MANIFEST_DIGEST).write_text(f"{sha256(folder / MANIFEST)}  {MANIFEST}\n")
+
+
+def as_version_1(out: Path) -> Path:
+    """Turn an output into one of version 1 of the format, finished or not: its names, numbers and keys."""
+    renamed = {path.name: path.name.replace("streamprune-", "model-") for path in out.glob("streamprune-*")}
+    renamed |= {INDEX: "model.safetensors.index.json"}
+    renamed |= {name: name.replace(".st", ".safetensors") for name in (PERMUTATIONS, STATISTICS)}
+    for path in [*out.glob("*.json"), *out.glob(".work/block-*.json")]:
+        content = path.read_text()
+        for name, former in renamed.items():
+            content = content.replace(f'"{name}"', f'"{former}"')
+        path.write_text(content.replace('"format_version": 2', '"format_version": 1'))
+    for name, former in renamed.items():
+        if (out / name).exists():
+            (out / name).rename(out / former)
+    (out / "README.md").unlink(missing_ok=True)
+    if (out / "README.source.md").exists():
+        (out / "README.source.md").rename(out / "README.md")
+    for path in out.glob(".work/*.json"):
+        sealed = read_json(path)
+        sealed["value"].pop("format_version", None)
+        content = json.dumps(sealed["value"], sort_keys=True, separators=(",", ":"))
+        write_json(path, {"sha256": hashlib.sha256(content.encode()).hexdigest(), "value": sealed["value"]})
+    if (out / MANIFEST).exists():
+        reseal(out, _as_version_1)
+    return out
+
+
+def _as_version_1(manifest: Any) -> None:
+    for key in ("source_name", "made_by"):
+        del manifest[key]
+    del manifest["files"]["README.md"]
+    if "README.source.md" in manifest["files"]:
+        manifest["files"]["README.md"] = manifest["files"].pop("README.source.md")
 
 
 def windows(tokens: list[int], length: int) -> Iterator[torch.Tensor]:

@@ -198,12 +198,12 @@ def read(directory: Path, rounds: int) -> dict[str, Any]:
         [(name, f"{count / value / 1e9:.2f}", f"{first / value:.2f}") for name, value in medians.items()],
     )
     table(("seconds of stage, last round", "s"), [(name, f"{value:.1f}") for name, value in sorted(stages.items())])
-    written = sum(path.stat().st_size for path in out.glob("model-*.safetensors"))
+    written = sum(path.stat().st_size for path in out.glob("streamprune-*.safetensors"))
     ceilings = {
         "reading the source, as above": first,
         "sha256 of the source, on the core that reads": seconds_of(lambda: checksum(files)),
         "writing the output and syncing it": seconds_of(lambda: write_plainly(directory / "bench" / "plain", written)),
-        "sha256 of the output": seconds_of(lambda: checksum(out.glob("model-*.safetensors"))),
+        "sha256 of the output": seconds_of(lambda: checksum(out.glob("streamprune-*.safetensors"))),
     }
     shutil.rmtree(out)
     table(("what bounds it", "s"), [(name, f"{value:.1f}") for name, value in ceilings.items()])

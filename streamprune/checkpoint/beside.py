@@ -7,7 +7,7 @@ leave. Contents are copied and never modes. Files are named by their relative pa
 import os
 import stat
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -47,6 +47,7 @@ LEFT_OUT = {  # why, by patterns of names in lower case
 }
 LEFT_OUT_FOLDERS = {"hidden": (".*",), "code": ("__pycache__",), "of the file system": ("lost+found",)}
 OURS = ("config.json", "timings.json", "streamprune*")  # at the top of an output
+README, SOURCE_README = "README.md", "README.source.md"  # the first is the output's own card
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Beside:
 
     copied: tuple[str, ...]
     left_out: dict[str, str]
+
+    @property
+    def placed(self) -> dict[str, str]:
+        """Where each copied file goes: to its own name, but a README makes room for the output's."""
+        return {name: SOURCE_README if name == README else name for name in self.copied}
 
 
 def list_beside(folder: Path, known: Collection[str] = ()) -> Beside:
@@ -86,20 +92,23 @@ def list_beside(folder: Path, known: Collection[str] = ()) -> Beside:
                 waiting.append(f"{name}/")
             else:
                 copied.append(name)
+    if {README, SOURCE_README} <= {*copied}:
+        copied.remove(SOURCE_README)
+        left_out[SOURCE_README] = "the output has its own"
     return Beside(tuple(sorted(copied)), dict(sorted(left_out.items())))
 
 
-def copy_beside(source: Path, names: Iterable[str], out: Path, temporary: Path) -> None:
-    """Copy the contents of named files of `source` to the same names in `out`, each whole or absent.
+def copy_beside(source: Path, names: Mapping[str, str], out: Path, temporary: Path) -> None:
+    """Copy the contents of files of `source`, each to its name in `out`, whole or absent.
 
     `temporary` is a folder on the file system of `out`. Raises CheckpointError where a file cannot be read any more,
     OutputError where one cannot be written.
     """
-    for name in names:
-        for inner in reversed(PurePosixPath(name).parents[:-1]):
+    for name, target in names.items():
+        for inner in reversed(PurePosixPath(target).parents[:-1]):
             _make_folder(out / inner, temporary)
         content = read_bounded(source / name, MAX_FILE_BYTES)
-        write_atomically(out / name, temporary, partial(_write, content=content))
+        write_atomically(out / target, temporary, partial(_write, content=content))
 
 
 def file_inside(folder: Path, name: str) -> Path | None:

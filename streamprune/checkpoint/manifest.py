@@ -6,12 +6,14 @@ is checked when it is read: counts are from 0 to 2^63, numbers are finite.
 
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
+from streamprune.checkpoint.layout import Layout, layout_of
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError
 
@@ -94,7 +96,10 @@ class FileRecord(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True):
-    """What a finished output says of itself. `identity` is what determined its bytes, as nested plain data."""
+    """What a finished output says of itself. `identity` is what determined its bytes, as nested plain data.
+
+    Version 1 of the format has neither the source's name nor by which version it was made.
+    """
 
     format_version: Count
     identity: dict[str, Any]
@@ -103,10 +108,22 @@ class Manifest(Struct, frozen=True):
     source_bytes: Count
     source_tensors: dict[str, str]
     files: dict[str, FileRecord]
+    source_name: str | None = None
+    made_by: str | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Names of the files in its version of the format. Raises CheckpointError for one that is not known."""
+        return layout_of(self.format_version, "the manifest")
 
     @property
     def layers(self) -> list[LayerRecord]:
         return [layer for block in self.blocks for layer in block.layers]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(file.bytes for name, file in self.files.items() if fnmatchcase(name, self.layout.shards))
 
     @property
     def validated(self) -> bool:
@@ -129,6 +146,9 @@ class Timings(Struct, frozen=True):
 def read_manifest(path: Path) -> Manifest:
     """A manifest whose fields are of their kinds. Raises CheckpointError naming the first that is not."""
     manifest = read_record(path, Manifest)
+    version = layout_of(manifest.format_version, path).version
+    if version > 1 and None in (manifest.source_name, manifest.made_by):
+        raise CheckpointError(f"{path}: is malformed (source_name or made_by is missing)")
     settings = manifest.identity.get("settings")
     for name in ("validate", "reconstruct"):
         if not isinstance(settings, dict) or not isinstance(settings.get(name), bool):

@@ -1,4 +1,4 @@
-"""The packed format, version 1: names and layout of a pruned layer's tensors. docs/format.md is its specification."""
+"""The packed format: names and layout of a pruned layer's tensors. docs/format.md is its specification."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,17 +8,15 @@ from typing import Any
 import numpy
 import torch
 
-from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
+from streamprune.checkpoint.layout import LAYOUT, Layout, layout_of
+from streamprune.checkpoint.reader import Checkpoint, open_index
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import Pieces
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, SettingsError
 from streamprune_kernels import pack_mask, pack_values
 
-FORMAT_VERSION = 1
 QUANT_METHOD = "streamprune"
-PERMUTATIONS_FILE = "streamprune_permutations.safetensors"
-STATISTICS_FILE = "streamprune_statistics.safetensors"
 MANIFEST_FILE = "streamprune_manifest.json"
 MANIFEST_DIGEST_FILE = "streamprune_manifest.sha256"
 TIMINGS_FILE = "timings.json"
@@ -98,7 +96,7 @@ def quantization_config(layers: Mapping[str, NMPattern], dense: Mapping[str, str
     """The entry of config.json: each pruned layer's pattern, and the reason for each linear layer left dense."""
     return {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": LAYOUT.version,
         "layers": {name: {"pattern": str(pattern)} for name, pattern in layers.items()},
         "dense_layers": dict(dense),
     }
@@ -112,19 +110,20 @@ def is_packed(folder: Path) -> bool:
     return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
 
 
+def packed_layout(folder: Path) -> Layout:
+    """What the files of a packed folder are called. Raises CheckpointError for a folder or a version that is none."""
+    if not is_packed(folder):
+        raise CheckpointError(f"{folder}: is not a finished streamprune output (no quantization_config in config.json)")
+    return layout_of(read_json(folder / "config.json")["quantization_config"].get("format_version"), folder)
+
+
 def open_packed(folder: Path) -> tuple[Checkpoint, dict[str, NMPattern], dict[str, str]]:
     """An opened packed folder, its pruned layers' patterns, and its dense layers' reasons.
 
     Raises CheckpointError for another format, a version this code does not know, or layers without their tensors.
     """
-    if not is_packed(folder):
-        raise CheckpointError(f"{folder}: is not a finished streamprune output (no quantization_config in config.json)")
+    checkpoint = open_index(folder / packed_layout(folder).index)
     entry = read_json(folder / "config.json")["quantization_config"]
-    if entry.get("format_version") != FORMAT_VERSION or isinstance(entry["format_version"], bool):
-        raise CheckpointError(
-            f"{folder}: has packed format {entry.get('format_version')}; this streamprune reads {FORMAT_VERSION}"
-        )
-    checkpoint = open_checkpoint(folder)
     try:
         layers = {str(name): NMPattern.parse(value["pattern"]) for name, value in entry["layers"].items()}
         dense = {str(name): str(reason) for name, reason in entry["dense_layers"].items()}

@@ -192,6 +192,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     raise CheckpointError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, sharded or single")
 
 
+def open_index(path: Path) -> Checkpoint:
+    """Open the safetensors files that an index beside them names; errors as of `open_checkpoint`."""
+    return Checkpoint(path.parent, _open_sharded(path.parent, path, _open_safetensors))
+
+
 def open_file(path: Path) -> Checkpoint:
     """Open one safetensors file by itself."""
     return Checkpoint(path.parent, _open_safetensors(path))

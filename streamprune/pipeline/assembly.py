@@ -7,19 +7,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from streamprune.checkpoint.beside import copy_beside
+from streamprune.checkpoint.beside import README, copy_beside
+from streamprune.checkpoint.card import model_card, source_licence, source_name
+from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.manifest import BlockRecord, FileRecord, JournalEntry, Manifest, plain
 from streamprune.checkpoint.packed import (
-    FORMAT_VERSION,
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
-    PERMUTATIONS_FILE,
-    STATISTICS_FILE,
     quantization_config,
 )
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, byte_view, open_file, read_about
+from streamprune.checkpoint.reader import byte_view, open_file, read_about
 from streamprune.checkpoint.safetensors_header import read_header
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import (
@@ -33,7 +33,7 @@ from streamprune.checkpoint.writer import (
 )
 from streamprune.errors import Interrupted
 from streamprune.pipeline.entries import about_permutation
-from streamprune.pipeline.job import Job
+from streamprune.pipeline.job import Job, versions
 from streamprune.pipeline.journal import Journal
 from streamprune.pipeline.residual import reordered
 from streamprune.pipeline.run import Run
@@ -61,19 +61,35 @@ def assemble(run: Run, entries: Sequence[JournalEntry], outer: Staged, digests: 
     blocks = tuple(entry.record for entry in entries)
     pruned = {layer.name: job.config.pattern for block in blocks for layer in block.layers}
     dense = _dense_layers(job, blocks, set(pruned))
-    config = {**read_json(job.source.folder / "config.json"), "quantization_config": quantization_config(pruned, dense)}
-    write_json(out / "config.json", config, temporary)
-    run.journal.note_copied(job.beside.copied)
-    copy_beside(job.source.folder, job.beside.copied, out, temporary)
+    source, beside = job.source.folder, job.beside.placed
+    config = read_json(source / "config.json")
+    write_json(out / "config.json", {**config, "quantization_config": quantization_config(pruned, dense)}, temporary)
+    run.journal.note_copied([*beside.values(), README])
+    copy_beside(source, beside, out, temporary)
     known = {job.shard_name(None): outer.digest}
     for entry in entries:
         digests = {**digests, **entry.source_tensors}
         known |= entry.files
-    written = [*shards, PERMUTATIONS_FILE, STATISTICS_FILE, SAFETENSORS_INDEX, "config.json", *job.beside.copied]
-    files = {
-        name: FileRecord(known.get(name) or file_digest(out / name), (out / name).stat().st_size) for name in written
-    }
-    return Manifest(FORMAT_VERSION, job.identity, blocks, dense, job.plan.source_bytes, digests, files)
+    written = [*shards, *LAYOUT.files, "config.json", *beside.values()]
+    manifest = Manifest(
+        format_version=LAYOUT.version,
+        identity=job.identity,
+        blocks=blocks,
+        dense_layers=dense,
+        source_bytes=job.plan.source_bytes,
+        source_tensors=digests,
+        files={name: _file_record(out / name, known.get(name)) for name in written},
+        source_name=source_name(source, config),
+        made_by=f"streamprune {versions()['streamprune']}",
+    )
+    card = model_card(manifest, pruned, source_licence(source, job.beside), job.beside)
+    write_text(out / README, card, temporary)
+    return msgspec.structs.replace(manifest, files={**manifest.files, README: _file_record(out / README)})
+
+
+def _file_record(path: Path, digest: str | None = None) -> FileRecord:
+    """What the manifest says of a file; `digest` is its sha256 where it is known."""
+    return FileRecord(digest or file_digest(path), path.stat().st_size)
 
 
 def _outer_tensors(run: Run, digests: dict[str, str], given_up: threading.Event) -> dict[str, Pieces]:
@@ -113,15 +129,15 @@ def _merge_evidence(run: Run) -> None:
         for name, tensor in tensors.read(tensors.tensors).items():
             (statistics if name.endswith(".input_rms") else permutations)[name] = tensor
         reorders += read_about(path)
-    write_safetensors(journal.out / PERMUTATIONS_FILE, permutations, journal.temporary, reorders)
-    write_safetensors(journal.out / STATISTICS_FILE, statistics, journal.temporary)
+    write_safetensors(journal.out / LAYOUT.permutations, permutations, journal.temporary, reorders)
+    write_safetensors(journal.out / LAYOUT.statistics, statistics, journal.temporary)
 
 
 def _write_index(out: Path, shards: Sequence[str], temporary: Path) -> None:
     headers = {shard: read_header(out / shard)[0] for shard in shards}
     total = sum(entry.size_bytes for header in headers.values() for entry in header.values())
     weight_map = {name: shard for shard, header in headers.items() for name in header}
-    write_json(out / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary)
+    write_json(out / LAYOUT.index, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary)
 
 
 def _dense_layers(job: Job, blocks: Sequence[BlockRecord], pruned: set[str]) -> dict[str, str]:

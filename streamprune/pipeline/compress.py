@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.manifest import (
     JournalEntry,
     Manifest,
@@ -36,6 +37,7 @@ from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
 from streamprune.pipeline.journal import (
     WORK_FOLDER,
     Journal,
+    as_recorded,
     check_identity,
     is_finished,
     output_leased,
@@ -59,6 +61,7 @@ class CompressResult:
     """
 
     status: str  # "finished" or "already finished"
+    format_version: int  # of the output; a former one where it was already finished by a former version
     out: str
     blocks: int
     seconds: float
@@ -135,7 +138,8 @@ def compress(
             result = _already_finished(job, out)
             journal.clear()
             return result
-        entries = journal.start({**without_budget(job.identity), "versions": versions()})
+        about = {"versions": versions(), "format_version": LAYOUT.version}
+        entries = journal.start({**without_budget(job.identity), **about})
         earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
         earlier_seconds = sum(earlier) if config.validate else max(earlier, default=0.0)
         folder = _scratch_folder(journal, scratch)
@@ -191,7 +195,10 @@ def _all_blocks(run: Run, finished: list[JournalEntry]) -> list[JournalEntry]:
 def _already_finished(job: Job, out: Path) -> CompressResult:
     """The result of this job as finished before. Raises JobMismatchError where it was another."""
     manifest = read_manifest(out / MANIFEST_FILE)
-    check_identity(out, without_budget(manifest.identity), without_budget(job.identity))
+    recorded, asked = without_budget(manifest.identity), without_budget(job.identity)
+    if manifest.format_version < LAYOUT.version:  # by a streamprune that looked at less of source and machine
+        asked |= {key: as_recorded(recorded.get(key), asked[key]) for key in ("source", "compute")}
+    check_identity(out, recorded, asked)
     check_outcomes(job.config, manifest.blocks)
     return _result("already finished", out, job, manifest, read_record(out / TIMINGS_FILE, Timings))
 
@@ -250,6 +257,7 @@ def _result(status: str, out: Path, job: Job, manifest: Manifest, timings: Timin
     )
     return CompressResult(
         status=status,
+        format_version=manifest.format_version,
         out=str(out),
         blocks=len(blocks),
         seconds=timings.seconds,
@@ -258,7 +266,7 @@ def _result(status: str, out: Path, job: Job, manifest: Manifest, timings: Timin
         packed_bytes=sum(layer.packed_bytes for layer in layers),
         permutation_bytes=sum(layer.permutation_bytes for layer in layers),
         source_bytes=manifest.source_bytes,
-        output_bytes=sum(file.bytes for name, file in manifest.files.items() if name.startswith("model-")),
+        output_bytes=manifest.weights_bytes,
         worst_layers=tuple(worst_layers[:WORST_LAYERS]),
         worst_block=worst_blocks[0] if worst_blocks else None,
         kept_dense=tuple(block.name for block in blocks if block.outcome == "kept dense"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from streamprune.checkpoint.beside import Beside, list_beside
+from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.reader import INDEX_FILES
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError
@@ -50,8 +51,7 @@ class Job:
 
     def shard_name(self, block: Block | None) -> str:
         """File name of a block's shard; None: the tensors outside the blocks."""
-        number = 1 if block is None else block.index + 2
-        return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
+        return LAYOUT.shard(1 if block is None else block.index + 2, self.shards)
 
 
 def resolve_job(model: Path, config: PruneConfig, calibration: Calibration, resources: Resources) -> Job:

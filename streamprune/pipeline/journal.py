@@ -17,16 +17,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streamprune.checkpoint.beside import file_inside, is_inside, refuse_link
+from streamprune.checkpoint.layout import LAYOUTS
 from streamprune.checkpoint.manifest import JournalEntry, differences, plain, read_manifest, record_of
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import canonical_json, file_digest, write_json
 from streamprune.errors import CheckpointError, JobMismatchError, OutputError
 from streamprune.pipeline.lease import Lease, leased
 
 WORK_FOLDER = ".work"
-OUTPUT_PATTERNS = ("streamprune_*", "model-*-of-*.safetensors", SAFETENSORS_INDEX, "config.json", TIMINGS_FILE)
+OUTPUT_PATTERNS = (  # of every version: a restart may find a former one's
+    *("streamprune_*", "config.json", TIMINGS_FILE),
+    *(name for layout in LAYOUTS.values() for name in (layout.shards, layout.index)),
+)
 LOST_FOUND = "lost+found"  # what a fresh file system holds
 
 
@@ -65,7 +68,7 @@ class Journal:
         path = self.work / "identity.json"
         recorded = self.read(path)
         if recorded is not None:
-            check_identity(self.out, recorded, identity)
+            check_identity(self.out, {"format_version": 1, **recorded}, identity)  # version 1 did not record it
         entries: list[JournalEntry] = []
         while recorded is not None and (entry := self._entry(len(entries))) is not None:
             if not all(_is_as_recorded(self.out / name, digest) for name, digest in entry.files.items()):
@@ -141,6 +144,13 @@ def check_identity(out: Path, recorded: dict[str, Any], asked: dict[str, Any]) -
         raise JobMismatchError(
             f"{out}: holds a job with other settings ({shown}); use them, another --out, or --restart"
         )
+
+
+def as_recorded(recorded: Any, asked: Any) -> Any:
+    """Of a nested object the entries that another one has too."""
+    if not isinstance(recorded, dict) or not isinstance(asked, dict):
+        return asked
+    return {key: as_recorded(recorded[key], value) for key, value in asked.items() if key in recorded}
 
 
 def is_finished(out: Path) -> bool:

@@ -7,35 +7,30 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from streamprune.checkpoint.beside import copy_beside, list_beside
+from streamprune.checkpoint.beside import README, copy_beside, list_beside
+from streamprune.checkpoint.card import model_card, source_licence
+from streamprune.checkpoint.layout import LAYOUTS
+from streamprune.checkpoint.manifest import read_manifest
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
-    PERMUTATIONS_FILE,
-    STATISTICS_FILE,
     TIMINGS_FILE,
     check_contents,
     layer_from_tensors,
     open_packed,
+    packed_layout,
     packed_shape,
     tensor_names,
 )
-from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint
+from streamprune.checkpoint.reader import Checkpoint
 from streamprune.checkpoint.untrusted import read_json
-from streamprune.checkpoint.writer import write_json, write_safetensors
+from streamprune.checkpoint.writer import write_json, write_safetensors, write_text
 from streamprune.config import NMPattern
 from streamprune.errors import OutputError, SettingsError
 from streamprune_kernels import expand
 
-OWN_FILES = (
-    "config.json",
-    SAFETENSORS_INDEX,
-    PERMUTATIONS_FILE,
-    STATISTICS_FILE,
-    MANIFEST_FILE,
-    MANIFEST_DIGEST_FILE,
-    TIMINGS_FILE,
-)
+PLAIN = LAYOUTS[1]  # which had the names of plain checkpoints
+OWN_FILES = ("config.json", MANIFEST_FILE, MANIFEST_DIGEST_FILE, TIMINGS_FILE)
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,9 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
         raise SettingsError(f"cannot export to {to!r}; the one format is dense")
     folder, out = Path(folder), Path(out)
     checkpoint, layers, _ = open_packed(folder)
-    shards = _shards(checkpoint)
-    beside = list_beside(folder, {*OWN_FILES, *shards})
+    manifest, layout, shards = read_manifest(folder / MANIFEST_FILE), packed_layout(folder), _shards(checkpoint)
+    card = (README,) if layout.version > 1 else ()  # in version 1 it is the source's
+    beside = list_beside(folder, {*OWN_FILES, *layout.files, *shards, *card})
     partial = out.parent / f".{out.name}.partial"
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out}: exists already; choose another --out")
@@ -72,20 +68,21 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
         shutil.rmtree(partial, ignore_errors=True)
         temporary.mkdir(parents=True)
         total, weight_map = 0, {}
-        bar = tqdm(shards.items(), unit="shard", desc="export", disable=None if progress else True)
-        for shard, names in bar:
+        bar = tqdm(shards.values(), unit="shard", desc="export", disable=None if progress else True)
+        for number, names in enumerate(bar, 1):
+            shard = PLAIN.shard(number, len(shards))
             tensors = _dense_tensors(checkpoint, names, layers)
             write_safetensors(partial / shard, tensors, temporary)
             total += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
             weight_map.update(dict.fromkeys(tensors, shard))
-        write_json(
-            partial / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary
-        )
+        write_json(partial / PLAIN.index, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary)
         config = {
             key: value for key, value in read_json(folder / "config.json").items() if key != "quantization_config"
         }
         write_json(partial / "config.json", config, temporary)
-        copy_beside(folder, beside.copied, partial, temporary)
+        copy_beside(folder, beside.placed, partial, temporary)
+        text = model_card(manifest, layers, source_licence(folder, beside), beside, total)
+        write_text(partial / README, text, temporary)
         temporary.rmdir()
         partial.rename(out)
     except BaseException as error:

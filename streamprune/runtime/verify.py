@@ -17,15 +17,14 @@ from streamprune.checkpoint.manifest import FileRecord, LayerRecord, Manifest, d
 from streamprune.checkpoint.packed import (
     MANIFEST_DIGEST_FILE,
     MANIFEST_FILE,
-    PERMUTATIONS_FILE,
-    STATISTICS_FILE,
     PackedLayer,
+    is_packed,
     layer_from_tensors,
+    packed_layout,
     structure_faults,
     tensor_names,
 )
 from streamprune.checkpoint.reader import (
-    SAFETENSORS_INDEX,
     Checkpoint,
     open_checkpoint,
     open_file,
@@ -45,6 +44,7 @@ from streamprune_kernels import nm_linear
 PRODUCT_TOKENS = 16
 PRODUCT_TOLERANCE = 1e-5  # float32 on the same numbers in another order
 RECOMPUTED_TOLERANCE = 1e-9  # float64 sums on another machine
+LOADED = ("*.safetensors", "*.bin", "*.index.json")  # what loaders take, whether it is the output's or not
 OTHER_BYTES = "its sha256 is not the recorded one"
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -118,6 +118,8 @@ def verify(
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    if source is not None and is_packed(Path(source)):
+        raise CheckpointError(f"{source}: is an output of streamprune too; give the dense model that was compressed")
     original = open_checkpoint(Path(source)) if source is not None else None
     findings = _Findings()
     compared = reconstructed = validated = False
@@ -156,8 +158,8 @@ def _check_files(folder: Path, findings: _Findings, quick: bool) -> Manifest:
         raise CheckpointError(
             f"{MANIFEST_FILE}: its sha256 is not the one in {MANIFEST_DIGEST_FILE}; nothing else is checked"
         )
-    needed = {"config.json", SAFETENSORS_INDEX, PERMUTATIONS_FILE, STATISTICS_FILE}
-    needed.update(path.name for path in folder.glob("model-*.safetensors"))
+    needed = {"config.json", *manifest.layout.files}
+    needed.update(path.name for pattern in LOADED for path in folder.glob(pattern))
     findings.faults += [f"{name}: is not in {MANIFEST_FILE}" for name in sorted(needed - manifest.files.keys())]
     for name, recorded in sorted(manifest.files.items()):
         if fault := _file_fault(folder, name, recorded, quick):
@@ -182,13 +184,17 @@ def _file_fault(folder: Path, name: str, recorded: FileRecord, quick: bool) -> s
 
 
 def _contents(manifest: Manifest, name: str) -> str:
-    number = name.removeprefix("model-").partition("-of-")[0]
+    number = name.removeprefix(f"{manifest.layout.stem}-").partition("-of-")[0]
     if number.isdecimal() and 2 <= int(number) < len(manifest.blocks) + 2:
         return f"it holds block {manifest.blocks[int(number) - 2].name}"
     return "it holds no pruned layer"
 
 
 def _open_output(folder: Path, manifest: Manifest) -> _Output:
+    layout = packed_layout(folder)
+    if layout.version != manifest.format_version:
+        versions = f"format {layout.version}, the manifest {manifest.format_version}"
+        raise CheckpointError(f"{folder}: config.json says {versions}")
     opened = open_output(folder)
     recorded = {layer.name: layer for layer in manifest.layers}
     different = sorted(set(recorded) ^ set(opened.packed))
@@ -258,7 +264,7 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
     names = match_names(output.opened.skeleton, checkpoint)
     views = {view.parameter: name for block in output.opened.blocks for name, view in block.layers.items()}
     orders = _orders(output)
-    rms = open_file(output.folder / STATISTICS_FILE)
+    rms = open_file(output.folder / output.manifest.layout.statistics)
     faulty: set[str] = set()
     bar = tqdm(sorted(names.items()), unit="tensor", desc="against source", disable=None if progress else True)
     for parameter, original in bar:
@@ -302,15 +308,16 @@ def _in_output_order(name: str, tensor: torch.Tensor, orders: list[tuple[int, to
 
 def _orders(output: _Output) -> dict[str, list[tuple[int, torch.Tensor]]]:
     """Of each reordered tensor: the dimensions and their permutations (place j holds source index p[j])."""
-    file = open_file(output.folder / PERMUTATIONS_FILE)
+    path = output.folder / output.manifest.layout.permutations
+    file = open_file(path)
     folded = file.read(file.tensors)
     orders: dict[str, list[tuple[int, torch.Tensor]]] = {}
     try:
-        for item in read_about(output.folder / PERMUTATIONS_FILE) or []:
+        for item in read_about(path) or []:
             for tensor, dim in item["reorders"]:
                 orders.setdefault(tensor, []).append((dim, folded[item["permutation"]].long()))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{PERMUTATIONS_FILE}: its list of reordered tensors is malformed ({error})") from error
+        raise CheckpointError(f"{path.name}: its list of reordered tensors is malformed ({error})") from error
     for layer in output.opened.packed:
         name = f"{layer}.input_permutation"
         if name in output.checkpoint.tensors:

@@ -135,7 +135,7 @@ def attack(worker: Worker, folder: Path, job: dict[str, Any]) -> Attacked:
 def finished_blocks(out: Path) -> dict[Path, tuple[int, int]]:
     """Shards of the blocks in the journal, each with what tells whether it was written again."""
     count = len(list(out.glob(".work/block-*.json")))
-    names = [next(out.glob(f"model-{index + 2:05d}-of-*"), None) for index in range(count)]
+    names = [next(out.glob(f"streamprune-{index + 2:05d}-of-*"), None) for index in range(count)]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in names if path is not None}
 
 

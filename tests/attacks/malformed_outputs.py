@@ -74,6 +74,9 @@ FIELDS: dict[tuple[Any, ...], tuple[Any, ...]] = {  # each with values of other 
     ("identity", "settings", "reconstruct"): (None, 0),
     ("source_tensors",): (None, [], {"x": 1}),
     ("source_bytes",): (None, -1, "x"),
+    ("format_version",): (None, "2", True, 2.0, [2]),
+    ("source_name",): (None, 5, ["x"]),
+    ("made_by",): (None, {}, 1),
 }
 for path, values in FIELDS.items():
     shown = ".".join(map(str, path))
@@ -115,7 +118,7 @@ for fault, content in JSON_TEXTS.items():
     for name, commands in (
         (tiny.MANIFEST, ("inspect", "verify", "again")),
         ("config.json", ("evaluate", "export")),
-        ("model.safetensors.index.json", ("inspect", "evaluate")),
+        (tiny.INDEX, ("inspect", "evaluate")),
         ("timings.json", ("again",)),
     ):
         for command in commands:
@@ -159,9 +162,12 @@ def entry_with(case: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 ENTRIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "version 2": (lambda e: e.update(format_version=2), "has packed format 2; this streamprune reads 1"),
+    "version 3": (lambda e: e.update(format_version=3), "has packed format 3; this streamprune reads 1 and 2"),
+    "version 0": (lambda e: e.update(format_version=0), "has packed format 0"),
+    "version 2.0": (lambda e: e.update(format_version=2.0), "has packed format 2.0"),
+    "version of 5,000 digits": (lambda e: e.update(format_version=[10**4] * 1000), "has packed format [10000, "),
     "version true": (lambda e: e.update(format_version=True), "has packed format True"),
-    "version of text": (lambda e: e.update(format_version="1"), "has packed format 1"),
+    "version of text": (lambda e: e.update(format_version="2"), "has packed format 2"),
     "no version": (lambda e: e.pop("format_version"), "has packed format None"),
     "another method": (lambda e: e.update(quant_method="gptq"), ""),
     "layers of a list": (lambda e: e.update(layers=["x"]), "quantization_config is malformed"),
@@ -348,6 +354,47 @@ for what, name in ELSEWHERE.items():
     CATALOGUE.put(f"a manifest's file {what}", "packed", "verify", 1, ": is missing", make, "it is not in the folder")
 
 
+for version in (0, 3, 10**18):
+    for command in ("verify", "inspect", "again", "export"):
+        make = functools.partial(set_at, path=("format_version",), value=version)
+        message = f"has packed format {version}; this streamprune reads 1 and 2"
+        CATALOGUE.put(f"manifest of version {version}", "packed", command, code_of(command), message, make, "unknown")
+
+
+def version_1_in(case: Path, where: str) -> None:
+    """Of this version's files, all checksums right."""
+    path = case / "model" / where
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+    tiny.reseal(case / "model")
+
+
+for where in ("config.json", tiny.MANIFEST):
+    make = functools.partial(version_1_in, where=where)
+    CATALOGUE.put(
+        f"version 1 in {where}", "packed", "verify", 1, "config.json says format", make, "the other disagrees"
+    )
+for command in ("inspect", "evaluate", "export"):
+    make = functools.partial(version_1_in, where="config.json")
+    message = "model.safetensors.index.json: cannot be read"
+    CATALOGUE.put("version 1 in config.json", "packed", command, 3, message, make, "the files have other names")
+
+
+@CATALOGUE.entry("packed", "verify", 1, "model.safetensors: is not in streamprune_manifest.json")
+def weights_that_a_plain_loader_takes(case: Path) -> None:
+    """transformers would fill the pruned layers with random weights."""
+    save_file({"a": torch.zeros(2)}, case / "model" / "model.safetensors")
+
+
+@CATALOGUE.entry("packed", "export", 0)
+def a_manifest_whose_words_are_markup(case: Path) -> None:
+    """They are written into the card of the export."""
+    text = "](https://x.example)<script>`|\n---\nlicense: mit\n---\n\x1b[2J" + "x" * 10_000
+    settings = {"validate": True, "reconstruct": False, "metric": [[text] * 10] * 10, "pattern": {text: text}}
+    manifest_with(
+        case, lambda m: m.update(source_name=text, made_by=text, identity={**m["identity"], "settings": settings})
+    )
+
+
 @CATALOGUE.entry("packed", "inspect", 3, "disagree on ")
 def a_layer_name_that_a_terminal_obeys(case: Path) -> None:
     """Names in the manifest are printed."""
@@ -390,7 +437,7 @@ def linked(case: Path, name: str, target: str, unfinished: bool = True) -> None:
 
 
 LINKS = {
-    "a shard": ("model-00001-of-00004.safetensors", "../elsewhere/thesis.tex"),
+    "a shard": ("streamprune-00001-of-00004.safetensors", "../elsewhere/thesis.tex"),
     "the config": ("config.json", "../elsewhere/thesis.tex"),
     "the manifest": (tiny.MANIFEST, "/etc/passwd"),
     "the digest": (tiny.MANIFEST_DIGEST, "nowhere"),

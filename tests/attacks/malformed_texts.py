@@ -325,6 +325,31 @@ def a_folder_of_many_files(case: Path) -> None:
         (case / "model" / f"{number}.md").touch()
 
 
+READMES: dict[str, bytes] = {
+    "no text": b"\xff\x00" * 10_000,
+    "endless front matter": b"---\n" + b"license: \n" * 1_000_000,
+    "line breaks": b"---" + b"\n" * 10_000_000,
+    "anchors": b"---\na: &a [x,x]\n" + b"".join(b"b%d: [*a,*a]\n" % n for n in range(1000)) + b"license: *a\n---\n",
+    "markup for a licence": b"---\nlicense: ](x)<script>\n---\n",
+}
+for what, content in READMES.items():
+    CATALOGUE.put(
+        f"a card of {what}",
+        "llama",
+        "compress",
+        0,
+        "",
+        text_of("model/README.md", content),
+        "only a word of its front matter is looked for",
+    )
+
+
+@CATALOGUE.entry("llama", "compress", 0)
+def a_card_that_is_a_pipe(case: Path) -> None:
+    """It is left out, and not waited for."""
+    os.mkfifo(case / "model" / "README.md")
+
+
 @CATALOGUE.entry("llama", "compress", 0)
 def a_licence_of_a_gigabyte(case: Path) -> None:
     """A sparse file."""

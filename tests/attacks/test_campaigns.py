@@ -91,7 +91,7 @@ def test_the_checks_can_fail(attacked: Attacked) -> None:
         assert sorted(look(attacked, out)) == ["config.json is half written", "notes is a stray file"]
         shutil.rmtree(out)
         attacked.worker.run(attacked.at(out), fault={"action": "kill", "at": attacked.operations // 2})
-        shard = next(out.glob("model-00002-*"))
+        shard = next(out.glob("streamprune-00002-*"))
         assert list(out.glob(".work/block-00000.json"))
         tiny.flip_byte(shard, shard.stat().st_size - 1)
         assert list(look(attacked, out)) == [f"{shard.name} is half written"]

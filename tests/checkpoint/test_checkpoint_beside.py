@@ -51,6 +51,24 @@ def test_what_is_copied_and_why_the_rest_is_not(tmp_path: Path) -> None:
     assert known.isdisjoint({*found.copied, *found.left_out})
 
 
+@pytest.mark.parametrize(
+    ("there", "placed", "left_out"),
+    [
+        (["README.md", "sub/README.md"], {"README.md": "README.source.md", "sub/README.md": "sub/README.md"}, []),
+        (["README.md", "README.source.md"], {"README.md": "README.source.md"}, ["README.source.md"]),
+        (["README.source.md", "readme.md"], {n: n for n in ("README.source.md", "readme.md")}, []),
+    ],
+    ids=str,
+)
+def test_a_readme_makes_room_for_the_outputs_card(
+    there: list[str], placed: dict[str, str], left_out: list[str], tmp_path: Path
+) -> None:
+    fill(tmp_path, there)
+    found = list_beside(tmp_path)
+    assert found.placed == placed
+    assert found.left_out == dict.fromkeys(left_out, "the output has its own")
+
+
 def test_links_pipes_and_what_is_too_large_or_deep(tmp_path: Path) -> None:
     """Nothing is waited for, no cycle is walked, and nothing outside is taken in but a file that a link names."""
     folder, deep = tmp_path / "source", "d/" * MAX_DEPTH
@@ -135,7 +153,7 @@ def test_copies_are_contents_beside_their_place(tmp_path: Path) -> None:
     (source / "a" / "link.md").symlink_to("../blobs/1")
     (source / "top.md").chmod(0o4755)
     fill(out, ["a/foreign", "top.md"])
-    copy_beside(source, ["a/b/c.md", "a/link.md", "top.md"], out, temporary)
+    copy_beside(source, {name: name for name in ("a/b/c.md", "a/link.md", "top.md")}, out, temporary)
     copied = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
     assert {name: path.read_text() for name, path in copied.items()} == {
         "a/b/c.md": "a/b/c.md",
@@ -155,9 +173,9 @@ def test_what_stands_in_the_way_of_a_copy(tmp_path: Path) -> None:
     fill(tmp_path, ["elsewhere/x", "out/c"])
     (out / "a").symlink_to("../elsewhere")
     with pytest.raises(OutputError, match="out/a: is a symbolic link in an output folder"):
-        copy_beside(source, ["a/b.md"], out, temporary)
+        copy_beside(source, {"a/b.md": "a/b.md"}, out, temporary)
     with pytest.raises(OutputError, match="out/c: cannot be written"):
-        copy_beside(source, ["c/d.md"], out, temporary)
+        copy_beside(source, {"c/d.md": "c/d.md"}, out, temporary)
     with pytest.raises(CheckpointError, match=r"gone\.md: cannot be read"):
-        copy_beside(source, ["gone.md"], out, temporary)
+        copy_beside(source, {"gone.md": "gone.md"}, out, temporary)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["x"]

@@ -1,6 +1,7 @@
-"""The packed format, version 1: exact bytes, round trips through a file, refusals."""
+"""The packed format: exact bytes, round trips through a file, refusals."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from streamprune.checkpoint.layout import LAYOUT, LAYOUTS, Layout
 from streamprune.checkpoint.packed import (
     check_layer,
     is_packed,
@@ -106,8 +108,9 @@ def packed_tensors() -> dict[str, torch.Tensor]:
     return {**pack_layer(weight, keep, torch.arange(12).flip(0)).tensors(LAYER), **dense}
 
 
-def write_folder(folder: Path, tensors: dict[str, torch.Tensor], entry: Any) -> Path:
-    save_file(tensors, folder / "model.safetensors")
+def write_folder(folder: Path, tensors: dict[str, torch.Tensor], entry: Any, layout: Layout = LAYOUT) -> Path:
+    save_file(tensors, folder / layout.shard(1, 1))
+    (folder / layout.index).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, layout.shard(1, 1))}))
     config = {"model_type": "llama"} if entry is None else {"model_type": "llama", "quantization_config": entry}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -117,14 +120,15 @@ def good_entry() -> dict[str, Any]:
     return quantization_config({LAYER: NMPattern(2, 4)}, {"lm_head": "outside the blocks"})
 
 
-def test_open_packed_returns_patterns_and_reasons(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_open_packed_returns_patterns_and_reasons(version: int, tmp_path: Path) -> None:
     assert good_entry() == {
         "quant_method": "streamprune",
-        "format_version": 1,
+        "format_version": 2,
         "layers": {LAYER: {"pattern": "2:4"}},
         "dense_layers": {"lm_head": "outside the blocks"},
     }
-    write_folder(tmp_path, packed_tensors(), good_entry())
+    write_folder(tmp_path, packed_tensors(), {**good_entry(), "format_version": version}, LAYOUTS[version])
     assert is_packed(tmp_path)
     checkpoint, layers, dense = open_packed(tmp_path)
     assert layers == {LAYER: NMPattern(2, 4)}
@@ -147,11 +151,34 @@ def test_folder_without_config_is_not_packed(tmp_path: Path) -> None:
     assert not is_packed(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None], ids=repr)
+@pytest.mark.parametrize("version", [0, 3, 2.0, True, "2", None, [2]], ids=repr)
 def test_unknown_version_is_refused(version: Any, tmp_path: Path) -> None:
     write_folder(tmp_path, packed_tensors(), {**good_entry(), "format_version": version})
-    with pytest.raises(CheckpointError, match=rf"has packed format.* {version}; this streamprune reads 1$"):
+    with pytest.raises(CheckpointError, match=rf"has packed format.* {re.escape(str(version))}; .* reads 1 and 2$"):
         open_packed(tmp_path)
+
+
+@pytest.mark.parametrize(("version", "other"), [(1, 2), (2, 1)])
+def test_a_folder_is_opened_by_its_own_index(version: int, other: int, tmp_path: Path) -> None:
+    """Weights under another version's names, or a plain checkpoint's, are none of it."""
+    write_folder(tmp_path, packed_tensors(), {**good_entry(), "format_version": version}, LAYOUTS[other])
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"/{re.escape(LAYOUTS[version].index)}: cannot be read"):
+        open_packed(tmp_path)
+
+
+def test_a_former_version_has_the_names_of_plain_checkpoints_and_this_one_none(tmp_path: Path) -> None:
+    assert [layout.shard(2, 31) for layout in LAYOUTS.values()] == [
+        "model-00002-of-00031.safetensors",
+        "streamprune-00002-of-00031.safetensors",
+    ]
+    assert LAYOUT.files == (
+        "streamprune.safetensors.index.json",
+        "streamprune_permutations.st",
+        "streamprune_statistics.st",
+    )
+    files = {LAYOUT.shard(1, 12): {"bytes": 3}, LAYOUT.shard(12, 12): {"bytes": 4}, LAYOUT.index: {"bytes": 100}}
+    assert LAYOUT.weights_bytes({**files, LAYOUT.permutations: {"bytes": 200}}) == 7
 
 
 MALFORMED_ENTRIES: dict[str, dict[str, Any]] = {

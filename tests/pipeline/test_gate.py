@@ -77,7 +77,9 @@ def test_warn_says_so_and_prunes_all_the_same(
     assert [block["name"] for block in blocks if block["outcome"] == "warned"] == above
     assert [message.split(":")[0] for message in caplog.messages] == above
     assert f"model.layers.{first}: warned, block error" in caplog.text
-    shards = {name: digest for name, digest in tiny.digests(outputs("llama")).items() if name.startswith("model-")}
+    shards = {
+        name: digest for name, digest in tiny.digests(outputs("llama")).items() if name.startswith("streamprune-")
+    }
     assert shards.items() <= tiny.digests(tmp_path / "out").items()
 
 
@@ -228,8 +230,8 @@ def test_a_corrupt_tensor_stops_the_job_before_the_next_block(
     with pytest.raises(KernelFault, match=rf"{layer}: kernel_error \S+ is beyond") as fault:
         prune("llama", tmp_path / "out")
     assert fault.value.exit_code == 7
-    assert [name for name in written if name.startswith("model-")] == [
-        f"model-0000{i}-of-00004.safetensors" for i in (2, 3)
+    assert [name for name in written if name.startswith("streamprune-")] == [
+        f"streamprune-0000{i}-of-00004.safetensors" for i in (2, 3)
     ]
     assert [path.name for path in sorted((tmp_path / "out" / ".work").glob("block-*.json"))] == ["block-00000.json"]
     monkeypatch.undo()

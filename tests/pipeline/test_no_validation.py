@@ -62,7 +62,7 @@ def test_masks_are_those_of_the_same_method_with_validation(prune: Prune, tmp_pa
     prune("llama", tmp_path / "unseen", **{**UNSEEN, "shuffle": "global+local"})
     prune("llama", tmp_path / "seen", metric="magnitude", shuffle="global+local", refine=False)
     one, other = tiny.digests(tmp_path / "unseen"), tiny.digests(tmp_path / "seen")
-    shards = [name for name in one if name.startswith("model-")]
+    shards = [name for name in one if name.startswith("streamprune-")]
     assert len(shards) == 4
     assert [one[name] for name in shards] == [other[name] for name in shards]
 

@@ -46,7 +46,8 @@ PARTS = (".weight_values", ".weight_mask", ".input_permutation", ".output_permut
 def digest_of(out: Path) -> str:
     """sha256 over name, dtype, shape and bytes of every packed part in a folder, whatever the files are called."""
     digest = hashlib.sha256()
-    tensors = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    paths = [*out.glob("*.safetensors"), *out.glob("*.st")]
+    tensors = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     for name in sorted(name for name in tensors if name.endswith(PARTS)):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -83,7 +83,7 @@ class TestBeforeAnyBlock:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 200_000))
         with pytest.raises(OutputError, match=r"out: \d+ bytes are needed and 200000 are free; free space or choose"):
             prune("llama", tmp_path / "out")
-        assert list((tmp_path / "out").glob("model-*")) == []
+        assert list((tmp_path / "out").glob("streamprune-*")) == []
 
     def test_too_many_positions(self, prune: Prune, tmp_path: Path) -> None:
         with pytest.raises(SettingsError, match=r"sequence length 321 is beyond the model's 320 positions"):

@@ -57,7 +57,7 @@ def test_stopped_between_blocks(
     expected = tiny.digests(outputs(source))
     pruned_blocks.clear()
     stop_after(prune, tmp_path / "out", blocks, source)
-    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("model-*")}
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("streamprune-*")}
     pruned_blocks.clear()
     result = prune(source, tmp_path / "out")
     assert (result.status, result.blocks) == ("finished", 3)
@@ -118,7 +118,7 @@ def test_replaying_a_block_kept_dense(prune: Prune, outputs: Callable[..., Path]
 
 
 @pytest.mark.parametrize("harm", [remove, truncate, damage])
-@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", ".work/block-00000.safetensors"])
+@pytest.mark.parametrize("name", ["streamprune-00002-of-00004.safetensors", ".work/block-00000.safetensors"])
 def test_a_damaged_block_and_those_after_it_are_done_again(
     name: str,
     harm: Callable[[Path], None],

@@ -210,7 +210,7 @@ def test_result_counts_bytes_as_they_are(prune: Callable[..., CompressResult], t
     assert result.packed_bytes == sum(size for name, size in sizes.items() if name.endswith(("_values", "_mask")))
     assert result.permutation_bytes == sum(size for name, size in sizes.items() if name.endswith("_permutation"))
     manifest = tiny.read_json(out / tiny.MANIFEST)
-    assert result.output_bytes == sum(path.stat().st_size for path in out.glob("model-*.safetensors"))
+    assert result.output_bytes == sum(path.stat().st_size for path in out.glob("streamprune-*.safetensors"))
     assert result.manifest_sha256 == tiny.sha256(out / tiny.MANIFEST)
     worst = max((layer for block in manifest["blocks"] for layer in block["layers"]), key=lambda x: x["layer_error"])
     assert result.worst_layers[0] == (worst["name"], worst["layer_error"])

@@ -47,7 +47,7 @@ def test_files(sources: Callable[[str], Path], outputs: Callable[..., Path], tmp
     names = {path.name for path in folder.iterdir()}
     shards = {f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)}
     rest = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert names == shards | rest | {"model.safetensors.index.json"}
+    assert names == shards | rest | {"model.safetensors.index.json", "README.md"}
     assert tiny.read_json(folder / "config.json") == tiny.read_json(sources("llama") / "config.json")
     for name in rest - {"config.json"}:
         assert (folder / name).read_bytes() == (sources("llama") / name).read_bytes()

@@ -19,17 +19,18 @@ from streamprune.runtime.verify import Verification, verify
 DOWN, OUT = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"
 QUERY, VALUE = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 FILES = [
+    "README.md",
     "config.json",
     "generation_config.json",
-    "model-00001-of-00004.safetensors",
-    "model-00002-of-00004.safetensors",
-    "model-00003-of-00004.safetensors",
-    "model-00004-of-00004.safetensors",
-    "model.safetensors.index.json",
+    "streamprune-00001-of-00004.safetensors",
+    "streamprune-00002-of-00004.safetensors",
+    "streamprune-00003-of-00004.safetensors",
+    "streamprune-00004-of-00004.safetensors",
+    "streamprune.safetensors.index.json",
     "streamprune_manifest.json",
     "streamprune_manifest.sha256",
-    "streamprune_permutations.safetensors",
-    "streamprune_statistics.safetensors",
+    "streamprune_permutations.st",
+    "streamprune_statistics.st",
     "tokenizer.json",
     "tokenizer_config.json",
 ]
@@ -78,7 +79,7 @@ def test_quick_sees_what_is_missing_and_not_what_is_damaged(out: Path, llama: Pa
     quick = verify(out, quick=True)
     assert (quick.ok, quick.quick, quick.layers) == (True, True, [])
     assert quick.manifest_sha256 == verify(out).manifest_sha256
-    shard = out / "model-00003-of-00004.safetensors"
+    shard = out / "streamprune-00003-of-00004.safetensors"
     tiny.flip_byte(shard, shard.stat().st_size - 1)
     assert verify(out, quick=True).ok
     assert not verify(out).ok
@@ -340,7 +341,7 @@ def test_another_source(out: Path, llama: Path, tmp_path: Path) -> None:
 
 def test_a_source_of_another_shape(out: Path, sources: Callable[[str], Path]) -> None:
     """The comparison cannot be done, and the result says that it was not."""
-    for source in (sources("opt"), sources("llama-plain"), out):
+    for source in (sources("opt"), sources("llama-plain")):
         verification = verify(out, source=source)
         assert not verification.ok
         assert verification.faults
@@ -348,6 +349,8 @@ def test_a_source_of_another_shape(out: Path, sources: Callable[[str], Path]) ->
 
 def test_no_source_and_no_folder(out: Path, tmp_path: Path) -> None:
     """Not a fault of the output: the command was given something else."""
+    with pytest.raises(CheckpointError, match="is an output of streamprune too; give the dense model that was"):
+        verify(out, source=out)
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         verify(out, source=tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
