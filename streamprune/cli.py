@@ -145,7 +145,7 @@ METHOD = _options(
         "--fold",
         default=PruneConfig.fold,
         show_default=True,
-        help="Attention's output: heads (inside heads, free at run time) or free (a gather).",
+        help="Permutation of attention's output: inside heads (costs nothing at run time) or across-heads (a gather).",
     ),
     click.option(
         "--refine/--no-refine",

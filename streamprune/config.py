@@ -14,7 +14,7 @@ Metric = Literal["esparse", "wanda", "ria", "magnitude"]
 Amplitude = Literal["l2", "wanda", "rms"]
 EntropyRange = Literal["channel", "layer"]
 Objective = Literal["score", "energy"]
-Fold = Literal["heads", "free"]
+Fold = Literal["heads", "across-heads"]
 OnExcess = Literal["stop", "keep-dense", "warn"]
 CHOICES = {
     "metric": Metric,
@@ -24,9 +24,9 @@ CHOICES = {
     "fold": Fold,
     "on_excess": OnExcess,
 }
-MOST_GROUP_SIZE = 64  # M of an N:M pattern
-MOST_COUNT = 2**31 - 1
-MOST_BYTES = 2**63 - 1
+MAX_GROUP_SIZE = 64  # M of an N:M pattern
+MAX_COUNT = 2**31 - 1
+MAX_BYTES = 2**63 - 1
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
 
@@ -43,19 +43,19 @@ class Bounds:
 
 # Every number that a function of the library and an option of the command line takes, but for numbers of bytes.
 NUMBERS = {
-    "samples": Bounds(1, MOST_COUNT),
-    "sequence_length": Bounds(2, MOST_COUNT, optional=True),  # the first token of a sequence has no prediction
-    "max_tokens": Bounds(2, MOST_COUNT, optional=True),
+    "samples": Bounds(1, MAX_COUNT),
+    "sequence_length": Bounds(2, MAX_COUNT, optional=True),  # the first token of a sequence has no prediction
+    "max_tokens": Bounds(2, MAX_COUNT, optional=True),
     "seed": Bounds(0, 2**63 - 1),
-    "micro_batch": Bounds(1, MOST_COUNT, optional=True),
+    "micro_batch": Bounds(1, MAX_COUNT, optional=True),
     "prefetch": Bounds(0, 1000),
-    "shuffle_block": Bounds(2, MOST_COUNT),
+    "shuffle_block": Bounds(2, MAX_COUNT),
     "alpha": Bounds(0, 10**6, whole=False),  # beyond it rounding leaves nothing of the entropy
     "entropy_bins": Bounds(2, 512),
     "shrinkage": Bounds(0, 1, whole=False, optional=True),
     "correction": Bounds(0, 1, whole=False),
-    "correction_stride": Bounds(1, MOST_COUNT),
-    "moments_width": Bounds(64, MOST_COUNT),
+    "correction_stride": Bounds(1, MAX_COUNT),
+    "moments_width": Bounds(64, MAX_COUNT),
     "max_block_error": Bounds(0, 10**6, whole=False, optional=True),
 }
 
@@ -80,9 +80,9 @@ class NMPattern:
     group_size: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.kept < self.group_size <= MOST_GROUP_SIZE:
+        if not 0 < self.kept < self.group_size <= MAX_GROUP_SIZE:
             raise SettingsError(
-                f"pattern {self}: N:M needs 0 < N < M <= {MOST_GROUP_SIZE}, where N of every M weights are kept"
+                f"pattern {self}: N:M needs 0 < N < M <= {MAX_GROUP_SIZE}, where N of every M weights are kept"
             )
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ def parse_bytes(text: str | None) -> int | None:
     form = r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*"
     if match := re.fullmatch(form, text, re.IGNORECASE) if isinstance(text, str) else None:
         count = float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " ")
-        if 1 <= count <= MOST_BYTES:
+        if 1 <= count <= MAX_BYTES:
             return int(count)
     raise SettingsError(f"{text!r:.80} is not a number of bytes (1 to 2^63); write for example 12GiB or 900MB")
 
@@ -122,8 +122,8 @@ class PruneConfig:
     shuffle         "none", or searches joined by "+", one after the other: stride, global, local, assignment. With
                     "residual" in front one permutation of the residual stream serves the whole model, and the others
                     order the inputs of o and down alone
-    fold            the input of o_proj: "heads" permutes inside heads and folds into v_proj, "free" across heads, with
-                    a gather at run time
+    fold            the input of o_proj: "heads" permutes inside heads and folds into v_proj; "across-heads" takes a
+                    gather at run time
     objective       what a search raises: the sum of retained scores, or of their squares ("energy")
     shuffle_block   channels in one block of the local search; two groups where that is more
     alpha           weight of the amplitude beside the entropy (E-Sparse, eq. of the metric)

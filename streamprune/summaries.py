@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-MOST_CHARACTERS = 2000  # of a line that is printed
+MAX_CHARACTERS = 2000  # of a line that is printed
 
 
 def say(text: str, err: bool = False) -> None:
     """Print a line. It may hold names from files: what a terminal would obey is escaped, and no line is endless."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MOST_CHARACTERS + 1])
-    click.echo(shown if len(text) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}...", err=err)
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MAX_CHARACTERS + 1])
+    click.echo(shown if len(text) <= MAX_CHARACTERS else f"{shown[:MAX_CHARACTERS]}...", err=err)
 
 
 def show_compression(result: Any) -> None:

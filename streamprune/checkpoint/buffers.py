@@ -9,7 +9,7 @@ import weakref
 
 import torch
 
-LEAST_BYTES = 1 << 20  # smaller tensors have memory of their own, which allocators keep
+MIN_BYTES = 1 << 20  # smaller tensors have memory of their own, which allocators keep
 
 
 class Buffers:
@@ -25,7 +25,7 @@ class Buffers:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor on the CPU."""
         size = math.prod(shape) * dtype.itemsize
-        if size < LEAST_BYTES:
+        if size < MIN_BYTES:
             return torch.empty(shape, dtype=dtype)
         free = self._free.setdefault(size, [])
         memory = free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)

@@ -17,7 +17,7 @@ from streamprune.checkpoint.reader import Empty, byte_view, new_tensor, read_int
 from streamprune.checkpoint.writer import output_errors
 from streamprune.errors import CheckpointError, OutputError
 
-MOST_WRITING = 2  # chunks that wait for the disk, of one file
+MAX_WRITING = 2  # chunks that wait for the disk, of one file
 
 
 class HiddenStates:
@@ -67,7 +67,7 @@ class HiddenStates:
             self._store(index, states.detach().to("cpu", self.dtype).contiguous())
             return
         self._ahead = None
-        self._await_writing(MOST_WRITING - 1)
+        self._await_writing(MAX_WRITING - 1)
         chunk = self._empty(self.shape, self.dtype).copy_(states.detach())
         self._writing.append(self._worker.submit(self._store, index, chunk))
 

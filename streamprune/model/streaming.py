@@ -26,7 +26,7 @@ from streamprune.model.skeleton import (
     record_block_inputs,
     tied_parameters,
 )
-from streamprune_kernels import FEW_ROWS, MOST_SHARED_TOKENS
+from streamprune_kernels import FEW_ROWS, MAX_SHARED_TOKENS
 
 BlockArguments = tuple[dict[str, Any], ...]
 
@@ -112,7 +112,7 @@ def embed(
 def sequences_at_once(micro_batch: int, tokens: int, device: torch.device) -> int:
     """How many sequences of so many tokens go through a block together, so that what one becomes does not depend on it:
     those so short that several make many rows of a product go one by one, as products of few rows round differently."""
-    few = MOST_SHARED_TOKENS if device.type == "cuda" else FEW_ROWS
+    few = MAX_SHARED_TOKENS if device.type == "cuda" else FEW_ROWS
     return 1 if tokens <= few else micro_batch
 
 

@@ -22,11 +22,11 @@ from streamprune_kernels import refine_rows
 
 BLOCK_WIDTH = 192  # columns refined by one product with what is dropped everywhere
 MAX_PASSES = 4  # groups that change fall by about half from pass to pass; their effect was not measured beyond
-LEAST_GAIN = 1e-6  # share of a group's sum of w^2 h that a change must save: below lies float32's noise
+MIN_GAIN = 1e-6  # share of a group's sum of w^2 h that a change must save: below lies float32's noise
 SHRINKAGES = (0.05, 0.15, 0.3, 0.5)  # tried on one half of the samples and judged on the other
 SHRINKAGE_ROWS = 64  # that the strength is chosen on
 SHRINKAGE_PASSES = 1
-MOST_PATTERNS = 256  # more are not tried one by one
+MAX_PATTERNS = 256  # more are not tried one by one
 
 
 def refine_mask(
@@ -57,7 +57,7 @@ def refine_mask(
             q = stable_product(dropped, moments[:, columns]).mul_(off_diagonal)
             if linear is not None:
                 q += linear[:, columns]
-            count = refine_rows(block, mask, q, h, places, off_diagonal, LEAST_GAIN)
+            count = refine_rows(block, mask, q, h, places, off_diagonal, MIN_GAIN)
             if count:
                 dropped[:, columns] = torch.where(mask, 0, block)
                 changed += count
@@ -128,7 +128,7 @@ def _copy(block: torch.Tensor) -> torch.Tensor:
 def group_patterns(pattern: NMPattern) -> torch.Tensor:
     """Which places of a group each of its patterns keeps, bool [C(M, N), M]; [0, M] where those are too many to try."""
     n, m = pattern.kept, pattern.group_size
-    if math.comb(m, n) > MOST_PATTERNS:
+    if math.comb(m, n) > MAX_PATTERNS:
         return torch.zeros(0, m, dtype=torch.bool)
     places = torch.zeros(math.comb(m, n), m, dtype=torch.bool)
     for row, kept in enumerate(itertools.combinations(range(m), n)):

@@ -27,7 +27,7 @@ MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in
 MIN_RELATIVE_GAIN = 1e-6  # a swap must gain this share of its group's score: below lies float32's noise
 ASSIGNMENT_ROUNDS = 8  # each goes once through the places of the groups
 ASSIGNMENT_GROUPS = 96  # in one assignment
-MOST_EXPONENT = 40  # of two, of the greatest score
+MAX_SCORE_EXPONENT = 40  # of two, of the greatest score
 MIN_ROUND_GAIN = 1e-3  # share of what all places add that a round must gain for another to follow
 
 
@@ -132,7 +132,7 @@ def local_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPattern,
 def _of_middling_size(scores: torch.Tensor) -> torch.Tensor:
     """Scores whose squares and sums float32 holds: very large and very small ones are scaled by a power of two."""
     _, exponent = math.frexp(float(scores.amax()))
-    return scores if abs(exponent) <= MOST_EXPONENT else scores.ldexp(torch.tensor(-exponent))
+    return scores if abs(exponent) <= MAX_SCORE_EXPONENT else scores.ldexp(torch.tensor(-exponent))
 
 
 def ascending_in_groups(permutation: torch.Tensor, pattern: NMPattern) -> torch.Tensor:

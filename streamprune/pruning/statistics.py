@@ -12,7 +12,7 @@ import torch
 from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.selection import stable_product
-from streamprune_kernels import LEAST_EXPONENT, add_range, count_values
+from streamprune_kernels import MIN_EXPONENT, add_range, count_values
 from streamprune_kernels.calibration import Windows, add_tokens_cuda, statistics_unsuitable
 from streamprune_kernels.launch import runner_for
 
@@ -230,7 +230,7 @@ class StreamingHistogram:
         self.counts = room[:, :FINE_BINS]
         self.minimum = torch.full((channels,), math.inf, device=device)
         self.maximum = torch.full((channels,), -math.inf, device=device)
-        self.exponent = torch.full((channels,), LEAST_EXPONENT, dtype=torch.int32, device=device)
+        self.exponent = torch.full((channels,), MIN_EXPONENT, dtype=torch.int32, device=device)
         self.first_bin = torch.zeros(channels, dtype=torch.int32, device=device)
 
     @property

@@ -38,7 +38,7 @@ from streamprune.model.streaming import advance, check_tied, embed, load_block, 
 from streamprune.model.text import fitting_length, load_tokenizer, tokenize
 
 WHOLE_CHARACTERS = 1 << 24  # tokenised at once without max_tokens: up to 6 GB, 400 bytes a token
-MOST_EXPONENT = math.log(sys.float_info.max)
+MAX_LOSS = math.log(sys.float_info.max)  # nats; its exponential is the largest float
 LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabulary of 49,152
 
 
@@ -130,7 +130,7 @@ def evaluate(
                 )
             tick()
     loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
-    perplexity = math.exp(loss) if loss < MOST_EXPONENT else None
+    perplexity = math.exp(loss) if loss < MAX_LOSS else None
     seconds = time.perf_counter() - start
     return Evaluation(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
 
