@@ -356,7 +356,8 @@ def verify(quiet: bool, **settings: Any) -> Any:
 
     Exit code 1 on any fault, which is named. Checked are the checksums of all files, the structure, exactly N of M in
     every group, and each layer's sparse product; with --source also every kept value, mask and other tensor against the
-    dense checkpoint. The printed sha256 names the whole output: two copies with the same one that both verify are equal.
+    dense checkpoint. The printed sha256 names the whole output: two copies that both verify and have the same one are
+    equal.
     """
     return streamprune.verify(progress=not quiet, **settings)
 
