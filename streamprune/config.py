@@ -1,4 +1,4 @@
-"""Settings, as frozen dataclasses that are checked when they are made, and what every number among them may be.
+"""Settings, as frozen dataclasses that are checked when they are made, and the bounds of every number.
 
 `PruneConfig` holds every setting that changes the output's bytes, and nothing else: it is part of a job's identity.
 """
@@ -33,7 +33,7 @@ RESIDUAL = "residual"
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number may be: `least` to `most`, whole or not; None where it has no default of its own."""
+    """A number may be `least` to `most`, whole or not, and if `optional` also None."""
 
     least: int
     most: int
@@ -41,7 +41,7 @@ class Bounds:
     optional: bool = False
 
 
-# Every number that a function of the library and an option of the command line takes, but for numbers of bytes.
+# Every number that the library and the command line take, except numbers of bytes.
 NUMBERS = {
     "samples": Bounds(1, MAX_COUNT),
     "sequence_length": Bounds(2, MAX_COUNT, optional=True),  # the first token of a sequence has no prediction
@@ -61,7 +61,7 @@ NUMBERS = {
 
 
 def check_numbers(**given: Any) -> None:
-    """Raise SettingsError for the first number, by its name in NUMBERS, that is not what it may be; true is none."""
+    """Raise SettingsError for the first value, by its name in NUMBERS, that is out of bounds or not a number."""
     for name, value in given.items():
         bounds = NUMBERS[name]
         if value is None and bounds.optional:
@@ -100,7 +100,7 @@ class NMPattern:
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """Read a number of bytes: "12GiB", "900 MB", "1.5e9"; None stays.
+    """Read a number of bytes: "12GiB", "900 MB", "1.5e9"; None stays None.
 
     Raises SettingsError for anything else, and for less than one byte or more than 2^63.
     """
@@ -120,28 +120,28 @@ class PruneConfig:
 
     metric          which score ranks the weights of a group
     shuffle         "none", or searches joined by "+", one after the other: stride, global, local, assignment. With
-                    "residual" in front one permutation of the residual stream serves the whole model, and the others
-                    order the inputs of o and down alone
+                    "residual" in front one permutation of the residual stream serves the whole model, and the other
+                    searches order only the inputs of o and down
     fold            the input of o_proj: "heads" permutes inside heads and folds into v_proj; "across-heads" takes a
                     gather at run time
     objective       what a search raises: the sum of retained scores, or of their squares ("energy")
-    shuffle_block   channels in one block of the local search; two groups where that is more
-    alpha           weight of the amplitude beside the entropy (E-Sparse, eq. of the metric)
+    shuffle_block   channels in one block of the local search, but at least two groups
+    alpha           weight of the amplitude relative to the entropy (E-Sparse, eq. of the metric)
     entropy_bins    K, bins of the histogram
     entropy_range   bins lie between the least and greatest activation of each channel, or of the layer
     amplitude       l2: ||X_j|| over all tokens; wanda: divided by sqrt(sequences); rms: divided by sqrt(tokens)
     relative        divide entropy and amplitude by their means over the layer's channels first
-    refine          improve the masks by the inputs' second moments; None: where the text is run through the model
+    refine          improve masks by the inputs' second moments (X^T X, often called the Hessian); None: if `validate`
     shrinkage       how far refinement shrinks the moments towards their diagonal, 0 to 1; None: by held-out samples
-    correction      how much of the error that earlier blocks left in a layer's inputs its mask shall undo, 0 to 1
-    correction_stride  every k-th sequence also runs behind dense blocks, to learn that error
+    correction      share of the error of earlier blocks that masks compensate for, 0 to 1
+    correction_stride  every k-th sequence also runs through the dense blocks, to measure that error
     moments_width   channels in one block of second moments; wider inputs are cut into equal blocks, and neither
                     permutation nor refinement crosses them
     reconstruct     fit the kept weights to the dense layer's outputs: they are then no longer the source's
     max_block_error budget on what a block adds, relative (Frobenius); None: no budget
     on_excess       what to do with a block above the budget
-    validate        run the calibration text through the model: for the method's sake, and for every error figure.
-                    Without it no forward pass is made, which only a method that needs weights alone allows
+    validate        run the calibration text through the model: the method and all error figures need it. Without it no
+                    forward pass is made, which works only for a method that needs nothing but weights
     """
 
     pattern: NMPattern = NMPattern(2, 4)

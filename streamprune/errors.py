@@ -34,7 +34,7 @@ EXIT_CODES = {  # of the command line, as --help shows them
 
 
 class StreampruneError(Exception):
-    """Base of every error that streamprune raises on purpose; `exit_code` is the command line's."""
+    """Base of all errors that streamprune raises on purpose; the command line exits with `exit_code`."""
 
     exit_code = 1
 
@@ -97,7 +97,7 @@ class Interrupted(StreampruneError):
 
 @contextmanager
 def numerics_named(layer: str) -> Iterator[None]:
-    """Say in which layer it was that a number was not finite."""
+    """Add the layer's name to a NumericsError raised inside."""
     try:
         yield
     except NumericsError as error:

@@ -9,7 +9,7 @@ MAX_CHARACTERS = 2000  # of a line that is printed
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print a line. It may hold names from files: what a terminal would obey is escaped, and no line is endless."""
+    """Print a line. It may hold names from files, so control characters are escaped and very long lines are cut."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MAX_CHARACTERS + 1])
     click.echo(shown if len(text) <= MAX_CHARACTERS else f"{shown[:MAX_CHARACTERS]}...", err=err)
 
@@ -48,7 +48,7 @@ def show_compression(result: Any) -> None:
 
 
 def show_plan(result: Any) -> None:
-    """What a job would do, then what would stay dense."""
+    """What a job would read, hold and take, then which layers would stay dense."""
     memory = dataclasses.asdict(result.memory)
     ahead, on_gpu = memory.pop("blocks_ahead"), memory.pop("on_gpu")
     rows = [
@@ -104,7 +104,7 @@ def show_evaluation(result: Any) -> None:
 
 
 def show_export(result: Any) -> None:
-    """What was written, and what of it is N:M in memory order."""
+    """What was written, and how many layers are N:M as they lie in the file."""
     in_order, regathered = len(result.in_memory_order), result.regathered
     say(f"{result.out}: {_size(result.output_bytes)}; {in_order} layers are N:M as they lie in the file")
     if regathered:

@@ -85,8 +85,8 @@ def embed(
     Returns what each block is called with beside hidden states. Without `states` only the first sequence is run, to
     learn that. Raises UnsupportedModelError where it differs between sequences.
     """
-    # Seen once in several hundred jobs and not reproduced: a later recording was not bit-equal to the first. In case a
-    # process's first call of a vector routine may round differently, that call is made for nothing.
+    # Once in several hundred jobs, and never reproduced, a later recording was not bit-equal to the first. In case a
+    # process's first call of a vector routine rounds differently, we make one discarded warm-up call.
     block_inputs(skeleton, inputs, tokens[0], arithmetic)
     arguments: BlockArguments | None = None
     for index in range(len(tokens) if states is not None else 1):

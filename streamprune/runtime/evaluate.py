@@ -46,7 +46,7 @@ LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabula
 class Evaluation:
     """Perplexity over `tokens` = windows x sequence length; `loss` is the mean negative log-likelihood in nats.
 
-    The perplexity is e^loss; None where that is beyond a float, 1.8e308, at a loss of more than 709.78.
+    The perplexity is e^loss; None if that is beyond a float (1.8e308, a loss of more than 709.78).
     """
 
     perplexity: float | None
@@ -148,7 +148,7 @@ def _windows(
 
 
 def _ids(tokenizer: Any, path: Path, text_column: str, max_tokens: int | None) -> list[int]:
-    """Ids of a whole text, or of as many of its first documents as give `max_tokens`."""
+    """Ids of a whole text, or of its first documents until they give `max_tokens`."""
     check_file(path)
     separator = "" if kind_of(path)[0] == ".txt" else "\n\n"
     most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * (max_tokens or 0))
@@ -166,7 +166,7 @@ def _ids(tokenizer: Any, path: Path, text_column: str, max_tokens: int | None) -
             ids = tokenize(tokenizer, separator.join(read))
             if len(ids) >= max_tokens:
                 return ids
-            look_at = 2 * size  # in all no more than twice the text is tokenised
+            look_at = 2 * size  # so that no more than twice the text is tokenised in all
     return tokenize(tokenizer, separator.join(read))
 
 
