@@ -1,4 +1,4 @@
-"""The manifest of an output. Every field that code relies on is checked; docs/format.md says what they mean."""
+"""The manifest of an output: every field that anything relies on is checked. docs/format.md says what they mean."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -64,7 +64,7 @@ TIMINGS = {"seconds": NUMBER, "peak_memory_bytes": int}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest and check the kinds of its fields. Raises CheckpointError naming the first that is wrong."""
+    """A manifest whose fields are of their kinds. Raises CheckpointError naming the first that is not."""
     manifest = read_checked(path, MANIFEST)
     if manifest["identity"]["settings"]["validate"]:
         for block in manifest["blocks"]:
@@ -75,7 +75,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_checked(path: Path, kind: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a JSON object and check its fields. Raises CheckpointError naming the first of another kind."""
+    """A JSON object of a kind. Raises CheckpointError naming the first field that is not of its kind."""
     value = read_json(path)
     if fault := next(_faults(value, kind, ""), None):
         raise CheckpointError(f"{path}: is malformed ({fault}); run streamprune verify, or take another copy")

@@ -1,4 +1,4 @@
-"""`verify`: whether a packed output is whole and consistent, and whether its weights are the source's."""
+"""`verify`: is a packed output whole and consistent, and, with its source at hand, is it the source's?"""
 
 import hashlib
 import math
@@ -65,7 +65,7 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """`against_source` says whether the source was compared; every fault is one line that names the layer or file.
+    """`against_source` says which of the two checks was done; every fault is one line with the layer or file.
 
     `quick`: sizes and headers alone were looked at, and `layers` is empty.
     `reconstructed`: the kept weights were fitted, so that they are not compared with the source's; masks are.
@@ -138,7 +138,7 @@ def verify(
 
 
 def _digest(folder: Path) -> str | None:
-    """sha256 of the manifest, if it can be read."""
+    """sha256 of the manifest, where it is one that can be read."""
     try:
         return hashlib.sha256(read_bounded(folder / MANIFEST_FILE, MAX_JSON_BYTES)).hexdigest()
     except CheckpointError:
@@ -221,7 +221,7 @@ def _check_layers(output: _Output, findings: _Findings, progress: bool) -> None:
 
 
 def _group_leaders(skeleton: Skeleton) -> dict[str, str]:
-    """For each layer the first one of those that share its input."""
+    """Each layer's first fellow of those that share its input."""
     groups = [names for index in range(len(skeleton.blocks)) for _, names in skeleton.group_layers(index)]
     return {name: names[0] for names in groups for name in names}
 
@@ -282,7 +282,7 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
 
 
 def _other_settings(output: _Output, checkpoint: Checkpoint) -> Iterator[str]:
-    """Differences between config.json and tokenizer of the source and of the output."""
+    """What of the source's config.json and tokenizer is not what lies in the output."""
     config, _ = model_config(checkpoint.folder, checkpoint)
     settings = forward_settings(config), forward_settings(output.skeleton.model.config)
     for name, theirs, ours in differences(*settings):
