@@ -9,7 +9,7 @@ TEXT := demo/text
 PRUNED := demo/pruned
 
 .DEFAULT_GOAL := help
-.PHONY: help setup inputs demo test verify check torture bench bench-gpu bench-llmcompressor bench-quality clean
+.PHONY: help setup inputs demo test verify check docs torture bench bench-gpu bench-llmcompressor bench-quality clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -45,6 +45,9 @@ check: setup  ## formatting, lint, types; prints the line count
 	@echo 'lines of code:' && git ls-files -co --exclude-standard '*.py' '*.cu' '*.cuh' | xargs wc -l | awk \
 	  '$$2 != "total" { split($$2, part, "/"); lines[part[1]] += $$1; lines["all"] += $$1 } \
 	  END { for (room in lines) printf "%7d %s\n", lines[room], room }' | sort -n
+
+docs: setup  ## docs/cli.md from the command line's own help
+	$(RUN) docs/make_cli.py
 
 torture: setup  ## kill, starve and corrupt a small job in every way; about twenty minutes
 	$(RUN) tests/attacks/torture.py

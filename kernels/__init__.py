@@ -15,7 +15,7 @@ from streamprune_kernels.cpu import (
     weighted_squares,
 )
 from streamprune_kernels.gemm import (
-    MOST_SHARED_TOKENS,
+    MAX_SHARED_TOKENS,
     NMWeight,
     nm_linear_cuda,
     nm_linear_with_error,
@@ -28,14 +28,14 @@ from streamprune_kernels.metadata import SparseWeight, sparse_unsuitable, sparse
 from streamprune_kernels.operator import packed_linear, packed_linear_with_error, packed_metadata
 from streamprune_kernels.packed_product import FEW_ROWS
 from streamprune_kernels.packing import expand, pack_mask, pack_values, unpack_mask
-from streamprune_kernels.reference import LEAST_EXPONENT, nm_linear, nth_best
+from streamprune_kernels.reference import MIN_EXPONENT, nm_linear, nth_best
 from streamprune_kernels.refine import refine_rows
 from streamprune_kernels.search import excess_sums, local_swaps
 
 __all__ = [
     "FEW_ROWS",
-    "LEAST_EXPONENT",
-    "MOST_SHARED_TOKENS",
+    "MAX_SHARED_TOKENS",
+    "MIN_EXPONENT",
     "KernelUnavailable",
     "NMWeight",
     "SparseWeight",

@@ -15,7 +15,7 @@ TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"
 ALIGNMENT_BYTES = 16
 THREADS = 256  # statistics.cu's own constant, as are the next two
 ROW_BYTES = 64  # of a block's channels
-MOST_BINS = 4096
+MAX_BINS = 4096
 STATIC_BYTES = 6 * 1024  # of shared memory, at most, beside the rows that stay in it
 PORTABLE_SHARED_BYTES = 48 * 1024  # what every device has for a block
 RESERVED_BYTES = 1024  # of a multiprocessor's, for each block, from sm_80 on
@@ -114,7 +114,7 @@ def _check(
 def _check_counts(x: torch.Tensor, counts: torch.Tensor) -> None:
     if counts.dim() != 2 or counts.dtype != torch.int32 or len(counts) != x.shape[1] or counts.stride(1) != 1:
         raise ValueError(f"counts {counts.dtype} {list(counts.shape)} is not int32 [{x.shape[1]}, bins]")
-    if not 1 <= counts.shape[1] <= MOST_BINS:
-        raise ValueError(f"a histogram has 1 to {MOST_BINS} bins, not {counts.shape[1]}")
+    if not 1 <= counts.shape[1] <= MAX_BINS:
+        raise ValueError(f"a histogram has 1 to {MAX_BINS} bins, not {counts.shape[1]}")
     if counts.device != x.device:
         raise ValueError(f"counts is on {counts.device}, x on {x.device}: move them to one device")

@@ -17,8 +17,8 @@ static const int64_t ROWS_AT_ONCE = 1024;
 static const int TILE_T = 4, TILE_S = 6;  // 24 accumulators of the 32 registers
 static const int RANGE_STRIP = 4;         // vectors of channels; 16 accumulators
 static const int64_t ROWS_AHEAD = 16;     // fetched early: each row of a strip lies in a page of its own
-static const int LEAST_EXPONENT = -126;   // of a bin's width: float scales by its inverse without overflow
-static const int MOST_PLACES = 64, MOST_PATTERNS = 256;  // of a group; that are tried one by one
+static const int MIN_EXPONENT = -126;     // of a bin's width: float scales by its inverse without overflow
+static const int MAX_PLACES = 64, MAX_PATTERNS = 256;  // of a group; that are tried one by one
 
 // out[i, b] = sum over rows of max(s[b, row], t[i, row]), for i in [begin, end); s [n_s, rows], t [n_t, rows],
 // out [n_t, n_s]. Rows must be a multiple of 16 (padded with equal values on both sides by the caller).
@@ -87,7 +87,7 @@ INLINE void excess(const float* const* column, int64_t n, const float* threshold
 // For each of m columns the `kept`-th greatest of the others, row by row: threshold [m, rows].
 INLINE void thresholds_of(const float* const* column, int m, int kept, int64_t rows, float* threshold) {
     for (int64_t row = 0; row < rows; row += LANES) {
-        Vector best[MOST_PLACES];  // the kept + 1 greatest, greatest first
+        Vector best[MAX_PLACES];  // the kept + 1 greatest, greatest first
         for (int place = 0; place <= kept; place++) best[place] = Vector{} - INFINITY;
         for (int i = 0; i < m; i++) {
             Vector value = LOAD(column[i] + row);
@@ -205,11 +205,11 @@ INLINE int32_t bin_of(float x, int exponent) { return (int32_t)std::floor(std::l
 
 // Least exponent for which low and high lie within `bins` bins, and within 2^24 of bin 0.
 INLINE int32_t least_exponent(float low, float high, int64_t bins) {
-    const float tiny = std::ldexp(1.0f, LEAST_EXPONENT);
+    const float tiny = std::ldexp(1.0f, MIN_EXPONENT);
     int span, reach;
     std::frexp(MAX(high - low, tiny) / (float)bins, &span);
     std::frexp(MAX(MAX(std::fabs(low), std::fabs(high)), tiny), &reach);
-    int32_t exponent = MIN(MAX(MAX(span - 1, reach - 24), LEAST_EXPONENT), -LEAST_EXPONENT);
+    int32_t exponent = MIN(MAX(MAX(span - 1, reach - 24), MIN_EXPONENT), -MIN_EXPONENT);
     // the window starts on the grid, so it may need a width more, and the span was rounded
     for (int again = 0; again < 2; again++) exponent += bin_of(high, exponent) - bin_of(low, exponent) >= bins;
     return exponent;
@@ -296,7 +296,7 @@ CLONES static void squared_distances_part(const float* x, const float* y, int64_
 // Cost of the pattern that costs least, and the places that it keeps.
 INLINE float cheapest_pattern(const float* term, int count, const float* terms, int64_t lanes, int64_t patterns, int m,
                               const uint8_t* kept_places, uint8_t* wanted) {
-    Vector cost[MOST_PATTERNS / LANES], least;
+    Vector cost[MAX_PATTERNS / LANES], least;
     int chunks = (int)(lanes / LANES);
     for (int c = 0; c < chunks; c++) {
         Vector total = LOAD(terms + count * lanes + c * LANES);
@@ -316,7 +316,7 @@ INLINE float cheapest_pattern(const float* term, int count, const float* terms, 
 
 // What the best exchange of a kept place for a dropped one adds to the cost, and the places that are then kept.
 INLINE float cheapest_exchange(const float* term, int m, const uint8_t* kept, uint8_t* wanted) {
-    float marginal[MOST_PLACES];
+    float marginal[MAX_PLACES];
     for (int i = 0; i < m; i++) marginal[i] = term[i];
     int pair = m;
     for (int i = 0; i < m; i++)
@@ -356,16 +356,16 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, const float*
     const int m = M ? M : (int)group_size;
     const int count = m + m * (m - 1) / 2;
     int64_t changed = 0;
-    float term[MOST_PLACES + MOST_PLACES * (MOST_PLACES - 1) / 2];
+    float term[MAX_PLACES + MAX_PLACES * (MAX_PLACES - 1) / 2];
     for (int64_t row = begin; row < end; row++) {
         const float* w = weight + row * width;
         uint8_t* kept = keep + row * width;
         float* running = q + row * width;
         for (int64_t g = 0; g < width; g += m) {
-            float dropped[MOST_PLACES], energy = 0, now = 0;
+            float dropped[MAX_PLACES], energy = 0, now = 0;
             for (int i = 0; i < m; i++) dropped[i] = kept[g + i] ? 0.0f : 1.0f;
             int pair = m;
-            float rest[MOST_PLACES];
+            float rest[MAX_PLACES];
             for (int i = 0; i < m; i++) {
                 float own = w[g + i] * w[g + i] * h[(g + i) * width + g + i];
                 energy += own;
@@ -380,7 +380,7 @@ INLINE int64_t refine(const float* weight, uint8_t* keep, float* q, const float*
                     now += both * dropped[i] * dropped[j];
                 }
             for (int i = 0; i < m; i++) term[i] = rest[i], now += rest[i] * dropped[i];
-            uint8_t wanted_places[MOST_PLACES];
+            uint8_t wanted_places[MAX_PLACES];
             float least =
                 patterns ? cheapest_pattern(term, count, terms, lanes, patterns, m, kept_places, wanted_places)
                          : now + cheapest_exchange(term, m, kept + g, wanted_places);

@@ -18,7 +18,7 @@ from streamprune_kernels import reference
 
 INTERFACE = 14  # of the compiled functions; this and cpu.cpp's number are raised together
 LANES = 16  # floats of a vector
-MOST_PATTERNS = 256  # of a group that are tried one by one
+MAX_PATTERNS = 256  # of a group that are tried one by one
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of values, as the compiled functions number them
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits
 PATHS = ("portable", "avx2", "avx512")  # sets of instructions, as instructions.h numbers them
@@ -318,7 +318,7 @@ def _cost_terms(places: tuple[tuple[bool, ...], ...], m: int) -> tuple[torch.Ten
     The last row is what a cost starts with: infinity in the lanes that are no pattern.
     """
     kept = torch.tensor(places, dtype=torch.bool).view(-1, m)
-    if len(kept) > MOST_PATTERNS:
+    if len(kept) > MAX_PATTERNS:
         raise ValueError(f"{len(kept)} patterns are too many to try one by one")
     dropped = (~kept).to(torch.float32).T
     pairs = [dropped[i] * dropped[j] for i, j in itertools.combinations(range(m), 2)]

@@ -10,7 +10,7 @@ import torch
 from streamprune_kernels.gemm import ALIGNMENT_BYTES, TYPE_NAMES, NMWeight
 from streamprune_kernels.launch import Launch, Run, on_device, refuse_gradients
 
-MOST_VECTORS = 8
+MAX_VECTORS = 8
 CHUNK_VALUES = 8  # of 16 bits in 16 bytes, which are read at once
 CHUNK_COLUMNS = 128  # whose mask is 16 bytes
 TILE_COLUMNS = 2048  # decode.cu's own constant, as are the next three
@@ -21,8 +21,8 @@ BLOCK_ROWS_24 = {1: 8, 2: 8, 4: 16, 8: 16}  # by the vectors that a kernel for 2
 
 def decode_unsuitable(weight: NMWeight, vectors: int) -> str | None:
     """Why a weight cannot be multiplied by so many vectors here, in one line; None where it can."""
-    if not 1 <= vectors <= MOST_VECTORS:
-        return f"decoding takes 1 to {MOST_VECTORS} vectors at once, not {vectors}: use nm_linear_cuda"
+    if not 1 <= vectors <= MAX_VECTORS:
+        return f"decoding takes 1 to {MAX_VECTORS} vectors at once, not {vectors}: use nm_linear_cuda"
     if weight.in_features % CHUNK_COLUMNS:
         return (
             f"decoding needs in_features in multiples of {CHUNK_COLUMNS}, not {weight.in_features}: use nm_linear_cuda"

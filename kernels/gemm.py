@@ -32,9 +32,9 @@ NM_SHARED_BYTES = 2 * 128 * 128 + 3 * 128 * 128  # tiles of W and of x
 # Parts are as many as give each multiprocessor this number of blocks, but of so many steps at least. Products of more
 # tokens are never shared out: what such a token becomes does not depend on how many are multiplied at once.
 BLOCKS_AT_ONCE = 2
-LEAST_PART_STEPS = 8
-MOST_SHARED_TOKENS = 512
-MOST_GROUP_SIZE = 32
+MIN_PART_STEPS = 8
+MAX_SHARED_TOKENS = 512
+MAX_CUDA_GROUP_SIZE = 32  # M of an N:M pattern; config.py allows more
 ROWS_AT_ONCE = 1024  # bounds the memory of checking a mask
 
 
@@ -63,9 +63,9 @@ def nm_weight(values: torch.Tensor, mask: torch.Tensor, kept: int, group_size: i
     group does not keep `kept` values.
     """
     in_features = 8 * mask.shape[-1]
-    if not 1 <= kept <= group_size <= MOST_GROUP_SIZE:
+    if not 1 <= kept <= group_size <= MAX_CUDA_GROUP_SIZE:
         raise ValueError(
-            f"the product of packed weights takes N:M with M up to {MOST_GROUP_SIZE}, not {kept}:{group_size}"
+            f"the product of packed weights takes N:M with M up to {MAX_CUDA_GROUP_SIZE}, not {kept}:{group_size}"
         )
     if mask.dtype != torch.uint8 or mask.dim() != 2 or values.dim() != 2 or not values.numel():
         raise ValueError(f"values {list(values.shape)} and mask {list(mask.shape)} {mask.dtype} are no packed weight")
@@ -176,9 +176,9 @@ def tile_count(tile: Tile, out_features: int, tokens: int) -> int:
 
 def parts_for(tiles: int, tokens: int, steps: int, multiprocessors: int) -> int:
     """In how many parts the steps of each tile are shared out, 1 where tiles alone fill the multiprocessors."""
-    if tokens > MOST_SHARED_TOKENS:
+    if tokens > MAX_SHARED_TOKENS:
         return 1
-    return max(1, min(BLOCKS_AT_ONCE * multiprocessors // max(tiles, 1), steps // LEAST_PART_STEPS))
+    return max(1, min(BLOCKS_AT_ONCE * multiprocessors // max(tiles, 1), steps // MIN_PART_STEPS))
 
 
 def _sparse(

@@ -16,7 +16,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
-LEAST_CAPABILITY = (8, 0)  # mma.sp for 16-bit types and cp.async
+MIN_CAPABILITY = (8, 0)  # mma.sp for 16-bit types and cp.async
 NO_POINTER = 0
 
 Argument = torch.Tensor | int | float | None
@@ -141,7 +141,7 @@ def unsupported_reason(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "CUDA kernels need a GPU and a torch built for CUDA, neither is at hand: use the plain functions"
     capability = torch.cuda.get_device_capability(device)
-    if capability < LEAST_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         found = f"{torch.cuda.get_device_name(device)} is sm_{capability[0]}{capability[1]}"
         return f"CUDA kernels need sm_80 (Ampere) or later, {found}: use the plain functions"
     try:

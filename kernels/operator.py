@@ -11,7 +11,7 @@ from streamprune_kernels.cpu import TYPES, library, squared_distances
 from streamprune_kernels.decode import decode_unsuitable, nm_decode
 from streamprune_kernels.gemm import (
     ALIGNMENT_BYTES,
-    MOST_GROUP_SIZE,
+    MAX_CUDA_GROUP_SIZE,
     TYPE_NAMES,
     NMWeight,
     nm_linear_cuda,
@@ -120,7 +120,7 @@ def packed_linear_with_error(
 
 def _cuda_runner(x: torch.Tensor, values: torch.Tensor, group_size: int) -> Run | None:
     """What runs CUDA kernels on tensors that these take; None where there is nothing, or for what they do not take."""
-    suited = 0 < group_size <= MOST_GROUP_SIZE and x.shape[-1] % 8 == 0 and x.dtype == values.dtype
+    suited = 0 < group_size <= MAX_CUDA_GROUP_SIZE and x.shape[-1] % 8 == 0 and x.dtype == values.dtype
     return runner_for(x) if suited and x.dtype in TYPE_NAMES else None
 
 

@@ -6,7 +6,7 @@
 // The sum of one row and token goes through kept columns in blocks of BLOCK, whatever is computed beside it: it depends
 // neither on the number of tokens nor on threads. Nor on the instructions, if they multiply and add in one.
 
-const int LEAST_PANEL = 16;
+const int MIN_PANEL = 16;
 
 // Adds to sums [count][TOKENS] what the block of BLOCK columns from `first` on contributes to each row, whose values
 // are moved on; x [BLOCK][TOKENS] stays in the first-level cache.
@@ -32,11 +32,11 @@ TARGET static void add_block(Row<T>* rows, int64_t count, int64_t first, int64_t
 // cache: whole lines are read and written, whatever the distance between rows.
 template <int TOKENS>
 TARGET static void turn(const Inputs<float>& x, int64_t begin, int64_t end, float* turned) {
-    float tile[LINE][LEAST_PANEL];
-    for (int64_t token = 0; token < TOKENS; token += LEAST_PANEL)
+    float tile[LINE][MIN_PANEL];
+    for (int64_t token = 0; token < TOKENS; token += MIN_PANEL)
         for (int64_t first = begin; first < end; first += LINE) {
-            int64_t width = std::min(LINE, end - first), tokens = std::min<int64_t>(LEAST_PANEL, x.count - token);
-            if (tokens < LEAST_PANEL) std::memset(tile, 0, sizeof tile);
+            int64_t width = std::min(LINE, end - first), tokens = std::min<int64_t>(MIN_PANEL, x.count - token);
+            if (tokens < MIN_PANEL) std::memset(tile, 0, sizeof tile);
             for (int64_t i = 0; i < tokens; i++)
                 for (int64_t k = 0; k < width; k++) tile[k][i] = x.at(token + i, first + k);
             for (int64_t k = 0; k < width; k++)
@@ -47,13 +47,13 @@ TARGET static void turn(const Inputs<float>& x, int64_t begin, int64_t end, floa
 // y[token][row] of sums [count][TOKENS], by tiles likewise; y's rows are `stride` apart.
 template <int TOKENS>
 TARGET static void write_turned(const float* sums, int64_t count, int64_t tokens, float* y, int64_t stride) {
-    float tile[LEAST_PANEL][LINE];
-    for (int64_t token = 0; token < tokens; token += LEAST_PANEL)
+    float tile[MIN_PANEL][LINE];
+    for (int64_t token = 0; token < tokens; token += MIN_PANEL)
         for (int64_t row = 0; row < count; row += LINE) {
             int64_t height = std::min(LINE, count - row);
             for (int64_t k = 0; k < height; k++)
-                for (int i = 0; i < LEAST_PANEL; i++) tile[i][k] = sums[(row + k) * TOKENS + token + i];
-            for (int64_t i = 0; i < std::min<int64_t>(LEAST_PANEL, tokens - token); i++)
+                for (int i = 0; i < MIN_PANEL; i++) tile[i][k] = sums[(row + k) * TOKENS + token + i];
+            for (int64_t i = 0; i < std::min<int64_t>(MIN_PANEL, tokens - token); i++)
                 std::memcpy(y + (token + i) * stride + row, tile[i], sizeof(float) * height);
         }
 }
@@ -83,7 +83,7 @@ TARGET static int64_t panel_part(const Matrix<T>& matrix, const float* x, int64_
 // Up to TOKENS tokens, in the narrowest panel that holds them: y [tokens, rows]. Returns how many masks are wrong.
 template <typename T, int TOKENS = PANEL_TOKENS>
 static int64_t panel(const Matrix<T>& matrix, const Inputs<float>& x, float* y, int64_t threads) {
-    if constexpr (TOKENS > LEAST_PANEL)
+    if constexpr (TOKENS > MIN_PANEL)
         if (2 * x.count <= TOKENS) return panel<T, TOKENS / 2>(matrix, x, y, threads);
     std::unique_ptr<Line[]> turned(new Line[matrix.columns * TOKENS / LINE]);
     float* columns = turned[0].values;  // x as [columns][TOKENS]

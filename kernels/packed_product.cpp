@@ -23,14 +23,14 @@
 
 namespace {
 
-const int MOST_VECTORS = 8;        // of packed_rows.h at once
+const int MAX_VECTORS = 8;         // of packed_rows.h at once
 const int64_t BYTES_AHEAD = 1024;  // fetched early, beyond the page that the processor's own prefetching stops at
 const int64_t BEHIND = 64;         // values and mask bytes that a step may read beyond its own
 
 const int BLOCK = 32;                                 // columns whose panel of 256 tokens fits the first-level cache
 const int64_t ROWS_IN_CACHE = 512, ROWS_AHEAD = 8;    // rows whose sums for 256 tokens fit the second-level cache
 const int64_t LINE = 16;                              // floats of a cache line
-const int64_t LEAST_WORK = 1 << 18;                   // products that are worth a thread: about 25 microseconds
+const int64_t MIN_WORK = 1 << 18;                     // products that are worth a thread: about 25 microseconds
 struct alignas(64) Line { float values[LINE]; };
 
 struct Bfloat16 { uint16_t bits; };
@@ -287,7 +287,7 @@ CLONES int64_t xor_part(const int64_t* words, int64_t count) {
 // Calls product(matrix, inputs, y, threads) for `step` vectors at a time. Returns how many masks are wrong.
 template <typename T, typename X, typename Y, typename Product>
 int64_t in_steps(const Matrix<T>& matrix, const Inputs<X>& x, Y* y, int64_t step, int64_t threads, Product product) {
-    int64_t wrong = 0, useful = std::min(threads, 1 + matrix.rows * matrix.kept * x.count / LEAST_WORK);
+    int64_t wrong = 0, useful = std::min(threads, 1 + matrix.rows * matrix.kept * x.count / MIN_WORK);
     for (int64_t first = 0; first < x.count; first += step) {
         Inputs<X> some = {x.x + first * x.columns, x.place, std::min(step, x.count - first), x.columns};
         wrong += product(matrix, some, y + first * matrix.rows, useful);
@@ -320,7 +320,7 @@ int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int6
         using T = decltype(kind);
         Matrix<T> matrix = {(const T*)values, mask, rows, columns, kept};
         Inputs<float> inputs = {x, place, count, columns};
-        return in_steps(matrix, inputs, y, panels ? ON_PATH(path, PANEL_TOKENS) : MOST_VECTORS, threads,
+        return in_steps(matrix, inputs, y, panels ? ON_PATH(path, PANEL_TOKENS) : MAX_VECTORS, threads,
                         [=](auto... some) {
                             return panels ? ON_PATH(path, panel(some...)) : ON_PATH(path, few(some...));
                         });
@@ -348,9 +348,9 @@ int64_t product_pairs(const void* values, const uint8_t* mask, int64_t rows, int
     Inputs<Bfloat16> inputs = {(const Bfloat16*)x, place, count, columns};
     auto few = [](auto... some) { return path::few(some...); };
     auto many = [](auto... some) { return path::strips(some...); };
-    if (!strips) return in_steps(matrix, inputs, (float*)y, MOST_VECTORS, threads, few);
-    if (rounded) return in_steps(matrix, inputs, (Bfloat16*)y, path::MOST_TOKENS, threads, many);
-    return in_steps(matrix, inputs, (float*)y, path::MOST_TOKENS, threads, many);
+    if (!strips) return in_steps(matrix, inputs, (float*)y, MAX_VECTORS, threads, few);
+    if (rounded) return in_steps(matrix, inputs, (Bfloat16*)y, path::MAX_TOKENS, threads, many);
+    return in_steps(matrix, inputs, (float*)y, path::MAX_TOKENS, threads, many);
 #else
     return rows;
 #endif

@@ -86,10 +86,10 @@ static std::vector<Element> steps_of(const Inputs<Element>& x, int64_t columns) 
     return steps;
 }
 
-// 1 to MOST_VECTORS vectors: y [vectors, rows]. Returns how many masks are wrong.
+// 1 to MAX_VECTORS vectors: y [vectors, rows]. Returns how many masks are wrong.
 template <typename T, int VECTORS = 1>
 static int64_t few(const Matrix<T>& matrix, const Inputs<Element>& x, float* y, int64_t threads) {
-    if constexpr (VECTORS < MOST_VECTORS)
+    if constexpr (VECTORS < MAX_VECTORS)
         if (x.count > VECTORS) return few<T, VECTORS + 1>(matrix, x, y, threads);
     std::vector<Element> steps = steps_of<T, VECTORS>(x, matrix.columns);
     std::atomic<int64_t> wrong{0};

@@ -10,8 +10,8 @@
 
 const int STRIP = 16;                // rows
 const int TOKENS = 8;                // whose sums are in registers
-const int64_t MOST_TOKENS = 1024;    // in a call
-const int MOST_PAIRS = COLUMNS / 2;  // of a block of COLUMNS columns
+const int64_t MAX_TOKENS = 1024;     // in a call
+const int MAX_PAIRS = COLUMNS / 2;   // of a block of COLUMNS columns
 const int64_t SUMMED = 4;            // blocks: long sums of floats have large errors
 const int64_t VALUES_AHEAD = 256;    // bytes of a row that are fetched early
 
@@ -27,7 +27,7 @@ struct Strip {
     std::vector<Block> blocks;
     std::unique_ptr<Pair[]> pairs;  // of all blocks, one after the other
     std::vector<uint32_t> there;    // of each pair that is not whole, two bits a row: which of the two are there
-    explicit Strip(int64_t count) : blocks(count), pairs(new Pair[count * MOST_PAIRS]), there(count * MOST_PAIRS) {}
+    explicit Strip(int64_t count) : blocks(count), pairs(new Pair[count * MAX_PAIRS]), there(count * MAX_PAIRS) {}
 };
 
 // Words [8 pairs] of each row become words [STRIP] of each pair, a Pair apart.
@@ -53,7 +53,7 @@ TARGET INLINE void turn_words(const __m256i (&row)[STRIP], uint32_t* words) {
     }
 }
 
-// Words [STRIP rows][MOST_PAIRS] of a block to those of its pairs.
+// Words [STRIP rows][MAX_PAIRS] of a block to those of its pairs.
 TARGET INLINE void turn_block(const __m512i (&rows)[STRIP], int pairs, uint32_t* words) {
     __m256i half[STRIP];
     for (int row = 0; row < STRIP; row++) half[row] = _mm512_castsi512_si256(rows[row]);

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 CHANNELS_AT_ONCE = 1024  # bounds the memory of moving counts
 ROWS_AT_ONCE = 256  # bounds that of float64 copies
-LEAST_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
+MIN_EXPONENT = -126  # of a bin's width: float32 scales by its inverse without overflow
 
 
 def pack_mask(keep: torch.Tensor) -> torch.Tensor:
@@ -204,10 +204,10 @@ def count_values(
 
 def _least_exponent(low: torch.Tensor, high: torch.Tensor, bins: int) -> torch.Tensor:
     """Least e, int32, for which low and high lie within `bins` bins of width 2^e, and within 2^24 of bin 0."""
-    tiny = 2.0**LEAST_EXPONENT  # frexp(0) would give exponent 0: a channel that is dead so far would get wide bins
+    tiny = 2.0**MIN_EXPONENT  # frexp(0) would give exponent 0: a channel that is dead so far would get wide bins
     _, span = torch.frexp((high - low).clamp(min=tiny) / bins)  # high - low < bins * 2^span
     _, reach = torch.frexp(torch.maximum(low.abs(), high.abs()).clamp(min=tiny))
-    exponent = torch.maximum(span - 1, reach - 24).clamp(LEAST_EXPONENT, -LEAST_EXPONENT)
+    exponent = torch.maximum(span - 1, reach - 24).clamp(MIN_EXPONENT, -MIN_EXPONENT)
     for _ in range(2):  # the window starts on the grid, so it may need a width more, and float32's span was rounded
         exponent = exponent + (_bins_of(high, exponent) - _bins_of(low, exponent) >= bins).to(exponent.dtype)
     return exponent

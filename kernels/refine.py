@@ -13,8 +13,8 @@ from streamprune_kernels.launch import Launch, Run, on_device, runner_for
 
 THREADS = 256  # refine.cu's own constant
 BLOCK_ROWS = 8  # one for each warp
-MOST_PLACES = 64  # of a group: a mask is a word
-MOST_SHARED_BYTES = 48 * 1024  # of a block, on every device
+MAX_PLACES = 64  # of a group: a mask is a word
+MAX_SHARED_BYTES = 48 * 1024  # of a block, on every device
 
 
 def refine_rows(
@@ -62,10 +62,10 @@ def refine_rows_cuda(
         if not tensor.is_contiguous():
             raise ValueError("refine_rows works in place on contiguous tensors")
     shared_bytes = BLOCK_ROWS * width * q.itemsize
-    if not 1 <= m <= MOST_PLACES or width % m or shared_bytes > MOST_SHARED_BYTES:
-        most = MOST_SHARED_BYTES // (BLOCK_ROWS * q.itemsize)
+    if not 1 <= m <= MAX_PLACES or width % m or shared_bytes > MAX_SHARED_BYTES:
+        most = MAX_SHARED_BYTES // (BLOCK_ROWS * q.itemsize)
         raise ValueError(
-            f"refinement on a GPU takes {most} columns in groups of {MOST_PLACES} at most, not {width} columns in "
+            f"refinement on a GPU takes {most} columns in groups of {MAX_PLACES} at most, not {width} columns in "
             f"groups of {m}"
         )
     table = _masks(tuple(map(tuple, places.tolist())), weight.device)

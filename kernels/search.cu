@@ -14,7 +14,7 @@ constexpr u32 SIDE_CHUNKS = TILE / CHUNK_PLACES;
 constexpr u32 PITCH = SIDE_CHUNKS + 1;  // chunks of a row; odd, so that those of 8 rows fill all banks
 constexpr u32 SIDE_BYTES = ROWS * PITCH * sizeof(Chunk);
 constexpr u32 FETCHES = SIDE_CHUNKS / WARPS;  // chunks of a side that a thread reads at once
-constexpr u32 MOST_GROUPS = TILE / 2;                 // of a tile, of two places or more
+constexpr u32 MAX_GROUPS = TILE / 2;                  // of a tile, of two places or more
 constexpr u32 THRESHOLDS = 0, CANDIDATES = 1;         // the sides
 constexpr u32 NONE = 0xffffffffu;                     // no group
 
@@ -31,7 +31,7 @@ DEVICE u32 place_address(u32 side, u32 row, u32 place) { return chunk_address(si
 
 // The kept-th greatest of a group, and with `next` the one after it.
 DEVICE u32 best_address(u32 row, u32 group, u32 next) {
-    return dynamic_shared() + 2 * SIDE_BYTES + ((row * MOST_GROUPS + group) * 2 + next) * 4;
+    return dynamic_shared() + 2 * SIDE_BYTES + ((row * MAX_GROUPS + group) * 2 + next) * 4;
 }
 
 // A tile: its places' rows are those of s and t whose numbers stand in tile_rows, 4 in a chunk.
@@ -242,7 +242,7 @@ struct Places {
     u32 rows, count, stride, groups, m, kept;
 };
 
-SHARED_ARRAY(u32, listed_groups, MOST_GROUPS + 1);
+SHARED_ARRAY(u32, listed_groups, MAX_GROUPS + 1);
 SHARED_ARRAY(u32, votes, WARPS);
 
 // Whether any thread of the block votes for it. Between two calls all pass a barrier.
@@ -267,7 +267,7 @@ DEVICE u32 list_stale(const Places& all, u32 group) {
                 listed_groups[count++] = group;
             }
         for (; count < TILE / all.m; count++) listed_groups[count] = NONE;
-        listed_groups[MOST_GROUPS] = group;
+        listed_groups[MAX_GROUPS] = group;
     }
     __syncthreads();
     count = 0;
@@ -412,7 +412,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     all.kept = kept;
     for (u32 a = threadIdx.x; a < all.groups; a += THREADS) all.stale[a] = 1;
     for (int round = 0; round < rounds; round++) {
-        for (u32 group = 0; group < all.groups; group = listed_groups[MOST_GROUPS]) {
+        for (u32 group = 0; group < all.groups; group = listed_groups[MAX_GROUPS]) {
             const u32 listed = list_stale(all, group);
             if (listed) update_listed(all, listed);
         }

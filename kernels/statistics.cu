@@ -11,8 +11,8 @@
 constexpr u32 THREADS = 256, WARPS = THREADS / 32;
 constexpr u32 ROW_BYTES = 64, ROW_CHUNKS = ROW_BYTES / sizeof(Chunk), ROWS_AT_ONCE = THREADS / ROW_CHUNKS;
 constexpr u32 READ_AHEAD = 4;         // rows of a thread whose reading is under way at the same time
-constexpr u32 MOST_BINS = 4096;       // of a window
-constexpr int LEAST_EXPONENT = -126;  // of a bin's width: its inverse does not overflow
+constexpr u32 MAX_BINS = 4096;        // of a window
+constexpr int MIN_EXPONENT = -126;    // of a bin's width: its inverse does not overflow
 constexpr int FLOAT_BITS = 24;        // bin numbers stay below 2^24, so that float holds them exactly
 
 // What a chunk's values are.
@@ -81,10 +81,10 @@ DEVICE bool is_finite(float value) { return (__float_as_uint(value) & 0x7F800000
 
 // Least exponent at which low and high lie within `bins` bins, and within 2^24 of bin 0.
 DEVICE int least_exponent(float low, float high, u32 bins) {
-    const float tiny = power_of_two(LEAST_EXPONENT);
+    const float tiny = power_of_two(MIN_EXPONENT);
     const int span = exponent_above(max(high - low, tiny) / (float)bins);
     const int reach = exponent_above(max(max(absolute(low), absolute(high)), tiny));
-    int exponent = min(max(max(span - 1, reach - FLOAT_BITS), LEAST_EXPONENT), -LEAST_EXPONENT);
+    int exponent = min(max(max(span - 1, reach - FLOAT_BITS), MIN_EXPONENT), -MIN_EXPONENT);
     for (int i = 0; i < 2; i++)  // the window starts on the grid, so that it may need a width more
         exponent += bin_of(high, exponent) - bin_of(low, exponent) >= (float)bins;
     return exponent;
@@ -167,9 +167,9 @@ DEVICE Window update_channel(const Channels& all, u32 channel, const Range& rang
 
 // All threads of a block move one channel's counts from its old window to a wider one, or to one elsewhere.
 DEVICE void move_counts(int* counts, u32 bins, Window old, Window wide) {
-    int taken[MOST_BINS / THREADS];
+    int taken[MAX_BINS / THREADS];
 #pragma unroll
-    for (u32 i = 0; i < MOST_BINS / THREADS; i++) {
+    for (u32 i = 0; i < MAX_BINS / THREADS; i++) {
         const u32 bin = threadIdx.x + i * THREADS;
         taken[i] = bin < bins ? counts[bin] : 0;
         if (bin < bins) counts[bin] = 0;
@@ -177,7 +177,7 @@ DEVICE void move_counts(int* counts, u32 bins, Window old, Window wide) {
     __syncthreads();
     const int shift = min(wide.exponent - old.exponent, 31);
 #pragma unroll
-    for (u32 i = 0; i < MOST_BINS / THREADS; i++) {
+    for (u32 i = 0; i < MAX_BINS / THREADS; i++) {
         const int target = ((old.first + (int)(threadIdx.x + i * THREADS)) >> shift) - wide.first;
         if (taken[i]) atomicAdd(counts + min(max(target, 0), (int)bins - 1), taken[i]);
     }

@@ -15,6 +15,7 @@ import click
 import streamprune
 from streamprune.config import PruneConfig
 from streamprune.endings import ResultLost, end_on_signals, guard_streams, one_line_errors, stop_on_signals
+from streamprune.errors import EXIT_CODES
 from streamprune.summaries import (
     say,
     show_compression,
@@ -25,18 +26,14 @@ from streamprune.summaries import (
     show_verification,
 )
 
-# Of transformers errors alone are heard: most of what it warns of is of other uses. Where it may be of our results,
-# streamprune.model.library_warnings hears it all the same.
+# Silence transformers below ERROR: most of its warnings do not apply here. Those that may concern a result are caught
+# and passed on by streamprune.model.library_warnings.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-EXIT_CODES = (
-    "Exit codes: 0 done, 1 fault, 2 settings, 3 checkpoint, 4 text, 5 output folder, 6 NaN or infinity, 7 "
-    "kernel fault, 8 block error above budget, 85 interrupted (the same command goes on), "
-    "130 ended by Ctrl-C, 128 + N by signal N."
-)
+EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:<3} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
 def integer(text: Any) -> Any:
-    """An option's whole number; what is none is left for the library to refuse, which refuses all alike."""
+    """A whole number; anything else is passed on as text, for the library to refuse with its own message."""
     try:
         return int(text)
     except ValueError:
@@ -44,32 +41,39 @@ def integer(text: Any) -> Any:
 
 
 def number(text: Any) -> Any:
-    """Likewise one that need not be whole."""
+    """A number, whole or not; anything else is passed on likewise."""
     try:
         return float(text)
     except ValueError:
         return text
 
 
-LENGTH = "Default: 2048, or the model's positions if fewer."
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+LENGTH = "Default: 2048, or as many as the model has positions if those are fewer."
+DEVICE = click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda.")
 DTYPE = click.option(
-    "--dtype", default="auto", show_default=True, help="Arithmetic: auto, float32, bfloat16, float16. Stored bits stay."
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="Type to compute in: auto, float32, bfloat16, or float16 (GPU only). Stored weights keep theirs. auto: the "
+    "source's on a GPU; on a processor bfloat16 where the source is and there are instructions for it, else float32.",
 )
-SCRATCH = click.option("--scratch", type=click.Path(), help="Folder for hidden states; a fast local disk is best.")
+SCRATCH_HELP = "Folder for hidden states; a fast local disk is best. Default: "
 TEXT_FILES = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
 TEXT_COLUMN = click.option(
-    "--text-column", default="text", show_default=True, help="Column or key that holds the text, in all files but .txt."
+    "--text-column",
+    default="text",
+    show_default=True,
+    help="Column or key that holds the text, in files other than .txt.",
 )
-QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
+QUIET = click.option("--quiet", is_flag=True, help="Show no progress.")
 
 
 def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several options as one decorator, listed by --help in this order."""
+    """Several options as one decorator, in the order in which --help lists them."""
     return lambda function: functools.reduce(lambda done, option: option(done), reversed(decorators), function)
 
 
-@click.group(epilog=EXIT_CODES)
+@click.group(epilog=EPILOG)
 @click.version_option(package_name="streamprune")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.pass_context
@@ -118,10 +122,10 @@ def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[.
 
 
 def _import(name: str) -> None:
-    """Import a library function, and leave what is there then out of all collections of garbage.
+    """Import a library function, and exempt everything imported so far from garbage collection.
 
-    The modules of torch and transformers are a million objects that stay: to look through them while they are made, and
-    at the end, took a third of the time of a short command.
+    The modules of torch and transformers are a million objects that live until the end. Collecting garbage among them
+    took a third of the time of a short command.
     """
     gc.disable()
     try:
@@ -132,119 +136,146 @@ def _import(name: str) -> None:
 
 
 METHOD = _options(
-    click.option("--pattern", default="2:4", show_default=True, help="N:M, N of every M weights are KEPT."),
-    click.option("--metric", default=PruneConfig.metric, show_default=True, help="esparse, wanda, ria or magnitude."),
+    click.option(
+        "--pattern",
+        default="2:4",
+        show_default=True,
+        help="N:M: keep N of every M consecutive weights; 0 < N < M <= 64.",
+    ),
+    click.option(
+        "--metric",
+        default=PruneConfig.metric,
+        show_default=True,
+        help="Score that ranks weights: esparse, wanda, ria or magnitude.",
+    ),
     click.option(
         "--shuffle",
         default=PruneConfig.shuffle,
         show_default=True,
-        help="none, or searches joined by +: stride, global, local, assignment; residual in front: one "
-        "permutation of the residual stream for the whole model.",
+        help="Searches for an order of channels: none, or any of stride, global, local and assignment, joined by + and "
+        "run one after the other. residual in front: one permutation of the residual stream for the whole model, which "
+        "costs nothing at run time.",
     ),
     click.option(
         "--fold",
         default=PruneConfig.fold,
         show_default=True,
-        help="Attention's output: heads (inside heads, free at run time) or free (a gather).",
+        help="How attention's output is permuted: heads (inside each head, at no cost at run time) or across-heads (a "
+        "gather at run time).",
     ),
     click.option(
         "--refine/--no-refine",
         default=None,
-        help="Improve the masks by the inputs' second moments; kept weights stay. Default: refine, if validating.",
+        help="Improve masks by the second moments of each layer's inputs (X^T X, often called the Hessian); kept "
+        "weights do not change. Default: refine, unless --no-validate is given.",
     ),
     click.option(
         "--validate/--no-validate",
         default=PruneConfig.validate,
         show_default=True,
-        help="Without: no text passes the model and no error is known; for --metric magnitude alone.",
+        help="--no-validate runs no text through the model, so no error is measured; only for --metric magnitude.",
     ),
-    click.option("--reconstruct", is_flag=True, help="Fit the kept weights too: they are then NOT the source's."),
+    click.option(
+        "--reconstruct",
+        is_flag=True,
+        help="Also fit the kept weights, by least squares. They then differ from the source's.",
+    ),
     click.option(
         "--objective",
         default=PruneConfig.objective,
         show_default=True,
-        help="What searches raise: sum of retained score, or of its squares (energy).",
+        help="What searches maximise: the sum of kept scores (score) or of their squares (energy).",
     ),
     click.option(
         "--shuffle-block",
         type=integer,
         default=PruneConfig.shuffle_block,
         show_default=True,
-        help="Channels in a block of local.",
+        help="Channels in one block of the local search.",
     ),
     click.option(
         "--alpha",
         type=number,
         default=PruneConfig.alpha,
         show_default=True,
-        help="esparse: amplitude's weight beside entropy.",
+        help="esparse: weight of the amplitude relative to the entropy.",
     ),
     click.option(
         "--entropy-bins",
         type=integer,
         default=PruneConfig.entropy_bins,
         show_default=True,
-        help="esparse: histogram bins.",
+        help="esparse: bins of the histogram.",
     ),
     click.option(
         "--entropy-range",
         default=PruneConfig.entropy_range,
         show_default=True,
-        help="esparse: bins span channel or layer.",
+        help="esparse: what the bins span, each channel's own range (channel) or the whole layer's (layer).",
     ),
-    click.option("--amplitude", default=PruneConfig.amplitude, show_default=True, help="esparse: l2, wanda or rms."),
+    click.option(
+        "--amplitude",
+        default=PruneConfig.amplitude,
+        show_default=True,
+        help="esparse: norm of a channel, l2, or l2 over the root of the number of sequences (wanda) or tokens (rms).",
+    ),
     click.option(
         "--relative/--absolute",
         default=PruneConfig.relative,
         show_default=True,
-        help="esparse: divide entropy and amplitude by their means first.",
+        help="esparse: whether to divide entropy and amplitude by their means over the layer first.",
     ),
     click.option(
         "--shrinkage",
         type=number,
-        help="Refinement: of second moments towards their diagonal, 0 to 1. "
-        "Default: chosen for each input by held-out samples.",
+        help="Refinement: how far second moments are shrunk towards their diagonal, 0 to 1. Default: chosen for each "
+        "input on held-out samples.",
     ),
     click.option(
         "--correction",
         type=number,
         default=PruneConfig.correction,
         show_default=True,
-        help="Refinement: share of earlier blocks' error that masks shall undo, 0 to 1.",
+        help="Refinement: share of the error of earlier blocks that masks compensate for, 0 to 1. 0 spares a pass.",
     ),
     click.option(
         "--correction-stride",
         type=integer,
         default=PruneConfig.correction_stride,
         show_default=True,
-        help="Every k-th sample also runs behind dense blocks, to learn that error.",
+        help="Run every k-th sequence through the dense blocks too, to measure that error.",
     ),
     click.option(
         "--moments-width",
         type=integer,
         default=PruneConfig.moments_width,
         show_default=True,
-        help="Channels in one block of second moments; 4 to 12 bytes a square.",
+        help="Most channels in one block of second moments, which takes up to 12 bytes times its width squared; wider "
+        "inputs are split.",
     ),
 )
 AMOUNT = _options(
     click.option("--samples", type=integer, default=128, show_default=True, help="Calibration sequences."),
-    click.option("--sequence-length", type=integer, help=f"Tokens in each. {LENGTH}"),
+    click.option("--sequence-length", type=integer, help=f"Tokens in each sequence. {LENGTH}"),
 )
 RESOURCES = _options(
-    click.option("--max-memory", help="Limit on host memory, such as 12GiB; a job that cannot fit is refused."),
-    click.option("--max-device-memory", help="Limit on a GPU's memory, likewise."),
+    click.option(
+        "--max-memory",
+        help="Limit on host memory, such as 12GiB, by an estimate. To keep it, fewer sequences run at once, nothing is "
+        "read ahead, second moments are split; a job that still does not fit is refused before it starts.",
+    ),
+    click.option("--max-device-memory", help="Limit on the GPU's memory, in the same way."),
     click.option(
         "--micro-batch",
         type=integer,
-        help="Most sequences in a block at once; no result depends on it. Default: as make up 1024 tokens.",
+        help="Most sequences in a block at once; results do not depend on it. Default: enough to total 1,024 tokens.",
     ),
     click.option(
         "--prefetch",
         type=integer,
         default=1,
         show_default=True,
-        help="Most blocks read ahead; no result depends on it.",
+        help="Most blocks read ahead; results do not depend on it.",
     ),
 )
 
@@ -256,26 +287,36 @@ RESOURCES = _options(
     "compress ./llama --out ./pruned --max-block-error 0.5 --on-excess keep-dense",
 )
 @click.argument("model", type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="Output folder; the same command again goes on there.")
-@click.option("--calibration", help=f"A file, {TEXT_FILES}, or a data set NAME[:CONFIG[:SPLIT]]. "
-                                    "Default: a text that ships with the package.")  # fmt: skip
+@click.option("--out", required=True, type=click.Path(), help="Output folder; run the same command again to continue.")
+@click.option(
+    "--calibration",
+    help=f"A file, {TEXT_FILES}, or a data set NAME[:CONFIG[:SPLIT]] of the datasets library; read until there are "
+    "enough tokens. Default: a text that ships with the package.",
+)
 @TEXT_COLUMN
 @AMOUNT
-@click.option("--seed", type=integer, default=0, show_default=True, help="Draws the calibration sequences.")
+@click.option("--seed", type=integer, default=0, show_default=True, help="Seed that draws the calibration sequences.")
 @METHOD
-@click.option("--max-block-error", type=number, help="Budget on the error of what a block adds. Default: no budget.")
-@click.option("--on-excess", default="stop", show_default=True, help="Above the budget: stop, keep-dense or warn.")
+@click.option(
+    "--max-block-error",
+    type=number,
+    help="Budget on the relative error of what a block adds. Default: none, every block is pruned.",
+)
+@click.option(
+    "--on-excess", default="stop", show_default=True, help="A block above the budget: stop, keep-dense or warn."
+)
 @DEVICE
 @DTYPE
 @RESOURCES
-@SCRATCH
-@click.option("--restart", is_flag=True, help="Throw away what the output folder holds of a former job.")
+@click.option("--scratch", type=click.Path(), help=f"{SCRATCH_HELP}inside the output folder.")
+@click.option("--restart", is_flag=True, help="Delete what the output folder holds of an earlier job, and start over.")
 @QUIET
 def compress(quiet: bool, **settings: Any) -> Any:
-    """Prune MODEL, a folder with a transformers checkpoint, into packed N:M form.
+    """Prune MODEL to packed N:M form.
 
-    The same command again goes on after the last finished block. SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop the job
-    at a safe point with exit code 85.
+    MODEL is a folder as transformers reads it: config.json, a tokenizer, and weights as safetensors or
+    pytorch_model*.bin, single or sharded. Run the same command again to continue after the last finished block. SIGINT,
+    SIGTERM, SIGHUP and SIGUSR1 stop the job at a safe point with exit code 85.
     """
     if settings["max_block_error"] is None and settings["validate"] and not quiet:
         click.echo("no --max-block-error: every block is pruned, whatever it costs", err=True)
@@ -295,7 +336,11 @@ def compress(quiet: bool, **settings: Any) -> Any:
 @DTYPE
 @RESOURCES
 def plan(**settings: Any) -> Any:
-    """What `compress` with the same options would read, write, hold in memory and take; reads headers alone."""
+    """Show what `compress` would read, hold and take.
+
+    Bytes to read, to write, of scratch and of memory, stage by stage; the time; and which layers stay dense. Reads only
+    headers of MODEL, and times a few products to learn the speed of this machine.
+    """
     return streamprune.plan(**settings)
 
 
@@ -303,11 +348,17 @@ def plan(**settings: Any) -> Any:
     show_verification, "verify ./pruned", "verify ./pruned --source /models/llama-65b --json", "verify ./pruned --quick"
 )
 @click.argument("folder", type=click.Path())
-@click.option("--source", type=click.Path(), help="The dense checkpoint: compare every kept value with it.")
-@click.option("--quick", is_flag=True, help="Sizes and headers alone: sees what is missing, not what is damaged.")
+@click.option("--source", type=click.Path(), help="The dense checkpoint: also compare every kept value with it.")
+@click.option("--quick", is_flag=True, help="Check only sizes and headers: finds what is missing, not what is damaged.")
 @QUIET
 def verify(quiet: bool, **settings: Any) -> Any:
-    """Check every byte of an output FOLDER; exit code 1 on any fault."""
+    """Check every byte of an output FOLDER.
+
+    Exit code 1 on any fault, which is named. Checked are the checksums of all files, the structure, exactly N of M in
+    every group, and each layer's sparse product; with --source also every kept value, mask and other tensor against the
+    dense checkpoint. The printed sha256 names the whole output: two copies that both verify and have the same one are
+    equal.
+    """
     return streamprune.verify(progress=not quiet, **settings)
 
 
@@ -317,31 +368,49 @@ def verify(quiet: bool, **settings: Any) -> Any:
     "evaluate /models/llama-65b --text wiki.txt --sequence-length 1024 --max-tokens 20480 --json",
 )
 @click.argument("model", type=click.Path())
-@click.option("--text", required=True, type=click.Path(), help=f"A file, {TEXT_FILES}, not the calibration's.")
+@click.option("--text", required=True, type=click.Path(), help=f"A file, {TEXT_FILES}; not the calibration text.")
 @TEXT_COLUMN
 @click.option("--sequence-length", type=integer, help=f"Tokens in a window. {LENGTH}")
-@click.option("--max-tokens", type=integer, help="Use only the first tokens of the text.")
+@click.option(
+    "--max-tokens",
+    type=integer,
+    help="Use only this many tokens of the text, from its start; needed for texts of more than 16 million characters.",
+)
 @DEVICE
 @DTYPE
-@SCRATCH
+@click.option("--scratch", type=click.Path(), help=f"{SCRATCH_HELP}the system's temporary folder.")
 @QUIET
 def evaluate(quiet: bool, **settings: Any) -> Any:
-    """Perplexity of a text under MODEL, a dense checkpoint or an output folder, streamed block by block."""
+    """Measure the perplexity of a text.
+
+    MODEL is a dense checkpoint or an output folder; it runs block by block. docs/method.md defines the figure.
+    """
     return streamprune.evaluate(progress=not quiet, **settings)
 
 
 @command(show_export, "export ./pruned --to dense --out ./pruned-dense")
 @click.argument("folder", type=click.Path())
-@click.option("--to", default="dense", show_default=True, help="dense: zeros in place, for plain transformers.")
+@click.option(
+    "--to", default="dense", show_default=True, help="Form to write: dense (zeros in place of dropped weights)."
+)
 @click.option("--out", required=True, type=click.Path(), help="A folder that does not exist yet.")
 @QUIET
 def export(quiet: bool, **settings: Any) -> Any:
-    """Write an output FOLDER as a dense checkpoint that needs nothing of streamprune."""
+    """Write an output FOLDER as a dense checkpoint.
+
+    Plain transformers loads it, without streamprune; it is as large as the source. Stored permutations are undone: such
+    layers compute the same, but are not N:M as they lie in the file.
+    """
     return streamprune.export(progress=not quiet, **settings)
 
 
 @command(show_inspection, "inspect ./pruned", "inspect ./pruned --json")
 @click.argument("folder", type=click.Path())
 def inspect(**settings: Any) -> Any:
-    """A table of an output FOLDER: layer, pattern, bytes, errors."""
+    """Show a table of an output FOLDER.
+
+    Every layer with its pattern, shape, packed bytes, kept score (over that of the plain selection), kernel_error,
+    layer_error, its block's block_error, and its output error after each step; then the layers left dense, with
+    reasons. docs/method.md defines the errors.
+    """
     return streamprune.inspect(**settings)

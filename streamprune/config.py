@@ -1,4 +1,4 @@
-"""Settings, as frozen dataclasses that are checked when they are made, and what every number among them may be.
+"""Settings, as frozen dataclasses that are checked when they are made, and the bounds of every number.
 
 `PruneConfig` holds every setting that changes the output's bytes, and nothing else: it is part of a job's identity.
 """
@@ -14,7 +14,7 @@ Metric = Literal["esparse", "wanda", "ria", "magnitude"]
 Amplitude = Literal["l2", "wanda", "rms"]
 EntropyRange = Literal["channel", "layer"]
 Objective = Literal["score", "energy"]
-Fold = Literal["heads", "free"]
+Fold = Literal["heads", "across-heads"]
 OnExcess = Literal["stop", "keep-dense", "warn"]
 CHOICES = {
     "metric": Metric,
@@ -24,16 +24,16 @@ CHOICES = {
     "fold": Fold,
     "on_excess": OnExcess,
 }
-MOST_GROUP_SIZE = 64  # M of an N:M pattern
-MOST_COUNT = 2**31 - 1
-MOST_BYTES = 2**63 - 1
+MAX_GROUP_SIZE = 64  # M of an N:M pattern
+MAX_COUNT = 2**31 - 1
+MAX_BYTES = 2**63 - 1
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number may be: `least` to `most`, whole or not; None where it has no default of its own."""
+    """A number may be `least` to `most`, whole or not, and if `optional` also None."""
 
     least: int
     most: int
@@ -41,27 +41,27 @@ class Bounds:
     optional: bool = False
 
 
-# Every number that a function of the library and an option of the command line takes, but for numbers of bytes.
+# Every number that the library and the command line take, except numbers of bytes.
 NUMBERS = {
-    "samples": Bounds(1, MOST_COUNT),
-    "sequence_length": Bounds(2, MOST_COUNT, optional=True),  # the first token of a sequence has no prediction
-    "max_tokens": Bounds(2, MOST_COUNT, optional=True),
+    "samples": Bounds(1, MAX_COUNT),
+    "sequence_length": Bounds(2, MAX_COUNT, optional=True),  # the first token of a sequence has no prediction
+    "max_tokens": Bounds(2, MAX_COUNT, optional=True),
     "seed": Bounds(0, 2**63 - 1),
-    "micro_batch": Bounds(1, MOST_COUNT, optional=True),
+    "micro_batch": Bounds(1, MAX_COUNT, optional=True),
     "prefetch": Bounds(0, 1000),
-    "shuffle_block": Bounds(2, MOST_COUNT),
+    "shuffle_block": Bounds(2, MAX_COUNT),
     "alpha": Bounds(0, 10**6, whole=False),  # beyond it rounding leaves nothing of the entropy
     "entropy_bins": Bounds(2, 512),
     "shrinkage": Bounds(0, 1, whole=False, optional=True),
     "correction": Bounds(0, 1, whole=False),
-    "correction_stride": Bounds(1, MOST_COUNT),
-    "moments_width": Bounds(64, MOST_COUNT),
+    "correction_stride": Bounds(1, MAX_COUNT),
+    "moments_width": Bounds(64, MAX_COUNT),
     "max_block_error": Bounds(0, 10**6, whole=False, optional=True),
 }
 
 
 def check_numbers(**given: Any) -> None:
-    """Raise SettingsError for the first number, by its name in NUMBERS, that is not what it may be; true is none."""
+    """Raise SettingsError for the first value, by its name in NUMBERS, that is out of bounds or not a number."""
     for name, value in given.items():
         bounds = NUMBERS[name]
         if value is None and bounds.optional:
@@ -80,9 +80,9 @@ class NMPattern:
     group_size: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.kept < self.group_size <= MOST_GROUP_SIZE:
+        if not 0 < self.kept < self.group_size <= MAX_GROUP_SIZE:
             raise SettingsError(
-                f"pattern {self}: N:M needs 0 < N < M <= {MOST_GROUP_SIZE}, where N of every M weights are kept"
+                f"pattern {self}: N:M needs 0 < N < M <= {MAX_GROUP_SIZE}, where N of every M weights are kept"
             )
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class NMPattern:
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """Read a number of bytes: "12GiB", "900 MB", "1.5e9"; None stays.
+    """Read a number of bytes: "12GiB", "900 MB", "1.5e9"; None stays None.
 
     Raises SettingsError for anything else, and for less than one byte or more than 2^63.
     """
@@ -109,7 +109,7 @@ def parse_bytes(text: str | None) -> int | None:
     form = r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d+)?)\s*([kmgt]?)(i?)b?\s*"
     if match := re.fullmatch(form, text, re.IGNORECASE) if isinstance(text, str) else None:
         count = float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " ")
-        if 1 <= count <= MOST_BYTES:
+        if 1 <= count <= MAX_BYTES:
             return int(count)
     raise SettingsError(f"{text!r:.80} is not a number of bytes (1 to 2^63); write for example 12GiB or 900MB")
 
@@ -120,28 +120,28 @@ class PruneConfig:
 
     metric          which score ranks the weights of a group
     shuffle         "none", or searches joined by "+", one after the other: stride, global, local, assignment. With
-                    "residual" in front one permutation of the residual stream serves the whole model, and the others
-                    order the inputs of o and down alone
-    fold            the input of o_proj: "heads" permutes inside heads and folds into v_proj, "free" across heads, with
-                    a gather at run time
+                    "residual" in front one permutation of the residual stream serves the whole model, and the other
+                    searches order only the inputs of o and down
+    fold            the input of o_proj: "heads" permutes inside heads and folds into v_proj; "across-heads" takes a
+                    gather at run time
     objective       what a search raises: the sum of retained scores, or of their squares ("energy")
-    shuffle_block   channels in one block of the local search; two groups where that is more
-    alpha           weight of the amplitude beside the entropy (E-Sparse, eq. of the metric)
+    shuffle_block   channels in one block of the local search, but at least two groups
+    alpha           weight of the amplitude relative to the entropy (E-Sparse, eq. of the metric)
     entropy_bins    K, bins of the histogram
     entropy_range   bins lie between the least and greatest activation of each channel, or of the layer
     amplitude       l2: ||X_j|| over all tokens; wanda: divided by sqrt(sequences); rms: divided by sqrt(tokens)
     relative        divide entropy and amplitude by their means over the layer's channels first
-    refine          improve the masks by the inputs' second moments; None: where the text is run through the model
+    refine          improve masks by the inputs' second moments (X^T X, often called the Hessian); None: if `validate`
     shrinkage       how far refinement shrinks the moments towards their diagonal, 0 to 1; None: by held-out samples
-    correction      how much of the error that earlier blocks left in a layer's inputs its mask shall undo, 0 to 1
-    correction_stride  every k-th sequence also runs behind dense blocks, to learn that error
+    correction      share of the error of earlier blocks that masks compensate for, 0 to 1
+    correction_stride  every k-th sequence also runs through the dense blocks, to measure that error
     moments_width   channels in one block of second moments; wider inputs are cut into equal blocks, and neither
                     permutation nor refinement crosses them
     reconstruct     fit the kept weights to the dense layer's outputs: they are then no longer the source's
     max_block_error budget on what a block adds, relative (Frobenius); None: no budget
     on_excess       what to do with a block above the budget
-    validate        run the calibration text through the model: for the method's sake, and for every error figure.
-                    Without it no forward pass is made, which only a method that needs weights alone allows
+    validate        run the calibration text through the model: the method and all error figures need it. Without it no
+                    forward pass is made, which works only for a method that needs nothing but weights
     """
 
     pattern: NMPattern = NMPattern(2, 4)

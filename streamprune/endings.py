@@ -1,7 +1,7 @@
-"""How a command ends: by errors, which are one line each, by signals, or by streams that take no more.
+"""How a command ends: errors become one line each; signals and streams that cannot be written are handled.
 
-Standard error is for people who may have gone: whatever happens to it no job ends by it. A result that standard output
-does not take is a fault.
+A job never fails because standard error cannot be written: the people who read it may have gone. A result that cannot
+be written to standard output is a fault.
 """
 
 import errno
@@ -25,18 +25,18 @@ NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "bad_alloc")  # in
 
 
 class ResultLost(StreampruneError):
-    """Standard output does not take the result."""
+    """The result cannot be written to standard output."""
 
 
 class _Ended(BaseException):
-    """A signal that ends the command, unwinding it: what it holds of temporary files is removed."""
+    """A signal that ends the command. It is raised as an exception, so that temporary files are removed."""
 
     def __init__(self, kind: int) -> None:
         self.kind = signal.Signals(kind)
 
 
 class _Unheard(io.FileIO):
-    """A file that cannot fail: what it does not take is dropped."""
+    """A file whose writes never fail: what cannot be written is dropped."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -47,7 +47,7 @@ class _Unheard(io.FileIO):
 
 
 class _Result(io.FileIO):
-    """A file that fails once, with ResultLost; so that what it did not take is not tried again at the end."""
+    """A file that fails once, with ResultLost, and drops what is written afterwards, so that closing it does not."""
 
     lost = False
 
@@ -64,14 +64,14 @@ class _Result(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Put standard output and standard error on files that fail as this module says, closed ones included.
+    """Replace standard output and standard error, closed ones too, by files that fail as this module says.
 
-    Below everything that writes text: click, tqdm, logging and warnings all come through.
+    They lie below everything that writes text, so click, tqdm, logging and warnings all go through them.
     """
     for number, access in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
-        except OSError:  # closed: no file of the job may get the number, and be written to as a stream
+        except OSError:  # closed: a file of the job that got this number would be written to as a stream
             os.open(os.devnull, access)
     sys.stdout = _text(_Result(1, "w", closefd=False), sys.stdout, "strict")
     sys.stderr = _text(_Unheard(2, "w", closefd=False), sys.stderr, "backslashreplace")
@@ -108,9 +108,9 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _memory_ran_out(error: BaseException, options: set[str | None]) -> str | None:
-    """Where memory ran out: that, and what to do about it by the options that the command has.
+    """A message if memory ran out, with advice on options that the command has; None for other errors.
 
-    Libraries have many ways to say so, and what calls them may take it for a malformed file.
+    Libraries report it in many ways, and their callers may take it for a malformed file.
     """
     place = next(filter(None, map(_short_of, _causes(error))), None)
     if place is None:
@@ -128,7 +128,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _short_of(error: BaseException) -> str | None:
-    """The memory that an error says has run out."""
+    """Which memory ran out according to an error; None for other errors."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in text:  # torch's and cupy's
         return "the GPU's memory"
@@ -152,7 +152,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def end_on_signals() -> Iterator[None]:
-    """Have signals that would end the process unwind it first; a second one of the same kind ends it at once."""
+    """Turn signals that would end the process into exceptions; a second one of the same kind ends it at once."""
 
     def end(number: int, _frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -164,7 +164,7 @@ def end_on_signals() -> Iterator[None]:
 
 @contextmanager
 def _handled(kinds: tuple[signal.Signals, ...], handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Signals handled; one that is ignored stays so, as nohup and shells' background jobs want it."""
+    """Handle signals for a while; one that was ignored stays ignored, as nohup and background jobs of shells need."""
     heard = [kind for kind in kinds if signal.getsignal(kind) is not signal.SIG_IGN]
     former = {kind: signal.signal(kind, handler) for kind in heard}
     try:

@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-MOST_CHARACTERS = 2000  # of a line that is printed
+MAX_CHARACTERS = 2000  # of a line that is printed
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print a line. It may hold names from files: what a terminal would obey is escaped, and no line is endless."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MOST_CHARACTERS + 1])
-    click.echo(shown if len(text) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}...", err=err)
+    """Print a line. It may hold names from files, so control characters are escaped and very long lines are cut."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: MAX_CHARACTERS + 1])
+    click.echo(shown if len(text) <= MAX_CHARACTERS else f"{shown[:MAX_CHARACTERS]}...", err=err)
 
 
 def show_compression(result: Any) -> None:
@@ -50,7 +50,7 @@ def show_compression(result: Any) -> None:
 
 
 def show_plan(result: Any) -> None:
-    """What a job would do, then what would stay dense."""
+    """What a job would read, hold and take, then which layers would stay dense."""
     memory = dataclasses.asdict(result.memory)
     ahead, on_gpu = memory.pop("blocks_ahead"), memory.pop("on_gpu")
     rows = [
@@ -106,7 +106,7 @@ def show_evaluation(result: Any) -> None:
 
 
 def show_export(result: Any) -> None:
-    """What was written, and what of it is N:M in memory order."""
+    """What was written, and how many layers are N:M as they lie in the file."""
     in_order, regathered = len(result.in_memory_order), result.regathered
     say(f"{result.out}: {_size(result.output_bytes)}; {in_order} layers are N:M as they lie in the file")
     if regathered:

@@ -38,7 +38,7 @@ SMOLLM2, SMALL_OPT = "smollm2-135m", "small-opt"
 
 WANDA = Row(REFERENCE, f"--metric wanda {PLAIN}")
 SPARSEGPT = Row("sparsegpt (changes kept weights)", "sparsegpt")
-RIA_FREE = Row("ria + assignment", "--metric ria --shuffle assignment --no-refine --fold free")
+RIA_ACROSS_HEADS = Row("ria + assignment", "--metric ria --shuffle assignment --no-refine --fold across-heads")
 RIA_HEADS = Row("ria + assignment, inside heads", "--metric ria --shuffle assignment --no-refine")
 ESPARSE = Row("esparse", f"--metric esparse {PLAIN}")
 DEFAULT = Row("default", "")
@@ -55,14 +55,14 @@ FULL = (
     Row("magnitude", f"--metric magnitude {PLAIN}"),
     WANDA,
     Row("ria", f"--metric ria {PLAIN}"),
-    RIA_FREE,
+    RIA_ACROSS_HEADS,
     RIA_HEADS,
     SPARSEGPT,
     ESPARSE,
     *map(shuffled, ("stride", "global", "local", "global+local")),
     PAPER,
     *map(shuffled, ("assignment", "global+assignment", "residual+assignment")),
-    Row("esparse + assignment, across heads", f"{shuffled('assignment').options} --fold free"),
+    Row("esparse + assignment, across heads", f"{shuffled('assignment').options} --fold across-heads"),
     Row("wanda + refine", "--metric wanda --shuffle none --correction 0"),
     Row("esparse + assignment + refine", "--metric esparse --shuffle assignment --correction 0"),
     DEFAULT,

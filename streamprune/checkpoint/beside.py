@@ -1,7 +1,7 @@
-"""What lies beside a checkpoint's weights: tokenizer, chat templates, licences, model card, and whatever else there is.
+"""The files beside a checkpoint's weights: tokenizer, chat templates, licences, model card, and whatever else there is.
 
-All of it belongs to the model and is copied, at any depth, but for weights, code, which is never run, and what tools
-leave. Contents are copied and never modes. Files are named by their relative paths, / between the parts.
+They belong to the model and are copied, at any depth, except weights, code (which is never run) and leftovers of tools.
+Contents are copied, modes are not. Files are named by their relative paths, with / between the parts.
 """
 
 import os
@@ -52,7 +52,7 @@ README, SOURCE_README = "README.md", "README.source.md"  # the first is the outp
 
 @dataclass(frozen=True)
 class Beside:
-    """Names of the files to copy, and of those that are not, each with why; folders have a / at the end."""
+    """Names of the files to copy, and of those left out, each with the reason; folders end in /."""
 
     copied: tuple[str, ...]
     left_out: dict[str, str]
@@ -64,15 +64,15 @@ class Beside:
 
 
 def list_beside(folder: Path, known: Collection[str] = ()) -> Beside:
-    """What lies beside the weights in a folder, in order, and why which of it is left out.
+    """The files beside the weights in a folder, in order, and those left out, with reasons.
 
-    `known` are files that the caller has in hand itself: they are in neither list. Links to files are followed, as the
+    `known` are files that the caller handles itself: they are in neither list. Links to files are followed, as the
     caches of model hubs consist of them; links to folders are not. Raises CheckpointError where the folder cannot be
     read or holds more than MAX_ENTRIES.
     """
     copied: list[str] = []
     left_out: dict[str, str] = {}
-    waiting, seen = deque([""]), 0  # folders near the top first: they have the first claim on what is looked at
+    waiting, seen = deque([""]), 0  # folders near the top first, so that the limit on entries leaves out deep ones
     while waiting:
         inside = waiting.popleft()
         entries, fault = _entries(folder / inside, MAX_ENTRIES - seen)
@@ -112,7 +112,7 @@ def copy_beside(source: Path, names: Mapping[str, str], out: Path, temporary: Pa
 
 
 def file_inside(folder: Path, name: str) -> Path | None:
-    """A file of a folder by its relative name; None where there is none, or only out of the folder or behind a link.
+    """A file of a folder by its relative name; None if it is missing, outside the folder, or behind a linked folder.
 
     The file itself may be a link.
     """
@@ -123,7 +123,7 @@ def file_inside(folder: Path, name: str) -> Path | None:
 
 
 def is_inside(name: str) -> bool:
-    """Is a name a plain relative path of usual length, which leads out of a folder at most by a link that is there?"""
+    """Whether a name is a plain relative path of usual length, which leaves the folder only if a link in it does."""
     parts = [part.encode("utf-8", "surrogateescape") for part in name.split("/")]
     return len(b"/".join(parts)) <= MAX_NAME_BYTES and all(
         part not in (b"", b".", b"..") and b"\0" not in part and len(part) <= MAX_PART_BYTES for part in parts
@@ -143,7 +143,7 @@ def _entries(folder: Path, most: int) -> tuple[list[os.DirEntry[str]], str | Non
 
 
 def _left_out(entry: os.DirEntry[str], name: str, is_folder: bool) -> str | None:
-    """Why a file or folder is left out, if it is."""
+    """The reason to leave out a file or folder; None to copy it."""
     if not name.isprintable():
         return "its name cannot be printed"
     if not is_inside(name):
@@ -169,7 +169,7 @@ def _left_out(entry: os.DirEntry[str], name: str, is_folder: bool) -> str | None
 
 
 def _shown(name: str) -> str:
-    """A name as text: what cannot be printed, or is no text, as escapes."""
+    """A name as text, with escapes for what cannot be printed or decoded."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
@@ -185,7 +185,7 @@ def _make_folder(folder: Path, temporary: Path) -> None:
 
 
 def refuse_link(path: Path) -> None:
-    """Raise OutputError for a link in an output folder: what is written or removed behind it would be another's."""
+    """Raise OutputError for a link in an output folder: writing or removing behind it would touch other files."""
     if path.is_symlink():
         raise OutputError(f"{path}: is a symbolic link in an output folder, which holds none; remove it and run again")
 

@@ -1,7 +1,7 @@
-"""Memory that large tensors are read into again and again.
+"""Memory that is reused for reading large tensors.
 
-An allocator gives large memory back to the system, and takes it anew for the next block: the system clears it first,
-which takes longer than to read into it (docs/benchmarks.md).
+An allocator returns large memory to the system and asks for it again at the next block. The system clears it first,
+which takes longer than reading into it (docs/benchmarks.md).
 """
 
 import math
@@ -9,13 +9,13 @@ import weakref
 
 import torch
 
-LEAST_BYTES = 1 << 20  # smaller tensors have memory of their own, which allocators keep
+MIN_BYTES = 1 << 20  # smaller tensors have memory of their own, which allocators keep
 
 
 class Buffers:
-    """Hands out tensors; the memory of one that nobody holds any more is the next one's of its size.
+    """Hands out tensors; once a tensor is released, its memory serves the next one of its size.
 
-    No more is ever held than was in use at one time. With `pinned` it is page-locked, so that a GPU fetches it itself.
+    Never holds more than was in use at one time. With `pinned` the memory is page-locked, so that a GPU can fetch it.
     """
 
     def __init__(self, pinned: bool = False) -> None:
@@ -25,7 +25,7 @@ class Buffers:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor on the CPU."""
         size = math.prod(shape) * dtype.itemsize
-        if size < LEAST_BYTES:
+        if size < MIN_BYTES:
             return torch.empty(shape, dtype=dtype)
         free = self._free.setdefault(size, [])
         memory = free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)

@@ -19,7 +19,7 @@ from streamprune.checkpoint.manifest import Manifest
 from streamprune.checkpoint.untrusted import open_regular, read_exactly
 from streamprune.config import NMPattern, PruneConfig
 
-MOST_CHARACTERS = 100  # of a name or a value
+MAX_CHARACTERS = 100  # of a name or a value
 README_BYTES = 1 << 16  # of the source's, which begins with its front matter
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 LICENCE_FILE = re.compile(r"(licen[cs]e|copying)[\w.-]{0,60}", re.ASCII | re.IGNORECASE)
@@ -184,7 +184,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 def _code(value: Any) -> str:
     """A span of code: in it nothing is markup but the mark that ends it and, in a table, the one that ends a cell."""
-    text = str(value)[:MOST_CHARACTERS]
+    text = str(value)[:MAX_CHARACTERS]
     return f"`{''.join(c if c.isprintable() and c not in '`|' else '?' for c in text).strip() or '?'}`"
 
 

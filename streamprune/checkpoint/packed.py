@@ -153,15 +153,15 @@ def check_layer(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> None:
 
 
 def check_contents(name: str, layer: PackedLayer, pattern: NMPattern) -> None:
-    """Raise CheckpointError, naming the layer, where its mask or its permutation is none of the pattern's."""
+    """Raise CheckpointError, naming the layer, if its mask or permutation breaks the format."""
     if fault := next(structure_faults(layer, pattern), None):
         raise CheckpointError(f"layer {name}: {fault}; the output is damaged, streamprune verify says more")
 
 
 def structure_faults(layer: PackedLayer, pattern: NMPattern) -> Iterator[str]:
-    """What in a layer's mask and permutation breaks the format, where dtypes and shapes are right (`check_layer`).
+    """Faults in a layer's mask and permutation; its dtypes and shapes must be right (`check_layer`).
 
-    By numpy, written apart from the code that packs; some rows at a time.
+    Written in numpy, independently of the code that packs; works on some rows at a time.
     """
     in_features = layer.values.shape[1] // pattern.kept * pattern.group_size
     mask = layer.mask.cpu().numpy()

@@ -25,7 +25,7 @@ from streamprune_kernels import all_finite
 SAFETENSORS_INDEX, BIN_INDEX = INDEX_FILES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
 Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]  # a tensor of a shape and dtype, uninitialised
-PIECE_BYTES = 1 << 23  # of a large tensor that is copied: allocators keep such pieces, larger ones are new memory each
+PIECE_BYTES = 1 << 23  # of a large tensor that is copied: allocators reuse pieces of this size, not larger ones
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -49,7 +49,7 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint: what lies where. `tensors` maps the checkpoint's own names."""
+    """An open checkpoint: which tensor lies where, by the checkpoint's own names."""
 
     folder: Path
     tensors: dict[str, TensorSource]
@@ -64,7 +64,7 @@ class Checkpoint:
         return tensors
 
     def read_unchecked(self, names: Iterable[str], empty: Empty = new_tensor) -> dict[str, torch.Tensor]:
-        """As `read`, without looking at the values: no arithmetic, so that another thread's is not disturbed.
+        """Like `read`, without checking the values: it computes nothing, so it does not slow threads that do.
 
         `empty` makes the tensors that are read into.
         """
@@ -83,7 +83,7 @@ class Checkpoint:
         return {name: result[name] for name in wanted}
 
     def will_read(self, names: Iterable[str]) -> None:
-        """Let the system fetch the named tensors from disk meanwhile; a hint, which nothing waits for or fails by."""
+        """Hint to the system to fetch the named tensors from disk; nothing waits for it, and it cannot fail."""
         sources = [self.tensors[name] for name in names if name in self.tensors]
         for path in {source.path for source in sources if source.entry is not None}:
             with suppress(AttributeError, CheckpointError, OSError), _opened(path) as file:
@@ -113,7 +113,7 @@ class Checkpoint:
         return rows_of
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor in pieces of whole rows, of PIECE_BYTES where a row is not longer; checked as by `read`."""
+        """A tensor in pieces of whole rows, at most PIECE_BYTES unless a row is longer; checked like `read`."""
         source = self.tensors[name]
         if not source.shape or source.size_bytes <= PIECE_BYTES:
             yield self.read([name])[name]

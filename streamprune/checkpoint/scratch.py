@@ -1,4 +1,4 @@
-"""Hidden states in a scratch file: one chunk a sequence, written and read by pwrite and pread.
+"""Hidden states in a scratch file, one chunk for each sequence, written and read by pwrite and pread.
 
 No memory map: a full disk under a map is SIGBUS. Every chunk has a checksum, so that a torn file is noticed.
 """
@@ -17,15 +17,15 @@ from streamprune.checkpoint.reader import Empty, byte_view, new_tensor, read_int
 from streamprune.checkpoint.writer import output_errors
 from streamprune.errors import CheckpointError, OutputError
 
-MOST_WRITING = 2  # chunks that wait for the disk, of one file
+MAX_WRITING = 2  # chunks that wait for the disk, of one file
 
 
 class HiddenStates:
     """`sequences` chunks of shape [1, tokens, hidden] in one file.
 
-    State that must live somewhere: an open file and the checksums (XXH3) of what was written to it. For blocks on a GPU
-    (`for_gpu`) chunks pass through page-locked memory, which is used again, and a thread of the file's own reads the
-    chunk after the one that was asked for, and writes, while the GPU computes.
+    Holds the open file and the checksums (XXH3) of what was written. For blocks on a GPU (`for_gpu`) chunks pass
+    through page-locked memory, which is reused, and a thread reads the chunk after the requested one, and writes, while
+    the GPU computes.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class HiddenStates:
         return len(self.checksums)
 
     def write(self, index: int, states: torch.Tensor) -> None:
-        """Store the hidden states of one sequence. With a GPU an error of the disk may come at a later call."""
+        """Store the hidden states of one sequence. With a GPU a disk error may be raised by a later call."""
         if tuple(states.shape) != self.shape:
             raise ValueError(f"hidden states of shape {tuple(states.shape)} where {self.shape} belongs")
         if self._worker is None:
             self._store(index, states.detach().to("cpu", self.dtype).contiguous())
             return
         self._ahead = None
-        self._await_writing(MOST_WRITING - 1)
+        self._await_writing(MAX_WRITING - 1)
         chunk = self._empty(self.shape, self.dtype).copy_(states.detach())
         self._writing.append(self._worker.submit(self._store, index, chunk))
 
@@ -83,7 +83,7 @@ class HiddenStates:
         return reading.result()
 
     def sync(self) -> None:
-        """Make what was written last through a power loss. Raises OutputError where the disk does not."""
+        """Make what was written survive a power loss. Raises OutputError if the disk fails."""
         self._await_writing()
         with output_errors(self.path):
             os.fsync(self._file.fileno())

@@ -1,8 +1,7 @@
-"""A `.bin` file of tensors, as torch.save writes it: opened by torch with mmap and weights_only, after a look at what
-it would have torch do.
+"""A `.bin` file of tensors, as torch.save writes it: checked, then opened by torch with mmap and weights_only.
 
-The pickle in it is run by torch's restricted reader, in time that grows with its length, and says which tensors lie
-where in the storages; what it says is held against the file's bytes.
+Torch's restricted reader runs the pickle in it, in time that grows with its length. The pickle says which tensors lie
+where in the storages; that is checked against the file's bytes.
 """
 
 import pickle
@@ -53,7 +52,7 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError where a record would be unpacked into more than its bytes, or the pickle is no state dict's."""
+    """Raise ValueError for a record that is compressed, or a pickle that is too long for a state dict."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
     if len(records) > MAX_RECORDS:
@@ -66,7 +65,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _fault(name: object, tensor: torch.Tensor) -> str | None:
-    """What makes a tensor none of a checkpoint's."""
+    """Why a tensor cannot belong to a checkpoint; None if it can."""
     if not isinstance(name, str) or len(name) > MAX_KEY_CHARACTERS or not name.isascii():
         return "has no name of plain text"
     if str(tensor.dtype).startswith(("torch.float8", "torch.float4", "torch.q")):

@@ -1,8 +1,8 @@
-"""Small files of unknown origin, read within bounds: memory follows neither what a file claims nor how it is nested.
+"""Small files of unknown origin: memory is bounded regardless of claimed sizes or nesting.
 
-A file is looked at before it is opened (only a regular one is: a pipe or a device would never end), its size is held
-against a limit before it is read, and the values in a JSON text are counted before it is parsed: parsed, an empty list
-of two characters takes thirty times their room.
+Only regular files are opened (a pipe or a device might never end). A file's size is checked against a limit before it
+is read, and the values in a JSON text are counted before it is parsed: an empty list takes two characters, and thirty
+times their room when parsed.
 """
 
 import json
@@ -67,9 +67,9 @@ def read_exactly(file: BinaryIO, count: int, path: Path) -> bytes:
 def parse_json(content: bytes) -> Any:
     """The value of a JSON text in UTF-8.
 
-    Raises ValueError, with what is wrong in one line, for anything else: also where a key stands twice, which readers
-    take differently, or is longer than MAX_KEY_CHARACTERS, where the text holds more than MAX_JSON_VALUES values or
-    nests them more than MAX_JSON_DEPTH deep, and where a string is no text (half a surrogate pair).
+    Raises ValueError, with what is wrong in one line, for anything else. Also refused are: a key that appears twice
+    (readers differ on its meaning) or is longer than MAX_KEY_CHARACTERS, more than MAX_JSON_VALUES values, nesting
+    deeper than MAX_JSON_DEPTH, and strings that are no text (half a surrogate pair).
     """
     marks = sum(content.count(mark) for mark in (b",", b"[", b"{"))  # a value needs one, but for the first
     if marks > MAX_JSON_VALUES:

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written beside their place, synced, then renamed. Their modes are the umask's.
+"""Files that are whole or absent: written to a temporary path, synced, then renamed. Their modes follow the umask.
 
-A shard's tensors are made one after the other while it is written, so none but the one being written is in memory. Its
-metadata hold one key with one JSON string.
+A shard's tensors are made one after the other while it is written, so only the one being written is in memory. Its
+metadata holds one key with one JSON string.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor that is made while it is written: `make` gives CPU tensors that follow each other in its bytes."""
+    """A tensor that is made while it is written: `make` yields CPU tensors, the consecutive pieces of its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -34,14 +34,14 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Staged:
-    """A file that is whole, but still beside its place: it can be read while it is synced, and is published then."""
+    """A whole file at its temporary path: it can be read while it is synced, and is then published."""
 
     path: Path
     temporary: Path  # the file itself, until it is published
     digest: str  # sha256 of its bytes
 
     def sync(self) -> None:
-        """Wait until the disk has it. Raises OutputError."""
+        """Wait until it is on disk. Raises OutputError."""
         with output_errors(self.path):
             _sync_file(self.temporary)
 
@@ -129,7 +129,7 @@ def write_atomically(path: Path, temporary: Path, write: Callable[[Path], object
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Raise the system's errors as OutputError that names the file."""
+    """Turn errors of the system into OutputError that names the file."""
     try:
         yield
     except OSError as error:

@@ -25,7 +25,7 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """Parameters along the residual stream, with their dimension that it is; those that a model lacks are passed over.
+    """Parameters with a residual-stream dimension, and which dimension it is; absent ones are skipped.
 
     block: inside every block; outer: outside, full names.
     """

@@ -1,4 +1,4 @@
-"""Which device and dtype a job computes in, resolved and written down: they are part of what decides the bytes."""
+"""The device and dtype that a job computes in, resolved and recorded: they are part of what decides the bytes."""
 
 import ctypes
 import logging
@@ -17,8 +17,8 @@ from streamprune_kernels import library
 
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGE_PIECE_BYTES = 1 << 23  # smaller: peaks vary less, but more activations are new memory each: docs/benchmarks.md
-FREE_TOP_BYTES = 1 << 26  # that stay at the end of the heap: glibc's most, which it forgets when the other is set
+LARGE_PIECE_BYTES = 1 << 23  # with smaller ones peaks vary less, but more activations take new memory
+FREE_TOP_BYTES = 1 << 26  # kept at the end of the heap; glibc forgets its own value when the other is set
 logger = logging.getLogger("streamprune")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -102,8 +102,9 @@ def warn_without_kernels() -> None:
 
 @contextmanager
 def threads_left(others: int) -> Iterator[None]:
-    """Compute with as many threads as leave processors to `others`: threads of a pool wait for each other busily, and
-    where one has no processor all are late.
+    """Compute with so many threads that `others` have processors left.
+
+    OpenMP threads spin at barriers, so one descheduled thread stalls all.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads - others))
@@ -123,11 +124,11 @@ def peak_memory_bytes() -> int:
 
 
 def map_large_pieces() -> None:
-    """Have every piece of LARGE_PIECE_BYTES or more mapped by itself, which is gone when it is freed.
+    """Have every piece of LARGE_PIECE_BYTES or more mapped by itself, so that freeing it returns it to the system.
 
-    Left alone, glibc raises that size to what was freed last, up to 32 MiB, and from then on takes such pieces from the
-    heap. How many holes small pieces leave between them there differs from block to block, by tens of MB: the more
-    blocks, the higher the peak. Holds for the whole process, and changes no result. Nothing where there is no glibc.
+    By default glibc raises that size to the size freed last, up to 32 MiB, and then takes such pieces from the heap.
+    How much small pieces fragment it differs from block to block, by tens of MB: the more blocks, the higher the peak.
+    Applies to the whole process and changes no result. Does nothing without glibc.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None)
     if option is not None:
@@ -136,7 +137,7 @@ def map_large_pieces() -> None:
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system: glibc keeps what small pieces leave. Nothing where there is no glibc."""
+    """Return freed memory to the system; glibc would keep what small pieces leave. Does nothing without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

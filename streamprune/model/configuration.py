@@ -23,7 +23,7 @@ from streamprune.model.architectures import Architecture, architecture_of
 
 logger = logging.getLogger("streamprune")
 
-MOST_BLOCKS = 1000  # the deepest models have fewer than 200
+MAX_BLOCKS = 1000  # the deepest models have fewer than 200
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "head_dim", "word_embed_proj_dim")
 LENGTHS = ("max_position_embeddings", "sliding_window")  # that need not be a tensor's
@@ -159,7 +159,7 @@ def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, architecture: Arc
     tensors = checkpoint.tensors
     if blocks is not None:
         least = blocks * sum(len(group.layers) for group in architecture.groups)
-        if blocks > MOST_BLOCKS or least > len(tensors):
+        if blocks > MAX_BLOCKS or least > len(tensors):
             yield f"num_hidden_layers is {blocks}, for which the checkpoint's {len(tensors)} tensors are too few"
     largest = max((length for source in tensors.values() for length in source.shape), default=0)
     for name in (*DIMENSIONS, *COUNTS[1:]):

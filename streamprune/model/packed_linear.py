@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamprune.config import MOST_GROUP_SIZE, NMPattern
+from streamprune.config import MAX_GROUP_SIZE, NMPattern
 from streamprune.model.arithmetic import warn_without_kernels
 from streamprune_kernels import (
     all_finite,
@@ -195,12 +195,12 @@ def _pattern_of(mask: torch.Tensor, in_features: int, kept: int) -> NMPattern:
     common = math.gcd(in_features, kept)
     n, m = kept // common, in_features // common
     keep = unpack_mask(mask, in_features)
-    for times in range(1, MOST_GROUP_SIZE // m + 1):
+    for times in range(1, MAX_GROUP_SIZE // m + 1):
         if n < m and in_features % (times * m) == 0:
             groups = keep.view(len(keep), -1, times * m)
             if all(bool((rows.sum(dim=2) == times * n).all()) for rows in (groups[:1], groups)):
                 return NMPattern(times * n, times * m)
-    raise ValueError(f"the mask does not keep N of every M <= {MOST_GROUP_SIZE} input channels in every row")
+    raise ValueError(f"the mask does not keep N of every M <= {MAX_GROUP_SIZE} input channels in every row")
 
 
 def _permutes(permutation: torch.Tensor, count: int) -> bool:

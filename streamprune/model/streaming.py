@@ -17,7 +17,7 @@ from streamprune.model.blocks import RunnableBlock
 from streamprune.model.forward import BlockInputs, arguments_equal, record_block_inputs
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.source import Source
-from streamprune_kernels import FEW_ROWS, MOST_SHARED_TOKENS
+from streamprune_kernels import FEW_ROWS, MAX_SHARED_TOKENS
 
 BlockArguments = tuple[dict[str, Any], ...]
 
@@ -64,8 +64,8 @@ def embed(
     Returns what each block is called with beside hidden states. Without `states` only the first sequence is run, to
     learn that. Raises UnsupportedModelError where it differs between sequences.
     """
-    # Seen once in several hundred jobs and not reproduced: a later recording was not bit-equal to the first. In case a
-    # process's first call of a vector routine may round differently, that call is made for nothing.
+    # Once in several hundred jobs, and never reproduced, a later recording was not bit-equal to the first. In case a
+    # process's first call of a vector routine rounds differently, we make one discarded warm-up call.
     block_inputs(skeleton, inputs, tokens[0], arithmetic)
     arguments: BlockArguments | None = None
     for index in range(len(tokens) if states is not None else 1):
@@ -91,7 +91,7 @@ def embed(
 def sequences_at_once(micro_batch: int, tokens: int, device: torch.device) -> int:
     """How many sequences of so many tokens go through a block together, so that what one becomes does not depend on it:
     those so short that several make many rows of a product go one by one, as products of few rows round differently."""
-    few = MOST_SHARED_TOKENS if device.type == "cuda" else FEW_ROWS
+    few = MAX_SHARED_TOKENS if device.type == "cuda" else FEW_ROWS
     return 1 if tokens <= few else micro_batch
 
 

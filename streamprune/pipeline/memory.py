@@ -1,6 +1,6 @@
 """How much memory a job takes, from shapes alone; and its pace and second moments cut to fit a limit.
 
-What is counted is what each stage of a block holds at once, so it stands beside that code and follows it. The libraries
+Counts what each stage of a block holds at once. Mirrors each stage's allocations; update both together. The libraries
 themselves are a measured constant.
 """
 
@@ -23,8 +23,8 @@ from streamprune.pruning.statistics import FINE_BINS, ROW_GAP, moment_blocks
 LIBRARIES_BYTES = 500_000_000  # resident with torch, transformers and a model's skeleton, before anything is read
 GPU_LIBRARIES_BYTES = 1_200_000_000  # the same with CUDA, cuBLAS and CuPy
 PAGE_LOCKED_CHUNKS = 8  # of hidden states, on their way between files and a GPU
-HEAP_SLACK = 1.03  # what an allocator holds over what is asked of it, about
-LEAST_MOMENTS_WIDTH = 1024  # to which blocks of second moments are cut for a limit
+HEAP_SLACK = 1.03  # about what an allocator holds, over what was asked for
+MIN_MOMENTS_WIDTH = 1024  # to which blocks of second moments are cut for a limit
 ROW_COPIES = 12  # float32 matrices of a piece of rows that selection and refinement hold at once
 Shape = tuple[int, int]
 
@@ -131,8 +131,8 @@ def fit_memory(sizes: Sizes, config: PruneConfig, pace: Pace, limits: Limits) ->
     for pace in slower:
         if limits.hold(memory := estimate_memory(sizes, config, pace)):
             return config, pace
-    while config.needs_moments and config.moments_width > LEAST_MOMENTS_WIDTH:
-        config = dataclasses.replace(config, moments_width=max(config.moments_width // 2, LEAST_MOMENTS_WIDTH))
+    while config.needs_moments and config.moments_width > MIN_MOMENTS_WIDTH:
+        config = dataclasses.replace(config, moments_width=max(config.moments_width // 2, MIN_MOMENTS_WIDTH))
         if limits.hold(memory := estimate_memory(sizes, config, pace)):
             return config, pace
     less = ", shorten --sequence-length or give --no-refine" if config.needs_moments else ""

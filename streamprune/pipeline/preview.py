@@ -1,4 +1,4 @@
-"""`plan`: what a job will read, write, hold and take, from headers alone; nothing is run."""
+"""`plan`: what a job will read, write, hold and take, from headers alone. Only a few products are run, and timed."""
 
 import time
 from dataclasses import dataclass

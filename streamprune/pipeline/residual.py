@@ -18,7 +18,7 @@ from streamprune.pruning.shuffle import search_permutation
 
 NAME = "residual.permutation"
 PRE_PASS_SEQUENCES = 2  # of the calibration text
-MOST_ROWS = 16384  # of all blocks together that the search sees, evenly spaced
+MAX_ROWS = 16384  # of all blocks together that the search sees, evenly spaced
 
 
 def residual_permutation(job: Job, journal: Journal, tick: Callable[[], None]) -> FoldedPermutation:
@@ -90,7 +90,7 @@ def _reading_rows(job: Job, tick: Callable[[], None]) -> torch.Tensor:
         for group in groups:
             weights = [layer.read(tensors[layer.parameter]).to(torch.float32) for layer in group.layers]
             rows = torch.cat(weights)
-            rows = rows[:: max(1, len(rows) * readers * len(skeleton.blocks) // MOST_ROWS)].abs()
+            rows = rows[:: max(1, len(rows) * readers * len(skeleton.blocks) // MAX_ROWS)].abs()
             rows = rows * energy[group.name].sqrt().to(torch.float32)
             parts.append(rows / rows.mean().clamp(min=torch.finfo(torch.float32).tiny))  # no block outweighs others
     return torch.cat(parts)

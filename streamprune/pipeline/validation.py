@@ -21,7 +21,7 @@ SAMPLE_TOKENS = 256
 class InputSample:
     """At most SAMPLE_TOKENS tokens of a layer's inputs: equally many, evenly spaced, of each of the first sequences.
 
-    One tensor from the start: small ones kept beside a pass's large ones would leave the heap full of holes.
+    One tensor from the start: small ones kept beside a pass's large ones would fragment the heap.
     """
 
     sequences: int

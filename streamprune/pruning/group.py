@@ -1,8 +1,8 @@
 """Pruning the layers that share one input: they share a permutation, and are searched as one matrix.
 
-selection -> shuffle -> refinement -> reconstruction, as far as the configuration asks for them; after each step every
-layer's kept score and output error are noted, so that a reader sees what the step bought. The search sees all rows of
-all layers at once; everything else goes through them piece by piece, so that its memory is small.
+selection -> shuffle -> refinement -> reconstruction, as far as the configuration asks for them. After each step every
+layer's kept score and output error are recorded, to show what the step gained. The search sees all rows of all layers
+at once; everything else works on pieces of rows, to keep memory small.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,13 +28,13 @@ ROWS_AT_ONCE = 2048  # of one layer, after the search
 
 @dataclass(frozen=True)
 class Step:
-    """What a layer is after one step of pruning.
+    """A layer's figures after one step of pruning.
 
     name            "selection" in the source's channel order, "shuffle", "refinement" or "reconstruction"
     retained_score  sum of the kept scores
     output_error    ||(W - V) X|| / ||W X|| over the calibration tokens, from second moments; None without them
-    corrected_error what refinement with correction lowers, over ||W X||^2: negative where it undoes more of earlier
-                    blocks' error than pruning costs; None without correction
+    corrected_error what refinement with correction lowers, over ||W X||^2: negative if it compensates for more of the
+                    error of earlier blocks than pruning costs; None without correction
     """
 
     name: str
@@ -61,7 +61,7 @@ class PrunedGroup:
 
 @dataclass(frozen=True)
 class _Channels:
-    """What is known of the group's input, in the order in which its masks are chosen.
+    """The group's input channels, in the order in which masks are chosen.
 
     permutation  int64 [in], the source's channel at each place; None: the source's order
     bounds       places of each diagonal block of second moments; all places where none were gathered
@@ -116,7 +116,7 @@ def prune_group(
     fixed: bool,
     timed: Timed,
 ) -> PrunedGroup:
-    """Prune weights [out, in], by layer name, of one input. The statistics' moments are used up.
+    """Prune the weights [out, in], by layer name, that share one input. Consumes the statistics' moments.
 
     `heads`: the permutation stays inside heads. `fixed`: the order of channels is not this group's to choose. Raises
     NumericsError where scores or fitted weights are not finite.
@@ -157,7 +157,7 @@ def prune_group(
 def _select_alone(
     weights: Mapping[str, torch.Tensor], factor: torch.Tensor, config: PruneConfig, timed: Timed
 ) -> PrunedGroup:
-    """Where nothing follows on selection no score |W_ij| * factor_j need be in memory."""
+    """Selection without the scores |W_ij| * factor_j in memory, if no other step follows."""
     keep: dict[str, torch.Tensor] = {}
     steps: dict[str, tuple[Step, ...]] = {}
     with timed("select"):
@@ -181,7 +181,7 @@ class _PrunedRows:
 def _prune_rows(
     given: _Rows, channels: _Channels, dtype: torch.dtype, config: PruneConfig, timed: Timed
 ) -> _PrunedRows:
-    """Rows depend on each other through the permutation alone, so they are pruned piece by piece."""
+    """Prune rows piece by piece; only the permutation connects them."""
     sums: dict[str, _RowSums] = {}
     written = None
     with timed("select"):
@@ -218,7 +218,7 @@ def _row_sums(rows: _Rows, channels: _Channels, keep: torch.Tensor, written: tor
 
 
 def _steps(pieces: list[_PrunedRows]) -> tuple[Step, ...]:
-    """A layer's steps from all of its rows. Raises NumericsError where float32 did not hold what they are summed of."""
+    """A layer's steps from all of its rows. Raises NumericsError if the terms of a sum overflowed float32."""
 
     def total(parts: Iterable[torch.Tensor | None]) -> float | None:
         present = [part for part in parts if part is not None]
@@ -246,7 +246,7 @@ def _steps(pieces: list[_PrunedRows]) -> tuple[Step, ...]:
 def _search(
     scores: torch.Tensor, bounds: tuple[tuple[int, int], ...], heads: Heads | None, config: PruneConfig
 ) -> torch.Tensor | None:
-    """The permutation found, None for the identity; it stays inside heads, and inside blocks of second moments."""
+    """Search for a permutation, inside heads and inside blocks of second moments; None for the identity."""
     if not config.search_stages:
         return None
     if heads is not None:

@@ -69,6 +69,6 @@ def score(weight: torch.Tensor, statistics: ChannelStatistics, config: PruneConf
 
 
 def check_scores(whole: float, config: PruneConfig) -> None:
-    """Raise NumericsError where the greatest of some scores, or the sum of the greatest, is not finite."""
+    """Raise NumericsError if the greatest of some scores, or the sum of the greatest, is not finite."""
     if not math.isfinite(whole):
         raise NumericsError(f"{config.metric} scores hold NaN or infinity")

@@ -1,6 +1,6 @@
 """Weight reconstruction: kept weights fitted so that the pruned layer's outputs come near the dense layer's.
 
-This changes kept weights, which everything else here never does; it is off unless asked for.
+This changes kept weights, which nothing else here does; it is off by default.
 """
 
 import torch

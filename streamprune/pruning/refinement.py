@@ -1,12 +1,12 @@
 """Mask refinement: coordinate descent over groups on the layer's output error. Kept weights are not touched.
 
 For one output row with dropped weights d the squared output error over the calibration tokens is d H d^T, H = X^T X the
-inputs' second moments. Scores see the diagonal of H alone. Here each group of M in turn takes the best of its patterns
-given all others, until nothing changes: the error never rises. H of few tokens is overfitted, so it is shrunk towards
-its diagonal, by a strength that held-out samples choose (docs/method.md).
+inputs' second moments (often called the Hessian in this field). Scores see only the diagonal of H. Here each group of M
+in turn takes the best of its patterns given all others, until nothing changes: the error never rises. H from few tokens
+is overfitted, so it is shrunk towards its diagonal, by a strength that held-out samples choose (docs/method.md).
 
-Correction: inputs X behind pruned blocks differ from the dense model's X_dense. The mask can undo a part c of what that
-does to the outputs, by lowering ||c (X_dense - X) w + X d||^2 instead: beside d H d^T it has the linear term
+Correction: after pruned blocks the inputs X differ from the dense model's X_dense. The mask can compensate for a share
+c of the effect on the outputs, by lowering ||c (X_dense - X) w + X d||^2 instead: beside d H d^T it has the linear term
 2 d (c w C)^T with C = (X_dense - X)^T X (asymmetric calibration, as GPTAQ, arXiv 2504.02692, does for quantization).
 """
 
@@ -22,11 +22,11 @@ from streamprune_kernels import refine_rows
 
 BLOCK_WIDTH = 192  # columns refined by one product with what is dropped everywhere
 MAX_PASSES = 4  # groups that change fall by about half from pass to pass; their effect was not measured beyond
-LEAST_GAIN = 1e-6  # share of a group's sum of w^2 h that a change must save: below lies float32's noise
+MIN_GAIN = 1e-6  # share of a group's sum of w^2 h that a change must save: below lies float32's noise
 SHRINKAGES = (0.05, 0.15, 0.3, 0.5)  # tried on one half of the samples and judged on the other
-SHRINKAGE_ROWS = 64  # that the strength is chosen on
+SHRINKAGE_ROWS = 64  # rows that the strength is chosen on
 SHRINKAGE_PASSES = 1
-MOST_PATTERNS = 256  # more are not tried one by one
+MAX_PATTERNS = 256  # more are not tried one by one
 
 
 def refine_mask(
@@ -57,7 +57,7 @@ def refine_mask(
             q = stable_product(dropped, moments[:, columns]).mul_(off_diagonal)
             if linear is not None:
                 q += linear[:, columns]
-            count = refine_rows(block, mask, q, h, places, off_diagonal, LEAST_GAIN)
+            count = refine_rows(block, mask, q, h, places, off_diagonal, MIN_GAIN)
             if count:
                 dropped[:, columns] = torch.where(mask, 0, block)
                 changed += count
@@ -72,13 +72,13 @@ def choose_shrinkage(
     halves: tuple[torch.Tensor, torch.Tensor],
     pattern: NMPattern,
 ) -> float:
-    """How far to shrink the moments of all samples: the strength that serves best from one half to the other.
+    """How far to shrink the moments of all samples: the strength chosen on one half that does best on the other.
 
     About SHRINKAGE_ROWS rows are enough. All samples are twice as many as a half: a strength of s on a half stands for
     s / (2 - s) on all of them.
     """
     seen, unseen = halves
-    if not bool(unseen.diagonal().any()):  # a single sequence: nothing to judge by, so trust it least
+    if not bool(unseen.diagonal().any()):  # a single sequence leaves nothing to judge by: take the strongest shrinkage
         return SHRINKAGES[-1] / (2 - SHRINKAGES[-1])
 
     def held_out(strength: float) -> float:
@@ -126,9 +126,9 @@ def _copy(block: torch.Tensor) -> torch.Tensor:
 
 @cache
 def group_patterns(pattern: NMPattern) -> torch.Tensor:
-    """Which places of a group each of its patterns keeps, bool [C(M, N), M]; [0, M] where those are too many to try."""
+    """The places that each pattern of a group keeps, bool [C(M, N), M]; [0, M] if there are too many to try."""
     n, m = pattern.kept, pattern.group_size
-    if math.comb(m, n) > MOST_PATTERNS:
+    if math.comb(m, n) > MAX_PATTERNS:
         return torch.zeros(0, m, dtype=torch.bool)
     places = torch.zeros(math.comb(m, n), m, dtype=torch.bool)
     for row, kept in enumerate(itertools.combinations(range(m), n)):

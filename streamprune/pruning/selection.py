@@ -30,9 +30,9 @@ def weighted_error(weight: torch.Tensor, keep: torch.Tensor, rms: torch.Tensor) 
 
 
 def relative(squared_error: float, squared_norm: float) -> float:
-    """||error|| / ||norm|| of two squares: 0 of nothing, and of zeros OF_ZEROS, which is above every budget.
+    """||error|| / ||norm|| from their squares; 0 for no error, and OF_ZEROS, above every budget, if only the norm is 0.
 
-    An infinity would say it too, but JSON has none. Rounding may have left squares a little below 0.
+    Not infinity, which JSON lacks. Rounding may have left squares slightly below 0.
     """
     error, norm = max(squared_error, 0.0), max(squared_norm, 0.0)
     if norm == 0:
@@ -48,8 +48,8 @@ def stable_sum(x: torch.Tensor) -> float:
 def stable_product(a: torch.Tensor, b: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
     """a @ b, float32, the same bits for any thread count; added to `into` where that is given.
 
-    Long inner dimensions are cut: a BLAS may divide one among its threads, and then rounds as they are many (measured
-    for MKL at 777 and more with few rows; at 512 never, but for a single row).
+    Long inner dimensions are cut: a BLAS may divide one among its threads, and then rounding depends on their number
+    (measured for MKL at 777 and more with few rows; at 512 only for a single row).
     """
     product = torch.zeros(a.shape[0], b.shape[1], device=a.device) if into is None else into
     for first in range(0, a.shape[1], INNER_AT_ONCE):

@@ -27,7 +27,7 @@ MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in
 MIN_RELATIVE_GAIN = 1e-6  # a swap must gain this share of its group's score: below lies float32's noise
 ASSIGNMENT_ROUNDS = 8  # each goes once through the places of the groups
 ASSIGNMENT_GROUPS = 96  # in one assignment
-MOST_EXPONENT = 40  # of two, of the greatest score
+MAX_SCORE_EXPONENT = 40  # of two, of the greatest score
 MIN_ROUND_GAIN = 1e-3  # share of what all places add that a round must gain for another to follow
 
 
@@ -69,7 +69,7 @@ def search_in_heads(scores: torch.Tensor, heads: tuple[int, int, int], config: P
 def global_shuffle(scores: torch.Tensor, pattern: NMPattern, snake: bool = True) -> torch.Tensor:
     """Deal the channels, ordered by their mean score, out to the groups in turn (E-Sparse, global naive shuffle).
 
-    With `snake` every other round runs backwards, so that no group always gets the better card.
+    With `snake` every other round runs backwards, so that no group always gets the better channel.
     """
     channels = scores.shape[1]
     order = torch.argsort(scores.mean(dim=0, dtype=torch.float64), descending=True, stable=True)
@@ -82,9 +82,9 @@ def global_shuffle(scores: torch.Tensor, pattern: NMPattern, snake: bool = True)
 def assignment_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
     """Linear assignment of one channel of every group at a time, from the permutation `start` (RIA's way).
 
-    For each place of the groups in turn the channels there are taken out and dealt anew, each group getting one, so
-    that the sum of what they add to the retained score is the greatest possible. Rounds follow until one gains little.
-    Many groups are assigned in parts, drawn anew each time: the cost of one assignment grows with their cube.
+    For each place of the groups in turn the channels there are taken out and dealt again, one to each group, so that
+    they add the greatest possible sum to the retained score. Rounds end when one gains little. Many groups are assigned
+    in parts, drawn anew each time, because the cost of one assignment grows with the cube of the groups.
     """
     channels_first = scores.T.contiguous()
     groups = start.view(-1, pattern.group_size).clone()
@@ -130,9 +130,9 @@ def local_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPattern,
 
 
 def _of_middling_size(scores: torch.Tensor) -> torch.Tensor:
-    """Scores whose squares and sums float32 holds: very large and very small ones are scaled by a power of two."""
+    """Scores scaled by a power of two if they are so large or small that their squares and sums leave float32."""
     _, exponent = math.frexp(float(scores.amax()))
-    return scores if abs(exponent) <= MOST_EXPONENT else scores.ldexp(torch.tensor(-exponent))
+    return scores if abs(exponent) <= MAX_SCORE_EXPONENT else scores.ldexp(torch.tensor(-exponent))
 
 
 def ascending_in_groups(permutation: torch.Tensor, pattern: NMPattern) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What is known of a layer's input channels after the calibration text has passed: energy, histogram, second moments.
+"""Statistics of a layer's input channels over the calibration text: energy, histogram, second moments.
 
-The unit of reduction is one sequence, and partial results are combined in the order of the sequences, so that nothing
-depends on micro-batches or threads. Histogram counts are integers and do not depend on the order at all.
+One sequence is reduced at a time, and partial results are combined in the order of the sequences, so nothing depends on
+micro-batches or threads. Histogram counts are integers and do not depend on the order at all.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.selection import stable_product
-from streamprune_kernels import LEAST_EXPONENT, add_range, count_values
+from streamprune_kernels import MIN_EXPONENT, add_range, count_values
 from streamprune_kernels.calibration import Windows, add_tokens_cuda, statistics_unsuitable
 from streamprune_kernels.launch import runner_for
 
@@ -51,7 +51,7 @@ class ChannelStatistics:
 
     @classmethod
     def unseen(cls, channels: int, device: torch.device) -> "ChannelStatistics":
-        """Of inputs that nobody has looked at: every channel counts the same."""
+        """Statistics of inputs that were not observed: all channels are equal."""
         return cls(torch.ones(channels, dtype=torch.float64, device=device), None, None, 1, 1)
 
     @property
@@ -69,7 +69,7 @@ class ChannelStatistics:
 
 
 class StatisticsAccumulator:
-    """Takes a layer's inputs one sequence at a time; state that grows with channels, never with tokens."""
+    """Takes a layer's inputs one sequence at a time; its memory grows with channels, not with tokens."""
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class StatisticsAccumulator:
     ) -> None:
         """`unit`: channels that blocks of second moments do not divide (default: a group of M).
 
-        `outputs`: of the one layer that takes these inputs; None where several do. Where they are few, a reference is
-        held against the outputs: that costs less, in time and in memory.
+        `outputs`: output features of the layer that takes these inputs; None if several layers do. If they are few, a
+        reference is compared by outputs, which costs less time and memory.
         """
         self.config = config
         self.low = torch.full((channels,), math.inf, device=device)
@@ -124,11 +124,11 @@ class StatisticsAccumulator:
         self.sequences += 1
 
     def to_compare(self, x: torch.Tensor, y: torch.Tensor) -> LayerTokens:
-        """What `add_reference` needs of one sequence's inputs [tokens, in] and outputs [tokens, out]."""
+        """The part of one sequence's inputs [tokens, in] and outputs [tokens, out] that `add_reference` needs."""
         return LayerTokens(x, None if self.output_cross is None else y)
 
     def add_reference(self, dense: LayerTokens, pruned: LayerTokens) -> None:
-        """Add what a sequence is for the layer behind dense blocks, beside what it is behind pruned ones."""
+        """Add one sequence as the layer sees it after dense blocks, beside what it sees after pruned ones."""
         if self.moments is None:
             raise ValueError("a reference needs second moments")
         x = pruned.inputs.to(torch.float32)
@@ -201,7 +201,7 @@ class SecondMoments:
                 moments[first : first + STRIP_WIDTH, :first] = moments[:first, first : first + STRIP_WIDTH].T
 
     def take_whole(self) -> list[torch.Tensor]:
-        """The moments of all samples, block by block, in the memory of the halves, which are no more."""
+        """The moments of all samples, block by block. They take over the memory of the halves, which are then gone."""
         even, odd = self.halves
         for index in range(len(odd)):
             even[index] += odd[index]
@@ -210,7 +210,7 @@ class SecondMoments:
 
 
 def moment_blocks(channels: int, most: int, unit: int) -> tuple[tuple[int, int], ...]:
-    """Blocks of at most `most` channels, as equal as whole units allow; a unit that is wider is a block of its own."""
+    """Blocks of at most `most` channels, as equal as whole units allow; a wider unit is a block by itself."""
     count = -(-channels // max(most // unit * unit, unit))
     width = -(-channels // (count * unit)) * unit
     return tuple((begin, min(begin + width, channels)) for begin in range(0, channels, width))
@@ -230,7 +230,7 @@ class StreamingHistogram:
         self.counts = room[:, :FINE_BINS]
         self.minimum = torch.full((channels,), math.inf, device=device)
         self.maximum = torch.full((channels,), -math.inf, device=device)
-        self.exponent = torch.full((channels,), LEAST_EXPONENT, dtype=torch.int32, device=device)
+        self.exponent = torch.full((channels,), MIN_EXPONENT, dtype=torch.int32, device=device)
         self.first_bin = torch.zeros(channels, dtype=torch.int32, device=device)
 
     @property
@@ -239,7 +239,7 @@ class StreamingHistogram:
         return Windows(self.exponent, self.first_bin, self.counts)
 
     def see_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Note [channels] what bounds all values so far. Raises NumericsError where a range is beyond float32."""
+        """Record bounds [channels] of all values so far. Raises NumericsError if a range is beyond float32."""
         if not math.isfinite(float((high - low).amax())):
             raise NumericsError("a layer's input spans more than float32 holds")
         self.minimum, self.maximum = low, high
@@ -255,8 +255,8 @@ class StreamingHistogram:
     def coarse(self, bins: int, shared: bool = False) -> torch.Tensor:
         """Counts float64 [channels, bins] over each channel's minimum..maximum in equal bins, as numpy.histogram.
 
-        With `shared` the range is that of all channels. A fine bin that an edge cuts is divided in proportion: that,
-        and nothing else, is approximate.
+        With `shared` the range is that of all channels. A fine bin that an edge cuts is divided in proportion: only
+        that is approximate.
         """
         low, high = self.minimum.to(torch.float64), self.maximum.to(torch.float64)
         if shared:

@@ -40,7 +40,7 @@ from streamprune.model.streaming import advance, embed, text_inputs
 from streamprune.model.text import fitting_length, load_tokenizer, tokenize
 
 WHOLE_CHARACTERS = 1 << 24  # tokenised at once without max_tokens: up to 6 GB, 400 bytes a token
-MOST_EXPONENT = math.log(sys.float_info.max)
+MAX_LOSS = math.log(sys.float_info.max)  # nats; its exponential is the largest float
 LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabulary of 49,152
 
 
@@ -48,7 +48,7 @@ LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabula
 class Evaluation:
     """Perplexity over `tokens` = windows x sequence length; `loss` is the mean negative log-likelihood in nats.
 
-    The perplexity is e^loss; None where that is beyond a float, 1.8e308, at a loss of more than 709.78.
+    The perplexity is e^loss; None if that is beyond a float (1.8e308, a loss of more than 709.78).
     """
 
     perplexity: float | None
@@ -100,7 +100,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar:
         losses = _losses(source, windows, arithmetic, Path(work), bar.update)
     loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
-    perplexity = math.exp(loss) if loss < MOST_EXPONENT else None
+    perplexity = math.exp(loss) if loss < MAX_LOSS else None
     seconds, packed = time.perf_counter() - start, bool(source.packed)
     return Evaluation(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
 
@@ -150,7 +150,7 @@ def _windows(
 
 
 def _ids(tokenizer: Any, path: Path, text_column: str, max_tokens: int | None) -> list[int]:
-    """Ids of a whole text, or of as many of its first documents as give `max_tokens`."""
+    """Ids of a whole text, or of its first documents until they give `max_tokens`."""
     check_file(path)
     separator = "" if kind_of(path)[0] == ".txt" else "\n\n"
     most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * (max_tokens or 0))
@@ -168,7 +168,7 @@ def _ids(tokenizer: Any, path: Path, text_column: str, max_tokens: int | None) -
             ids = tokenize(tokenizer, separator.join(read))
             if len(ids) >= max_tokens:
                 return ids
-            look_at = 2 * size  # in all no more than twice the text is tokenised
+            look_at = 2 * size  # so that no more than twice the text is tokenised in all
     return tokenize(tokenizer, separator.join(read))
 
 

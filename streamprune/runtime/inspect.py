@@ -1,4 +1,4 @@
-"""`inspect`: what an output holds, from its manifest and headers alone."""
+"""`inspect`: what an output holds, read from its manifest and headers only."""
 
 from dataclasses import dataclass
 from pathlib import Path

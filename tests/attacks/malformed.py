@@ -25,8 +25,8 @@ from attacks.attacked import Campaign, Worker
 from attacks.catalogue import Malformed
 from streamprune.pipeline.compress import compress
 
-MOST_SECONDS = 2.0
-MOST_BYTES = 100_000_000
+MAX_SECONDS = 2.0
+MAX_BYTES = 100_000_000
 ATTEMPTS = 3  # where one took too long: the machine may be busy
 AMOUNT = ["--sequence-length", "48", "--dtype", "float32", "--quiet"]
 
@@ -106,12 +106,12 @@ def seen(case: Path) -> dict[str, tuple[int, int, int]]:
 def feed(worker: Worker, materials: Materials, entry: Malformed, folder: Path) -> Outcome:
     """Run an entry's command on its input; where that took too long, again, and the shortest counts."""
     outcomes: list[Outcome] = []
-    while not outcomes or (entry.code and len(outcomes) < ATTEMPTS and outcomes[-1].seconds > MOST_SECONDS):
+    while not outcomes or (entry.code and len(outcomes) < ATTEMPTS and outcomes[-1].seconds > MAX_SECONDS):
         case = folder / "case"
         try:
             arguments = materials.place(entry, case)
             before = seen(case)
-            ended = worker.command(arguments, kill_after=10 * MOST_SECONDS)
+            ended = worker.command(arguments, kill_after=10 * MAX_SECONDS)
             after = seen(case)
         finally:
             shutil.rmtree(case, ignore_errors=True)
@@ -144,9 +144,9 @@ def broken(entry: Malformed, outcome: Outcome) -> list[str]:
         wrong.append(f"what no terminal should get: {said!r}")
     if written := [name for name in outcome.touched if not entry.may_write(name)]:
         wrong.append(f"wrote {written}")
-    if entry.code and outcome.seconds > MOST_SECONDS:
+    if entry.code and outcome.seconds > MAX_SECONDS:
         wrong.append(f"took {outcome.seconds:.1f} s")
-    if entry.code and outcome.memory_bytes > MOST_BYTES:
+    if entry.code and outcome.memory_bytes > MAX_BYTES:
         wrong.append(f"took {outcome.memory_bytes / 1e6:.0f} MB")
     return [f"{entry.name}: {what}" for what in wrong]
 

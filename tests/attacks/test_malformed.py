@@ -11,7 +11,7 @@ import pytest
 
 from attacks.attacked import Worker
 from attacks.catalogue import Malformed
-from attacks.malformed import CATALOGUE, MOST_BYTES, MOST_SECONDS, Materials, Outcome, broken, feed, feed_all, warm
+from attacks.malformed import CATALOGUE, MAX_BYTES, MAX_SECONDS, Materials, Outcome, broken, feed, feed_all, warm
 
 REAL = (
     "header: header length beyond the file",
@@ -91,8 +91,8 @@ def test_the_checks_can_fail(worker: Worker, materials: Materials, monkeypatch: 
         ({"stderr": f"streamprune: {entry.message}\x1b\n"}, "what no terminal should get"),
         ({"stdout": "x"}, "something on standard output"),
         ({"touched": ("out",)}, "wrote ['out']"),
-        ({"seconds": MOST_SECONDS + 1}, "took 3.0 s"),
-        ({"memory_bytes": MOST_BYTES + 1}, "took 100 MB"),
+        ({"seconds": MAX_SECONDS + 1}, "took 3.0 s"),
+        ({"memory_bytes": MAX_BYTES + 1}, "took 100 MB"),
     ):
         assert any(message in fault for fault in broken(entry, dataclasses.replace(outcome, **changes))), message
 
@@ -102,7 +102,7 @@ def test_memory_and_writing_are_seen(worker: Worker, materials: Materials) -> No
     warm(worker, materials)
 
     outcome = feed(worker, materials, named("one line of a megabyte"), materials.folder)
-    assert outcome.memory_bytes > MOST_BYTES
+    assert outcome.memory_bytes > MAX_BYTES
     entry = dataclasses.replace(named("a holder that is deep JSON".lower()), code=3)
     assert "out/config.json" in feed(worker, materials, entry, materials.folder).touched
 

@@ -27,7 +27,7 @@ from streamprune.pipeline import two_passes
 from streamprune.pipeline.compress import compress
 
 ACTIONS = {"count": 0, "kill": 1, "full": 2, "stop": 3}
-MOST_PRINTED = 1 << 20
+MAX_PRINTED = 1 << 20
 KINDS = {"write": 1, "sync": 2, "rename": 4, "remove": 8, "create": 16, "mode": 32}
 
 
@@ -88,7 +88,7 @@ def commanded(order: dict[str, Any]) -> dict[str, Any]:
     sys.stderr.flush()
     texts = {}
     for number, file in printed.items():
-        texts[number] = os.pread(file, MOST_PRINTED, 0).decode(errors="backslashreplace")
+        texts[number] = os.pread(file, MAX_PRINTED, 0).decode(errors="backslashreplace")
     return {"exit_code": code, "stdout": texts[1], "stderr": texts[2], "memory_bytes": above}
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from streamprune.checkpoint import buffers
-from streamprune.checkpoint.buffers import LEAST_BYTES, Buffers
+from streamprune.checkpoint.buffers import MIN_BYTES, Buffers
 from streamprune.checkpoint.reader import open_checkpoint
 
-SHAPE = (LEAST_BYTES // 1024, 512)  # the least that is lent, of 16 bits
+SHAPE = (MIN_BYTES // 1024, 512)  # the least that is lent, of 16 bits
 
 
 def test_memory_is_lent_again_when_nobody_holds_it() -> None:
@@ -67,7 +67,7 @@ def test_threads_may_give_it_back() -> None:
 
 def test_small_tensors_have_memory_of_their_own() -> None:
     lent = Buffers()
-    small = lent.empty((LEAST_BYTES // 2 - 1,), torch.bfloat16)
+    small = lent.empty((MIN_BYTES // 2 - 1,), torch.bfloat16)
     del small
     assert lent._free == {}
     assert lent.empty((), torch.float32).shape == ()
@@ -77,7 +77,7 @@ def test_small_tensors_have_memory_of_their_own() -> None:
 def test_what_is_read_into_it_is_the_same(
     source: str, sources: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buffers, "LEAST_BYTES", 1)
+    monkeypatch.setattr(buffers, "MIN_BYTES", 1)
     checkpoint, lent = open_checkpoint(sources(source)), Buffers()
     names = list(checkpoint.tensors)
     expected = checkpoint.read_unchecked(names)

@@ -35,7 +35,7 @@ namespace shim {
 
 constexpr u32 WARP = 32;
 constexpr size_t STACK_BYTES = 64 * 1024;
-constexpr u32 DYNAMIC_MOST = 228 * 1024, STATIC_BEGIN = 256 * 1024, SHARED_END = STATIC_BEGIN + 48 * 1024;
+constexpr u32 MAX_DYNAMIC = 228 * 1024, STATIC_BEGIN = 256 * 1024, SHARED_END = STATIC_BEGIN + 48 * 1024;
 constexpr u8 POISON = 0xFF;     // NaN in every floating-point type
 constexpr u16 SEVERAL = 0xFFFF;  // threads
 
@@ -562,7 +562,7 @@ constexpr Kernel describe(const char* name) {
 inline std::string launch(const Settings& settings, Counts& counts) {
     static Block own;
     const size_t threads = (size_t)settings.block.x * settings.block.y * settings.block.z;
-    if (settings.shared_bytes > DYNAMIC_MOST) return "asks for more shared memory than any device has";
+    if (settings.shared_bytes > MAX_DYNAMIC) return "asks for more shared memory than any device has";
     if (own.stack_count < threads) {
         if (own.stacks) munmap(own.stacks, own.stack_count * STACK_BYTES);
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;

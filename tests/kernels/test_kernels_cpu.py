@@ -18,7 +18,7 @@ from streamprune.config import NMPattern
 from streamprune.pruning.refinement import group_patterns
 from streamprune.runtime.verify import verify
 from streamprune_kernels import (
-    LEAST_EXPONENT,
+    MIN_EXPONENT,
     add_range,
     count_values,
     cpu,
@@ -197,7 +197,7 @@ def test_add_range_shows_what_is_not_finite(value: float) -> None:
 
 def windows(channels: int, bins: int) -> tuple[torch.Tensor, ...]:
     """exponent, first_bin and counts as a histogram begins with them."""
-    exponent = torch.full((channels,), LEAST_EXPONENT, dtype=torch.int32)
+    exponent = torch.full((channels,), MIN_EXPONENT, dtype=torch.int32)
     return exponent, torch.zeros(channels, dtype=torch.int32), torch.zeros(channels, bins, dtype=torch.int32)
 
 

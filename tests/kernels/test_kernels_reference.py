@@ -146,5 +146,5 @@ def test_the_package_exports_its_kernels() -> None:
         "sparse_unsuitable sparse_weight squared_distances unpack_mask unsupported_reason weighted_squares"
     )
     names = [*types.split(), *functions.split()]
-    assert streamprune_kernels.__all__ == ["FEW_ROWS", "LEAST_EXPONENT", "MOST_SHARED_TOKENS", *names]
+    assert streamprune_kernels.__all__ == ["FEW_ROWS", "MAX_SHARED_TOKENS", "MIN_EXPONENT", *names]
     assert all(callable(getattr(streamprune_kernels, name)) for name in names)

@@ -269,7 +269,7 @@ def test_a_model_cannot_be_passed_off_as_reconstructed_unseen(
 
 
 @pytest.mark.parametrize(("source", "attention"), [("llama", "o_proj"), ("llama-plain", "o_proj"), ("opt", "out_proj")])
-@pytest.mark.parametrize("fold", ["heads", "free"])
+@pytest.mark.parametrize("fold", ["heads", "across-heads"])
 def test_folds_compute_what_the_masked_model_does(
     fold: str,
     source: str,
@@ -279,7 +279,7 @@ def test_folds_compute_what_the_masked_model_does(
     held_out: Path,
     tmp_path: Path,
 ) -> None:
-    """ "free" stores the permutation of attention's output and crosses heads, "heads" folds it."""
+    """ "across-heads" stores the permutation of attention's output and crosses heads, "heads" folds it."""
     out = outputs(source, fold=fold, shuffle="assignment")
     assert verify(out, source=sources(source)).faults == []
     packed = packed_reader.PackedFolder(out)
@@ -287,10 +287,10 @@ def test_folds_compute_what_the_masked_model_does(
     assert len(names) == 3
     for name in names:
         gather = packed.layer(name).gather
-        assert (gather is not None) is (fold == "free")
+        assert (gather is not None) is (fold == "across-heads")
         order = gather if gather is not None else packed.order(f"{name}.weight", 1, 64)
         crosses = bool((order // 16 != numpy.arange(64) // 16).any())
-        assert crosses is (fold == "free")
+        assert crosses is (fold == "across-heads")
     export(out, out=tmp_path / "dense")
     plain = AutoModelForCausalLM.from_pretrained(sources(source), dtype=torch.float64).eval()
     state = packed.unpacked_state(tiny.read_tensors(sources(source)))

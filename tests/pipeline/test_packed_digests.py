@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for shuffle in ("none", "stride", "global", "local", "assignment", "stride+global+local", "residual+assignment")
     },
     "residual, refined": {"shuffle": "residual+local"},
-    "across heads": {"fold": "free"},
+    "across heads": {"fold": "across-heads"},
     "4:8": {"pattern": "4:8", "entropy_range": "layer", "relative": True, "amplitude": "rms"},
     "1:4, energy": {"pattern": "1:4", "objective": "energy", "correction": 0.0},
     "narrow moments": {"moments_width": 64, "shrinkage": 0.2, "correction_stride": 1},

@@ -95,7 +95,7 @@ def test_a_limit_cuts_second_moments_and_no_more_than_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(memory, "LIBRARIES_BYTES", 0)
-    monkeypatch.setattr(memory, "LEAST_MOMENTS_WIDTH", 64)
+    monkeypatch.setattr(memory, "MIN_MOMENTS_WIDTH", 64)
 
     def needed(width: int) -> int:
         return streamprune.plan(

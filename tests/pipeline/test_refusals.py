@@ -133,7 +133,7 @@ class TestBeforeAnyBlock:
             ({"shuffle": "global+residual"}, r"shuffle 'global\+residual' is not .* nor residual before them"),
             ({"shuffle": ""}, "shuffle '' is not none"),
             ({"shuffle": "residual+"}, r"shuffle 'residual\+' is not none"),
-            ({"fold": "both"}, "fold 'both' is none of heads, free"),
+            ({"fold": "both"}, "fold 'both' is none of heads, across-heads"),
             ({"objective": "error"}, "objective 'error' is none of score, energy"),
             ({"entropy_range": "model"}, "entropy_range 'model' is none of channel, layer"),
             ({"shrinkage": 1.1}, "shrinkage 1.1 is not a number from 0 to 1"),

@@ -232,7 +232,7 @@ OTHER_SETTINGS = [
     ("entropy_bins", {"entropy_bins": 99}),
     ("amplitude", {"amplitude": "rms"}),
     ("shuffle_block", {"shuffle_block": 32}),
-    ("fold", {"fold": "free"}),
+    ("fold", {"fold": "across-heads"}),
     ("objective", {"objective": "energy"}),
     ("entropy_range", {"entropy_range": "layer"}),
     ("relative", {"relative": True}),

@@ -67,7 +67,7 @@ WAYS = [
         shuffle="assignment",
         gathered=("q", "k", "v", "o", "gate", "up"),
         folded=("down",),
-        settings={"fold": "free"},
+        settings={"fold": "across-heads"},
     ),
     Way(
         "opt",
@@ -75,7 +75,7 @@ WAYS = [
         shuffle="global",
         gathered=("q", "k", "v", "out", "fc1"),
         folded=("fc2",),
-        settings={"fold": "free"},
+        settings={"fold": "across-heads"},
     ),
     # one permutation of the residual stream: nothing is stored
     Way("llama", "2:4", shuffle="residual+assignment", gathered=(), folded=("q", "k", "v", "gate", "up", "o", "down")),
@@ -94,7 +94,7 @@ WAYS = [
         shuffle="residual+assignment",
         gathered=("o",),
         folded=("q", "k", "v", "gate", "up", "down"),
-        settings={"fold": "free"},
+        settings={"fold": "across-heads"},
     ),
     # second moments in blocks
     Way("llama", "2:4", shuffle="assignment", settings={"moments_width": 64}),

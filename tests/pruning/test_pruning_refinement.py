@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from streamprune.config import NMPattern
 from streamprune.pruning.refinement import (
-    LEAST_GAIN,
+    MIN_GAIN,
     SHRINKAGES,
     choose_shrinkage,
     group_patterns,
@@ -121,7 +121,7 @@ def test_ends_where_no_other_pattern_of_a_single_group_costs_less(
         weight, keep, moments, linear = problem(pattern, 5, groups, 60, seed)
         slope = linear if with_linear else None
         refined = refine_mask(weight, keep, moments, pattern, shrinkage, slope, passes=100)
-        end, slack = cost(weight, refined, moments, shrinkage, slope), 5 * LEAST_GAIN * scale_of(weight, moments)
+        end, slack = cost(weight, refined, moments, shrinkage, slope), 5 * MIN_GAIN * scale_of(weight, moments)
         for first in range(0, groups * pattern.group_size, pattern.group_size):
             for mask in all_group_masks(pattern):
                 other = refined.numpy().copy()
@@ -141,7 +141,7 @@ def test_a_single_group_takes_the_best_of_all_patterns(pattern: NMPattern, with_
     keep = torch.zeros(40, pattern.group_size, dtype=torch.bool)
     keep[:, -pattern.kept :] = True
     reached = cost(weight, refine_mask(weight, keep, moments, pattern, shrinkage, slope), moments, shrinkage, slope)
-    assert (reached <= best + 5 * LEAST_GAIN * scale_of(weight, moments)).all()
+    assert (reached <= best + 5 * MIN_GAIN * scale_of(weight, moments)).all()
     assert (cost(weight, keep, moments, shrinkage, slope) > best + 1e-3 * scale_of(weight, moments)).mean() > 0.5
 
 
@@ -151,7 +151,7 @@ def test_many_patterns_go_by_exchanges_to_where_none_saves() -> None:
     assert group_patterns(pattern).shape == (0, 16)
     weight, keep, moments, linear = problem(pattern, 8, 1, 40, 3)
     refined = refine_mask(weight, keep, moments, pattern, 0.1, linear, passes=100)
-    end, slack = cost(weight, refined, moments, 0.1, linear), 5 * LEAST_GAIN * scale_of(weight, moments)
+    end, slack = cost(weight, refined, moments, 0.1, linear), 5 * MIN_GAIN * scale_of(weight, moments)
     assert (end < cost(weight, keep, moments, 0.1, linear) - slack).sum() >= 4
     for row in range(8):
         for i, j in itertools.combinations(range(16), 2):

@@ -103,6 +103,12 @@ def test_a_resealed_copy_is_intact(out: Path, llama: Path) -> None:
     assert verify(out, source=llama).faults == []
 
 
+def test_a_setting_by_its_former_name(out: Path, llama: Path) -> None:
+    """Outputs from before `--fold across-heads` had that name say "free"; what they hold is as good."""
+    tiny.reseal(out, lambda manifest: manifest["identity"]["settings"].update(fold="free"))
+    assert verify(out, source=llama).ok
+
+
 def test_the_largest_weights(out: Path) -> None:
     """Their products are beyond float32, and so scaled: the figure is a number, and no fault is seen where none is."""
     name = f"{DOWN}.weight_values"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuda_tools import runners
 
-from streamprune_kernels import LEAST_EXPONENT
+from streamprune_kernels import MIN_EXPONENT
 from streamprune_kernels.calibration import STATIC_BYTES, Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.launch import Launch, Run
 
@@ -24,7 +24,7 @@ def fresh(channels: int, bins: int) -> State:
     counts = torch.zeros(channels, bins + ROW_GAP, dtype=torch.int32)[:, :bins]
     first = torch.zeros(channels, dtype=torch.int32)
     low, high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
-    windows = Windows(torch.full((channels,), LEAST_EXPONENT, dtype=torch.int32), first, counts)
+    windows = Windows(torch.full((channels,), MIN_EXPONENT, dtype=torch.int32), first, counts)
     return low, high, torch.zeros(channels, dtype=torch.float64), windows
 
 

@@ -11,7 +11,7 @@ from refinement_problems import whole_problem
 
 from streamprune import PackedLinear
 from streamprune.config import NMPattern
-from streamprune_kernels import LEAST_EXPONENT, cpu, excess_sums, local_swaps, reference, refine_rows
+from streamprune_kernels import MIN_EXPONENT, cpu, excess_sums, local_swaps, reference, refine_rows
 from streamprune_kernels.calibration import Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
 from streamprune_kernels.gemm import nm_linear_with_error, nm_weight, sparse_linear, sparse_linear_with_error
@@ -137,7 +137,7 @@ def test_calibration(tokens: int, dtype: torch.dtype) -> None:
     """4,096 tokens are more than shared memory holds on any GPU."""
 
     def state(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Windows]:
-        exponent = torch.full((1000,), LEAST_EXPONENT, dtype=torch.int32, device=device)
+        exponent = torch.full((1000,), MIN_EXPONENT, dtype=torch.int32, device=device)
         counts = torch.zeros(1000, 4096, dtype=torch.int32, device=device)
         low = torch.full((1000,), torch.inf, device=device)
         windows = Windows(exponent, torch.zeros_like(exponent), counts)

@@ -11,7 +11,7 @@ from cuda_tools.layers import Layer, assert_accurate, assert_error_sums, random_
 from streamprune_kernels import gemm
 from streamprune_kernels.gemm import (
     COMMON_TILE,
-    MOST_SHARED_TOKENS,
+    MAX_SHARED_TOKENS,
     NARROW_TILE,
     SPARSE_STAGES,
     WIDE_TILE,
@@ -174,7 +174,7 @@ def test_a_device_chooses(monkeypatch: pytest.MonkeyPatch, tile: Tile | None) ->
     x = random_inputs(20, 1024, torch.float16)
     assert launches_of(linear, x)[0].grid == (2, 2, 1)
     assert torch.equal(linear(x, run=host.run), linear(x, parts=2, run=host.run))
-    many = torch.zeros(MOST_SHARED_TOKENS + 1, 1024).half()
+    many = torch.zeros(MAX_SHARED_TOKENS + 1, 1024).half()
     monkeypatch.setattr(gemm, "_multiprocessors", lambda device: H100)
     assert launches_of(linear, many[1:])[0].grid[1] > 1
     assert launches_of(linear, many)[0].grid[1] == 1
