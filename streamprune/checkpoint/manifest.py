@@ -146,9 +146,9 @@ class Timings(Struct, frozen=True):
 def read_manifest(path: Path) -> Manifest:
     """A manifest whose fields are of their kinds. Raises CheckpointError naming the first that is not."""
     manifest = read_record(path, Manifest)
-    version = layout_of(manifest.format_version, path).version
-    if version > 1 and None in (manifest.source_name, manifest.made_by):
-        raise CheckpointError(f"{path}: is malformed (source_name or made_by is missing)")
+    since_2 = ("source_name", "made_by") if layout_of(manifest.format_version, path).version > 1 else ()
+    if missing := next((name for name in since_2 if getattr(manifest, name) is None), None):
+        raise CheckpointError(f"{path}: is malformed ({missing} is missing)")
     settings = manifest.identity.get("settings")
     for name in ("validate", "reconstruct"):
         if not isinstance(settings, dict) or not isinstance(settings.get(name), bool):
