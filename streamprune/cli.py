@@ -305,6 +305,7 @@ def plan(**settings: Any) -> Any:
 @click.argument("folder", type=click.Path())
 @click.option("--source", type=click.Path(), help="The dense checkpoint: compare every kept value with it.")
 @click.option("--quick", is_flag=True, help="Sizes and headers alone: sees what is missing, not what is damaged.")
+@click.option("--device", default="auto", show_default=True, help="Whose kernels multiply: auto, cpu or cuda.")
 @QUIET
 def verify(quiet: bool, **settings: Any) -> Any:
     """Check every byte of an output FOLDER; exit code 1 on any fault."""
