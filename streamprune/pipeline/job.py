@@ -16,8 +16,9 @@ from streamprune.errors import CheckpointError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
 from streamprune.model.configuration import forward_settings
 from streamprune.model.documents import TEXT_COLUMN
+from streamprune.model.machine import gpu_versions, rounding
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
-from streamprune.model.streaming import check_tied
+from streamprune.model.streaming import check_tied, sequences_at_once
 from streamprune.model.text import tokenizer_digests
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 from streamprune.pipeline.plan import Plan, make_plan
@@ -101,7 +102,7 @@ def resolve_job(
         },
         "calibration": calibrated,
         "settings": config.to_dict(),
-        "compute": arithmetic.identity,
+        "compute": {**arithmetic.identity, **_pace_that_decides(arithmetic, plan)},
     }
     known = {"config.json", *INDEX_FILES, *(source.path.name for source in checkpoint.tensors.values())}
     beside = list_beside(model, known)
@@ -122,9 +123,26 @@ def source_dtype(skeleton: Skeleton, checkpoint: Checkpoint, names: dict[str, st
     return checkpoint.tensors[names[skeleton.block_parameters(0)[0]]].dtype
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic or modules decide the bytes."""
-    return {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
+def _pace_that_decides(arithmetic: Arithmetic, plan: Plan) -> dict[str, int]:
+    """On a GPU how many sequences go through a block at once: cuBLAS chooses by rows how it multiplies."""
+    if arithmetic.device.type != "cuda":
+        return {}
+    return {"sequences_at_once": sequences_at_once(plan.micro_batch, plan.sequence_length, arithmetic.device)}
+
+
+def surroundings(job: Job) -> dict[str, Any]:
+    """What else decides the bytes: an interrupted job goes on where all of it is the same. A finished output does not
+    record it, and is recognised elsewhere.
+    """
+    rows = job.plan.micro_batch * job.plan.sequence_length
+    return {"versions": versions(job), "rounding": rounding(job.arithmetic.device, job.arithmetic.dtype, rows)}
+
+
+def versions(job: Job) -> dict[str, str]:
+    """Versions of the libraries whose arithmetic, searches or modules decide the bytes."""
+    names = ["streamprune", "torch", "transformers", *(["scipy"] if "assignment" in job.config.search_stages else [])]
+    found = {name: importlib.metadata.version(name) for name in names}
+    return found if job.arithmetic.device.type != "cuda" else {**found, **gpu_versions(job.arithmetic.device)}
 
 
 def without_budget(identity: dict[str, Any]) -> dict[str, Any]:
