@@ -350,6 +350,7 @@ def plan(**settings: Any) -> Any:
 @click.argument("folder", type=click.Path())
 @click.option("--source", type=click.Path(), help="The dense checkpoint: also compare every kept value with it.")
 @click.option("--quick", is_flag=True, help="Check only sizes and headers: finds what is missing, not what is damaged.")
+@click.option("--device", default="auto", show_default=True, help="Whose kernels multiply: auto, cpu or cuda.")
 @QUIET
 def verify(quiet: bool, **settings: Any) -> Any:
     """Check every byte of an output FOLDER.

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from streamprune.errors import SettingsError
+from streamprune.model.machine import bfloat16_features, gpu_identity, processor_name, warn_of_two_runtimes
 from streamprune_kernels import library
 
-BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGE_PIECE_BYTES = 1 << 23  # with smaller ones peaks vary less, but more activations take new memory
 FREE_TOP_BYTES = 1 << 26  # kept at the end of the heap; glibc forgets its own value when the other is set
@@ -33,19 +33,13 @@ class Arithmetic:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What of it decides the bytes: device kind, dtype, the processor's instruction set, and which kernels run."""
-        if self.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(self.device)
-            instruction_set = f"sm_{major}{minor}"
-        else:
-            bfloat16 = " BF16" if self.dtype == torch.bfloat16 and has_bfloat16() else ""
-            instruction_set = f"{torch.backends.cpu.get_cpu_capability()}{bfloat16}"
-        kernels = "compiled" if library() is not None else "plain"
+        """What of it decides the bytes, by name. On a GPU the processor counts too: it runs what precedes the blocks."""
         return {
             "device": self.device.type,
             "dtype": name_of(self.dtype),
-            "instruction_set": instruction_set,
-            "kernels": kernels,
+            "processor": processor_name(self.dtype),
+            "kernels": "compiled" if library() is not None else "plain",
+            **(gpu_identity(self.device) if self.device.type == "cuda" else {}),
         }
 
     @property
@@ -81,19 +75,19 @@ def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmet
     return Arithmetic(resolved, DTYPES[dtype])
 
 
-def has_bfloat16(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Does the processor multiply bfloat16 (AMX, AVX-512 BF16, or Arm's bf16), as Linux lists its features?"""
-    if not cpu_info.exists():
-        return False
-    lines = (line.partition(":") for line in cpu_info.read_text().splitlines())
-    features = next((words.split() for name, _, words in lines if name.strip().lower() in ("flags", "features")), [])
-    return not BFLOAT16_FEATURES.isdisjoint(features)
+def has_bfloat16() -> bool:
+    """Does the processor multiply bfloat16?"""
+    return bool(bfloat16_features())
 
 
 @cache
 def warn_without_kernels() -> None:
-    """Say in one line, once in a process, that the package was built without its compiled kernels, where it was."""
-    if library() is None:
+    """Say in one line, once in a process, that the package was built without its compiled kernels, where it was, or
+    that they have an OpenMP runtime beside torch's.
+    """
+    if library() is not None:
+        warn_of_two_runtimes()
+    else:
         logger.warning(
             "streamprune was built without its compiled kernels: search, refinement and packed products take "
             "several times longer; install a C++ compiler and then streamprune again"

@@ -4,6 +4,7 @@ What each block receives beside the hidden states is recorded by running the mod
 blocks' places, so nothing about masks or position embeddings is spelled here.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def run_tail(
 
 
 def arguments_equal(one: Any, other: Any) -> bool:
-    """Whether two recorded arguments are the same, tensors by value, floating-point ones up to rounding."""
+    """Whether two recorded arguments are the same, tensors bit by bit."""
     (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
     # blocks share most of what they are called with: each pair is looked at once
     pairs = {(id(leaf), id(other)): (leaf, other) for leaf, other in zip(leaves, others, strict=False)}
@@ -116,9 +117,19 @@ def arguments_equal(one: Any, other: Any) -> bool:
 def _leaves_equal(one: Any, other: Any) -> bool:
     if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
         return bool(one == other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-6) if one.is_floating_point() else torch.equal(one, other)
+    bits = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(*bits)
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    """Of two numbers at the same place of recorded arguments; infinity where they cannot be told apart by one."""
+    (leaves, structure), (others, other_structure) = tree_flatten(one), tree_flatten(other)
+    if structure != other_structure:
+        return math.inf
+    unequal = [pair for pair in zip(leaves, others, strict=True) if not _leaves_equal(*pair)]
+    if not all(isinstance(leaf, torch.Tensor) and leaf.shape == mate.shape for leaf, mate in unequal):
+        return math.inf
+    return max((float((leaf.double() - mate.double()).abs().max()) for leaf, mate in unequal), default=0.0)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Hidden states wait in scratch files between blocks; only one block is in memory.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import RunnableBlock
-from streamprune.model.forward import BlockInputs, arguments_equal, record_block_inputs
+from streamprune.model.forward import BlockInputs, arguments_equal, largest_difference, record_block_inputs
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.source import Source
 from streamprune_kernels import FEW_ROWS, MAX_SHARED_TOKENS
 
 BlockArguments = tuple[dict[str, Any], ...]
+logger = logging.getLogger("streamprune")
 
 
 @dataclass(frozen=True)
@@ -61,31 +63,40 @@ def embed(
 ) -> BlockArguments:
     """Run what comes before the blocks on tokens [sequences, length] and keep the results in `states`.
 
-    Returns what each block is called with beside hidden states. Without `states` only the first sequence is run, to
-    learn that. Raises UnsupportedModelError where it differs between sequences.
+    Returns what each block is called with beside hidden states, which is the same for every sequence. Without `states`
+    nothing is kept. Raises UnsupportedModelError where it depends on the text.
     """
-    # Once in several hundred jobs, and never reproduced, a later recording was not bit-equal to the first. In case a
-    # process's first call of a vector routine rounds differently, we make one discarded warm-up call.
-    block_inputs(skeleton, inputs, tokens[0], arithmetic)
-    arguments: BlockArguments | None = None
-    for index in range(len(tokens) if states is not None else 1):
-        recorded = block_inputs(skeleton, inputs, tokens[index], arithmetic)
-        if arguments is None:
-            arguments = recorded.arguments
-        elif not arguments_equal(arguments, recorded.arguments):
-            pairs = zip(arguments, recorded.arguments, strict=True)
-            names = {key for one, other in pairs for key in one if not arguments_equal(one[key], other.get(key))}
-            raise UnsupportedModelError(
-                f"blocks of this model are called with something that depends on the text: {', '.join(sorted(names))}"
-            )
-        if states is not None:
-            states.write(index, recorded.hidden_states)
-            tick()
-    assert arguments is not None
+    arguments = _block_arguments(skeleton, inputs, tokens[0], arithmetic)
+    for index in range(len(tokens) if states is not None else 0):
+        states.write(index, block_inputs(skeleton, inputs, tokens[index], arithmetic).hidden_states)
+        tick()
     moved: BlockArguments = tree_map(
         lambda value: value.to(arithmetic.device) if isinstance(value, torch.Tensor) else value, arguments
     )
     return moved
+
+
+def _block_arguments(
+    skeleton: Skeleton, inputs: TextInputs, ids: torch.Tensor, arithmetic: Arithmetic
+) -> BlockArguments:
+    """Recorded of two texts that differ at every place, and bit by bit the same of both.
+
+    So they neither depend on the text nor hold what a computation got wrong once: where the two differ, both are
+    recorded once more.
+    """
+    vocabulary, _ = skeleton.embedding_shape
+    texts = ids, (ids + 1) % vocabulary
+    for attempt in (1, 2):
+        one, other = (block_inputs(skeleton, inputs, text, arithmetic).arguments for text in texts)
+        if arguments_equal(one, other):
+            return one
+        pairs = zip(one, other, strict=True)
+        unequal = {key: (mine[key], theirs.get(key)) for mine, theirs in pairs for key in mine
+                   if not arguments_equal(mine[key], theirs.get(key))}  # fmt: skip
+        found = ", ".join(f"{key} (by {largest_difference(*values):.3g})" for key, values in sorted(unequal.items()))
+        if attempt == 1:
+            logger.warning("blocks are called with something that differs between two texts: %s; asking again", found)
+    raise UnsupportedModelError(f"blocks of this model are called with something that depends on the text: {found}")
 
 
 def sequences_at_once(micro_batch: int, tokens: int, device: torch.device) -> int:

@@ -33,7 +33,7 @@ from streamprune.model.documents import TEXT_COLUMN
 from streamprune.pipeline.assembly import assemble, stage_outer, write_manifest
 from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.gate import check_outcomes
-from streamprune.pipeline.job import Job, resolve_job, versions, without_budget
+from streamprune.pipeline.job import Job, resolve_job, surroundings, versions, without_budget
 from streamprune.pipeline.journal import (
     WORK_FOLDER,
     Journal,
@@ -138,7 +138,7 @@ def compress(
             result = _already_finished(job, out)
             journal.clear()
             return result
-        about = {"versions": versions(), "format_version": LAYOUT.version}
+        about = {**surroundings(job), "format_version": LAYOUT.version}
         entries = journal.start({**without_budget(job.identity), **about})
         earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
         earlier_seconds = sum(earlier) if config.validate else max(earlier, default=0.0)
@@ -147,7 +147,7 @@ def compress(
         entries, manifest = _work(job, Watch(journal, Progress(progress), should_stop), folder, entries)
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
+        timings = _timings(job, entries, earlier_seconds + time.perf_counter() - start)
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         write_manifest(journal, manifest)
         journal.clear()
@@ -224,7 +224,7 @@ def _own_folder(journal: Journal, scratch: str | Path) -> Path:
     return folder
 
 
-def _timings(entries: Sequence[JournalEntry], seconds: float) -> dict[str, Any]:
+def _timings(job: Job, entries: Sequence[JournalEntry], seconds: float) -> dict[str, Any]:
     """What may differ between equal runs. `seconds`, `stages` and peak memory cover every process that worked on it."""
     peaks = [peak_memory_bytes(), *(entry.timings.peak_memory_bytes for entry in entries)]
     return {
@@ -234,7 +234,7 @@ def _timings(entries: Sequence[JournalEntry], seconds: float) -> dict[str, Any]:
         "host": socket.gethostname(),
         "threads": torch.get_num_threads(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": versions(job),
     }
 
 

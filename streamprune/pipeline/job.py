@@ -16,8 +16,10 @@ from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
 from streamprune.model.configuration import forward_settings
+from streamprune.model.machine import gpu_versions, rounding
 from streamprune.model.skeleton import Block
 from streamprune.model.source import Source, open_dense
+from streamprune.model.streaming import sequences_at_once
 from streamprune.model.text import tokenizer_digests
 from streamprune.pipeline.calibration import Calibration, calibration_tokens, tokens_digest
 from streamprune.pipeline.plan import Plan, Resources, make_plan
@@ -73,12 +75,13 @@ def resolve_job(model: Path, config: PruneConfig, calibration: Calibration, reso
     if tokens.numel() and int(tokens.max()) >= vocabulary:
         raise CheckpointError(f"{model}: the tokenizer makes ids up to {int(tokens.max())}, the model has {vocabulary}")
     known = {"config.json", *INDEX_FILES, *(stored.path.name for stored in source.checkpoint.tensors.values())}
-    identity = _identity(source, config, calibration, tokens, arithmetic)
+    compute = {**arithmetic.identity, **_pace_that_decides(arithmetic, plan)}
+    identity = _identity(source, config, calibration, tokens, compute)
     return Job(source, config, plan, tokens, arithmetic, identity, list_beside(model, known))
 
 
 def _identity(
-    source: Source, config: PruneConfig, calibration: Calibration, tokens: torch.Tensor, arithmetic: Arithmetic
+    source: Source, config: PruneConfig, calibration: Calibration, tokens: torch.Tensor, compute: dict[str, Any]
 ) -> dict[str, Any]:
     """What determines the output's bytes, as nested plain data."""
     amount = {"samples": len(tokens), "sequence_length": tokens.shape[1], "seed": calibration.seed}
@@ -90,13 +93,30 @@ def _identity(
         },
         "calibration": {"tokens": tokens_digest(tokens), **amount} if config.validate else None,
         "settings": config.to_dict(),
-        "compute": arithmetic.identity,
+        "compute": compute,
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic or modules decide the bytes."""
-    return {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
+def _pace_that_decides(arithmetic: Arithmetic, plan: Plan) -> dict[str, int]:
+    """On a GPU how many sequences go through a block at once: cuBLAS chooses by rows how it multiplies."""
+    if arithmetic.device.type != "cuda":
+        return {}
+    return {"sequences_at_once": sequences_at_once(plan.micro_batch, plan.sequence_length, arithmetic.device)}
+
+
+def surroundings(job: Job) -> dict[str, Any]:
+    """What else decides the bytes: an interrupted job goes on where all of it is the same. A finished output does not
+    record it, and is recognised elsewhere.
+    """
+    rows = job.plan.micro_batch * job.plan.sequence_length
+    return {"versions": versions(job), "rounding": rounding(job.arithmetic.device, job.arithmetic.dtype, rows)}
+
+
+def versions(job: Job) -> dict[str, str]:
+    """Versions of the libraries whose arithmetic, searches or modules decide the bytes."""
+    names = ["streamprune", "torch", "transformers", *(["scipy"] if "assignment" in job.config.search_stages else [])]
+    found = {name: importlib.metadata.version(name) for name in names}
+    return found if job.arithmetic.device.type != "cuda" else {**found, **gpu_versions(job.arithmetic.device)}
 
 
 def without_budget(identity: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import ctypes
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ import torch
 from streamprune.errors import SettingsError, UnsupportedModelError
 from streamprune.model import arithmetic
 from streamprune.model.architectures import ARCHITECTURES, architecture_of
-from streamprune.model.arithmetic import Arithmetic, has_bfloat16, name_of, resolve_arithmetic
+from streamprune.model.arithmetic import Arithmetic, name_of, resolve_arithmetic
+from streamprune.model.machine import processor_name
 
 # In a process of its own, whose heap has no hole as large: a piece of 10 MB, after one of 30 MB was freed, from which
 # glibc would learn to take it from the heap. Prints by how much what is mapped grows.
@@ -51,22 +51,6 @@ def test_auto_on_a_cpu_is_float32_but_for_bfloat16_that_it_multiplies(
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu avx512f amx_bf16 amx_tile\n", True),
-        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
-        ("processor\t: 0\nFeatures\t: fp asimd i8mm bf16\n", True),
-        ("model name\t: amx_bf16\nflags\t\t: fpu avx512f avx512_vbmi2\nbugs\t\t: bf16\n", False),
-        ("", False),
-    ],
-)
-def test_bfloat16_instructions_are_read_from_the_list_of_features(text: str, expected: bool, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
-    assert has_bfloat16(tmp_path / "cpuinfo") is expected
-    assert not has_bfloat16(tmp_path / "absent")
-
-
-@pytest.mark.parametrize(
     ("source", "expected"),
     [
         (torch.float16, torch.float16),
@@ -102,17 +86,14 @@ def test_what_is_not_there_is_refused(device: str, dtype: str, message: str) -> 
         resolve_arithmetic(device, dtype, torch.float16)
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_identity_names_what_decides_the_bytes(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: native)
-    capability = torch.backends.cpu.get_cpu_capability()
-    assert Arithmetic(torch.device("cpu"), torch.bfloat16).identity == {
-        "device": "cpu",
-        "dtype": "bfloat16",
-        "instruction_set": f"{capability} BF16" if native else capability,
-        "kernels": "compiled",
-    }
-    assert Arithmetic(torch.device("cpu"), torch.float32).identity["instruction_set"] == capability
+def test_identity_names_what_decides_the_bytes() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        assert Arithmetic(torch.device("cpu"), dtype).identity == {
+            "device": "cpu",
+            "dtype": name_of(dtype),
+            "processor": processor_name(dtype),
+            "kernels": "compiled",
+        }
     assert name_of(torch.float32) == "float32"
 
 

@@ -18,6 +18,7 @@ from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import RunnableBlock, dense_block, layers_observed, load_block, packed_block
 from streamprune.model.names import output_names
 from streamprune.model.packed_linear import PackedLinear
+from streamprune.model.forward import BlockInputs
 from streamprune.model.source import Source, open_dense
 from streamprune.model.streaming import advance, embed, text_inputs
 from streamprune.pruning.selection import select
@@ -235,17 +236,55 @@ def test_embed_runs_one_sequence_where_nothing_is_kept(models: Models) -> None:
     assert ticks == []
 
 
-def test_blocks_whose_arguments_depend_on_the_text_are_refused(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Recorded:
+    """Stands in for `block_inputs`: arguments of each recording in turn, and what it was asked for."""
+
+    def __init__(self, masks: list[torch.Tensor]) -> None:
+        self.masks, self.texts = masks, list[torch.Tensor]()
+
+    def __call__(self, skeleton: Skeleton, inputs: Any, ids: torch.Tensor, arithmetic: Arithmetic) -> BlockInputs:
+        self.texts.append(ids)
+        mask = self.masks[len(self.texts) - 1]
+        return BlockInputs(torch.zeros(1, len(ids), 64), ({"mask": mask, "flag": False},) * 3)
+
+
+ONE, NEXT, TWO = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).nextafter(torch.tensor(3.0)), torch.full((2,), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("masks", "expected", "lines"),
+    [
+        ([ONE, ONE], ONE, 0),
+        ([NEXT, ONE, ONE, ONE], ONE, 1),  # once wrong by a single rounding, first or second: it is not what is used
+        ([ONE, NEXT, ONE, ONE], ONE, 1),
+        ([ONE, TWO, ONE, TWO], None, 1),
+        ([ONE, NEXT, ONE, NEXT], None, 1),
+        ([ONE, ONE[:1], ONE, ONE[:1]], None, 1),
+    ],
+    ids=["equal", "first once wrong", "second once wrong", "by text", "by text, a little", "of another shape"],
+)
+def test_arguments_are_what_two_texts_agree_on(
+    masks: list[torch.Tensor],
+    expected: torch.Tensor | None,
+    lines: int,
+    models: Models,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from streamprune.model import streaming
 
-    source = open_dense(models("llama"))
-    monkeypatch.setattr(streaming, "arguments_equal", lambda one, other: False)
-    states = HiddenStates(tmp_path / "h.bin", *TOKENS.shape, 64, torch.float32)
-    with pytest.raises(UnsupportedModelError, match="depends on the text"):
-        embed(source.skeleton, text_inputs(source), TOKENS, FLOAT32, states, no_tick)
-    states.close()
+    skeleton = open_dense(models("llama")).skeleton
+    recorded = Recorded(masks)
+    monkeypatch.setattr(streaming, "block_inputs", recorded)
+    if expected is None:
+        with pytest.raises(UnsupportedModelError, match=r"depends on the text: mask \(by ([0-9.e-]+|inf)\)"):
+            embed(skeleton, None, TOKENS, FLOAT32, None, no_tick)  # type: ignore[arg-type]
+    else:
+        arguments = embed(skeleton, None, TOKENS, FLOAT32, None, no_tick)  # type: ignore[arg-type]
+        assert all(torch.equal(one["mask"], expected) for one in arguments)
+    assert len(caplog.messages) == lines
+    assert all("differs between two texts: mask (by " in line for line in caplog.messages)
+    assert all((one != other).all() for one, other in zip(recorded.texts[::2], recorded.texts[1::2], strict=True))
 
 
 def test_names_of_an_output_are_its_dense_parameters(models: Models, tmp_path: Path) -> None:

@@ -337,6 +337,8 @@ def test_arguments_equal_compares_tensors_by_value() -> None:
         assert not arguments_equal(one, {**same, key: value}), key
     assert not arguments_equal(one, {**same, "more": 1})
     assert not arguments_equal([torch.ones(1)], [torch.ones(2)])
+    assert not arguments_equal(torch.ones(1), torch.ones(1).nextafter(torch.zeros(1)))
+    assert not arguments_equal(torch.ones(1), torch.ones(1, dtype=torch.float64))
 
 
 def test_outer_tensors_alone_run_what_comes_before_the_blocks(models: Models) -> None:
