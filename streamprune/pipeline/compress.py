@@ -135,7 +135,7 @@ def compress(
         entries, manifest = _work(job, journal, folder, entries, Progress(progress), should_stop)
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        timings = _timings(job, entries, earlier_seconds + time.perf_counter() - start)
+        timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         write_manifest(journal, manifest)
         journal.clear()
@@ -198,7 +198,7 @@ def _own_folder(journal: Journal, scratch: str | Path) -> Path:
     return folder
 
 
-def _timings(job: Job, entries: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _timings(entries: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """What may differ between equal runs. `seconds`, `stages` and peak memory cover every process that worked on it."""
     peaks = [peak_memory_bytes(), *(entry["timings"]["peak_memory_bytes"] for entry in entries)]
     return {
@@ -208,7 +208,7 @@ def _timings(job: Job, entries: Sequence[dict[str, Any]], seconds: float) -> dic
         "host": socket.gethostname(),
         "threads": torch.get_num_threads(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(job),
+        "versions": versions(),
     }
 
 

@@ -80,8 +80,10 @@ def _unpacked(layer: PackedLayer, pattern: NMPattern) -> torch.Tensor:
 
 def _on_device(layer: PackedLayer, in_features: int, pattern: NMPattern, device: torch.device) -> PackedLinear:
     values = layer.values.to(torch.float32) if layer.values.dtype == torch.float64 else layer.values  # as blocks do
-    about = {"in_features": in_features, "pattern": pattern, "permutation": layer.permutation}
-    return PackedLinear.from_packed(values, layer.mask, **about).to(device)
+    packed = PackedLinear.from_packed(
+        values, layer.mask, in_features=in_features, pattern=pattern, permutation=layer.permutation
+    )
+    return packed.to(device)
 
 
 def _kernels_of(packed: PackedLinear) -> dict[torch.dtype, tuple[int, ...]]:
@@ -89,7 +91,7 @@ def _kernels_of(packed: PackedLinear) -> dict[torch.dtype, tuple[int, ...]]:
     values = packed.weight_values
     if packed.weight_metadata is not None:  # CUDA kernels take it in its values' dtype, and expand it for another
         return {torch.float32: ROWS[1:], values.dtype: GPU_ROWS}
-    ways = {torch.float32: ROWS}
+    ways: dict[torch.dtype, tuple[int, ...]] = {torch.float32: ROWS}
     if values.device.type == "cpu" and values.dtype == torch.bfloat16 and has_pairs():
         ways[torch.bfloat16] = ROWS
     return ways
