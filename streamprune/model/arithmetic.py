@@ -33,7 +33,7 @@ class Arithmetic:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What of it decides the bytes, by name. On a GPU the processor counts too: it runs what precedes the blocks."""
+        """What of it decides the bytes, by name. On a GPU the processor counts too: it runs what precedes blocks."""
         return {
             "device": self.device.type,
             "dtype": name_of(self.dtype),

@@ -25,7 +25,7 @@ CPU_INFO, MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
 OPENMP_FUNCTION = "GOMP_parallel"  # that compiled loops call
 # Of the products that are tried: MKL may divide as many inputs among its threads.
-INPUTS, OUTPUTS, MOST_ROWS = 4096, 256, 1024
+INPUTS, OUTPUTS, MAX_ROWS = 4096, 256, 1024
 logger = logging.getLogger("streamprune")
 
 
@@ -78,7 +78,7 @@ def rounding(device: torch.device, dtype: torch.dtype, rows: int) -> str:
     """
     digest = hashlib.sha256()
     with torch.inference_mode():
-        for result in _trials(device, dtype, max(1, min(rows, MOST_ROWS))):
+        for result in _trials(device, dtype, max(1, min(rows, MAX_ROWS))):
             digest.update(result.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -67,9 +67,10 @@ def embed(
     nothing is kept. Raises UnsupportedModelError where it depends on the text.
     """
     arguments = _block_arguments(skeleton, inputs, tokens[0], arithmetic)
-    for index in range(len(tokens) if states is not None else 0):
-        states.write(index, block_inputs(skeleton, inputs, tokens[index], arithmetic).hidden_states)
-        tick()
+    if states is not None:
+        for index, ids in enumerate(tokens):
+            states.write(index, block_inputs(skeleton, inputs, ids, arithmetic).hidden_states)
+            tick()
     moved: BlockArguments = tree_map(
         lambda value: value.to(arithmetic.device) if isinstance(value, torch.Tensor) else value, arguments
     )

@@ -80,7 +80,7 @@ def assemble(run: Run, entries: Sequence[JournalEntry], outer: Staged, digests: 
         source_tensors=digests,
         files={name: _file_record(out / name, known.get(name)) for name in written},
         source_name=source_name(source, config),
-        made_by=f"streamprune {versions(job)['streamprune']}",
+        made_by=f"streamprune {versions()['streamprune']}",
     )
     card = model_card(manifest, pruned, source_licence(source, job.beside), job.beside)
     write_text(out / README, card, temporary)

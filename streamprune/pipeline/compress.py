@@ -147,7 +147,7 @@ def compress(
         entries, manifest = _work(job, Watch(journal, Progress(progress), should_stop), folder, entries)
         if scratch is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        timings = _timings(job, entries, earlier_seconds + time.perf_counter() - start)
+        timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
         write_json(out / TIMINGS_FILE, timings, journal.temporary)
         write_manifest(journal, manifest)
         journal.clear()
@@ -224,7 +224,7 @@ def _own_folder(journal: Journal, scratch: str | Path) -> Path:
     return folder
 
 
-def _timings(job: Job, entries: Sequence[JournalEntry], seconds: float) -> dict[str, Any]:
+def _timings(entries: Sequence[JournalEntry], seconds: float) -> dict[str, Any]:
     """What may differ between equal runs. `seconds`, `stages` and peak memory cover every process that worked on it."""
     peaks = [peak_memory_bytes(), *(entry.timings.peak_memory_bytes for entry in entries)]
     return {
@@ -234,7 +234,7 @@ def _timings(job: Job, entries: Sequence[JournalEntry], seconds: float) -> dict[
         "host": socket.gethostname(),
         "threads": torch.get_num_threads(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(job),
+        "versions": versions(),
     }
 
 

@@ -108,15 +108,15 @@ def surroundings(job: Job) -> dict[str, Any]:
     """What else decides the bytes: an interrupted job goes on where all of it is the same. A finished output does not
     record it, and is recognised elsewhere.
     """
-    rows = job.plan.micro_batch * job.plan.sequence_length
-    return {"versions": versions(job), "rounding": rounding(job.arithmetic.device, job.arithmetic.dtype, rows)}
+    device, dtype = job.arithmetic.device, job.arithmetic.dtype
+    found = versions(*(["scipy"] if "assignment" in job.config.search_stages else []))
+    found.update(gpu_versions(device) if device.type == "cuda" else {})
+    return {"versions": found, "rounding": rounding(device, dtype, job.plan.micro_batch * job.plan.sequence_length)}
 
 
-def versions(job: Job) -> dict[str, str]:
-    """Versions of the libraries whose arithmetic, searches or modules decide the bytes."""
-    names = ["streamprune", "torch", "transformers", *(["scipy"] if "assignment" in job.config.search_stages else [])]
-    found = {name: importlib.metadata.version(name) for name in names}
-    return found if job.arithmetic.device.type != "cuda" else {**found, **gpu_versions(job.arithmetic.device)}
+def versions(*more: str) -> dict[str, str]:
+    """Versions of the libraries whose arithmetic or modules decide the bytes, and of `more`."""
+    return {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers", *more)}
 
 
 def without_budget(identity: dict[str, Any]) -> dict[str, Any]:
