@@ -16,9 +16,10 @@ from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import RunnableBlock, dense_block, layers_observed, load_block, packed_block
+from streamprune.model.forward import BlockInputs
 from streamprune.model.names import output_names
 from streamprune.model.packed_linear import PackedLinear
-from streamprune.model.forward import BlockInputs
+from streamprune.model.skeleton import Skeleton
 from streamprune.model.source import Source, open_dense
 from streamprune.model.streaming import advance, embed, text_inputs
 from streamprune.pruning.selection import select
