@@ -33,7 +33,7 @@ OUTSIDE = {  # what a room may import beside the standard library; None: anythin
     "config": set(),
     "streamprune_kernels": {"torch", "cupy", "numpy"},
     "pruning": {"torch", "numpy", "scipy"},
-    "checkpoint": {"torch", "safetensors", "numpy", "xxhash"},
+    "checkpoint": {"torch", "safetensors", "numpy", "xxhash", "msgspec"},
 }
 FILES_AND_PROCESSES = {"os", "io", "pathlib", "shutil", "tempfile", "json", "pickle", "subprocess", "socket", "mmap"}
 

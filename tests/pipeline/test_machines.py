@@ -16,12 +16,18 @@ from streamprune.errors import Interrupted, JobMismatchError
 from streamprune.model import arithmetic
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.pipeline import job
+from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.compress import CompressResult
 from streamprune.pipeline.job import resolve_job, surroundings
+from streamprune.pipeline.plan import Resources
 
 Prune = Callable[..., CompressResult]
 VERSION = importlib.metadata.version
 GPU = Arithmetic(torch.device("cuda"), torch.bfloat16)
+
+
+def calibrated(text: Path) -> Calibration:
+    return Calibration(str(text), samples=2, sequence_length=48)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,7 @@ def test_scipy_counts_where_it_searches(
     shuffle: str, decides: bool, sources: Callable[[str], Path], calibration: Path
 ) -> None:
     config = PruneConfig(NMPattern(2, 4), shuffle=shuffle)
-    resolved = resolve_job(sources("llama"), config, str(calibration), 2, 48, 0, "cpu", "float32")
+    resolved = resolve_job(sources("llama"), config, calibrated(calibration), Resources("cpu", "float32"))
     about = surroundings(resolved)
     assert ("scipy" in about["versions"]) is decides
     assert len(about["rounding"]) == 16
@@ -100,7 +106,9 @@ def test_versions_of_a_gpus_libraries(
 ) -> None:
     monkeypatch.setattr(job, "gpu_versions", lambda device: {"cuda": "13.0", "cupy": "14.2.0"})
     monkeypatch.setattr(job, "rounding", lambda device, dtype, rows: f"{device} {dtype} {rows}")
-    on_cpu = resolve_job(sources("llama"), PruneConfig(NMPattern(2, 4)), str(calibration), 2, 48, 0, "cpu", "float32")
+    on_cpu = resolve_job(
+        sources("llama"), PruneConfig(NMPattern(2, 4)), calibrated(calibration), Resources("cpu", "float32")
+    )
     about = surroundings(replace(on_cpu, arithmetic=GPU))
     assert about["versions"].items() >= {"cuda": "13.0", "cupy": "14.2.0", "torch": VERSION("torch")}.items()
     assert about["rounding"] == f"cuda torch.bfloat16 {2 * 48}"
