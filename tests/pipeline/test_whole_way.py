@@ -166,7 +166,7 @@ def test_whole_way(
     inspection = inspect(out)
     for row in inspection.layers:
         weight = tensors[f"{row.name}.weight"]
-        assert (row.pattern, row.shape) == (way.pattern, list(weight.shape))
+        assert (row.pattern, row.shape) == (way.pattern, tuple(weight.shape))
         parts = [packed.tensors[f"{row.name}.{part}"] for part in ("weight_values", "weight_mask")]
         assert row.packed_bytes == sum(part.numel() * part.itemsize for part in parts)
         assert row.dense_bytes == weight.numel() * 2
