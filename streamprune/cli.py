@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 import streamprune
-from streamprune.config import PruneConfig
+from streamprune.config import CHOICES, PruneConfig
 from streamprune.endings import ResultLost, end_on_signals, guard_streams, one_line_errors, stop_on_signals
+from streamprune.errors import OutputError, SettingsError
 from streamprune.summaries import (
     say,
     show_compression,
@@ -26,7 +27,7 @@ from streamprune.summaries import (
 )
 
 # Of transformers errors alone are heard: most of what it warns of is of other uses. Where it may be of our results,
-# streamprune.model.library_warnings hears it all the same.
+# streamprune.model.library hears it all the same.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 EXIT_CODES = (
     "Exit codes: 0 done, 1 fault, 2 settings, 3 checkpoint, 4 text, 5 output folder, 6 NaN or infinity, 7 "
@@ -51,17 +52,28 @@ def number(text: Any) -> Any:
         return text
 
 
+class Choice(click.Choice[str]):
+    """A choice that --help lists; one that is none is left for the library to refuse too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(get_args(CHOICES[name]))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
 LENGTH = "Default: 2048, or the model's positions if fewer."
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+DEVICE = click.option(
+    "--device", type=Choice("device"), default="auto", show_default=True, help="Where it is computed."
+)
 DTYPE = click.option(
-    "--dtype", default="auto", show_default=True, help="Arithmetic: auto, float32, bfloat16, float16. Stored bits stay."
+    "--dtype", type=Choice("dtype"), default="auto", show_default=True, help="Arithmetic. Stored bits stay."
 )
 SCRATCH = click.option("--scratch", type=click.Path(), help="Folder for hidden states; a fast local disk is best.")
 TEXT_FILES = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
 TEXT_COLUMN = click.option(
     "--text-column", default="text", show_default=True, help="Column or key that holds the text, in all files but .txt."
 )
-QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 
 def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -69,13 +81,19 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda function: functools.reduce(lambda done, option: option(done), reversed(decorators), function)
 
 
+def _debug(context: click.Context, _: click.Parameter, debug: bool) -> None:
+    root = context.find_root()
+    root.obj = bool(root.obj) or debug
+
+
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, callback=_debug, help="Show tracebacks.")
+
+
 @click.group(epilog=EXIT_CODES)
 @click.version_option(package_name="streamprune")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+@DEBUG
+def cli() -> None:
     """Prune language models that are larger than memory to N:M sparsity, block by block."""
-    context.obj = debug
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 
@@ -98,6 +116,8 @@ def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[.
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+        @click.option("--quiet", is_flag=True, help="No progress, and no lines about the job.")
+        @DEBUG
         @functools.wraps(function)
         def wrapped(as_json: bool, **settings: Any) -> None:
             with one_line_errors():
@@ -133,7 +153,9 @@ def _import(name: str) -> None:
 
 METHOD = _options(
     click.option("--pattern", default="2:4", show_default=True, help="N:M, N of every M weights are KEPT."),
-    click.option("--metric", default=PruneConfig.metric, show_default=True, help="esparse, wanda, ria or magnitude."),
+    click.option(
+        "--metric", type=Choice("metric"), default=PruneConfig.metric, show_default=True, help="What ranks weights."
+    ),
     click.option(
         "--shuffle",
         default=PruneConfig.shuffle,
@@ -143,6 +165,7 @@ METHOD = _options(
     ),
     click.option(
         "--fold",
+        type=Choice("fold"),
         default=PruneConfig.fold,
         show_default=True,
         help="Attention's output: heads (inside heads, free at run time) or free (a gather).",
@@ -161,6 +184,7 @@ METHOD = _options(
     click.option("--reconstruct", is_flag=True, help="Fit the kept weights too: they are then NOT the source's."),
     click.option(
         "--objective",
+        type=Choice("objective"),
         default=PruneConfig.objective,
         show_default=True,
         help="What searches raise: sum of retained score, or of its squares (energy).",
@@ -188,11 +212,18 @@ METHOD = _options(
     ),
     click.option(
         "--entropy-range",
+        type=Choice("entropy_range"),
         default=PruneConfig.entropy_range,
         show_default=True,
-        help="esparse: bins span channel or layer.",
+        help="esparse: what the bins span.",
     ),
-    click.option("--amplitude", default=PruneConfig.amplitude, show_default=True, help="esparse: l2, wanda or rms."),
+    click.option(
+        "--amplitude",
+        type=Choice("amplitude"),
+        default=PruneConfig.amplitude,
+        show_default=True,
+        help="esparse: norm of a channel's inputs.",
+    ),
     click.option(
         "--relative/--absolute",
         default=PruneConfig.relative,
@@ -208,9 +239,7 @@ METHOD = _options(
     click.option(
         "--correction",
         type=number,
-        default=PruneConfig.correction,
-        show_default=True,
-        help="Refinement: share of earlier blocks' error that masks shall undo, 0 to 1.",
+        help="Refinement: share of earlier blocks' error that masks shall undo, 0 to 1. Default: 0.2.",
     ),
     click.option(
         "--correction-stride",
@@ -226,10 +255,6 @@ METHOD = _options(
         show_default=True,
         help="Channels in one block of second moments; 4 to 12 bytes a square.",
     ),
-)
-AMOUNT = _options(
-    click.option("--samples", type=integer, default=128, show_default=True, help="Calibration sequences."),
-    click.option("--sequence-length", type=integer, help=f"Tokens in each. {LENGTH}"),
 )
 RESOURCES = _options(
     click.option("--max-memory", help="Limit on host memory, such as 12GiB; a job that cannot fit is refused."),
@@ -249,38 +274,58 @@ RESOURCES = _options(
 )
 
 
+JOB = _options(
+    click.argument("model", type=click.Path()),
+    click.option("--calibration", help=f"A file, {TEXT_FILES}, or a data set NAME[:CONFIG[:SPLIT]]. "
+                                       "Default: a text that ships with the package."),
+    TEXT_COLUMN,
+    click.option("--samples", type=integer, default=128, show_default=True, help="Calibration sequences."),
+    click.option("--sequence-length", type=integer, help=f"Tokens in each. {LENGTH}"),
+    click.option("--seed", type=integer, default=0, show_default=True, help="Draws the calibration sequences."),
+    METHOD,
+    click.option("--max-block-error", type=number, help="Budget on the error that a block adds. Default: no budget."),
+    click.option(
+        "--on-excess",
+        type=Choice("on_excess"),
+        default=PruneConfig.on_excess,
+        show_default=True,
+        help="What becomes of a block above the budget.",
+    ),
+    DEVICE,
+    DTYPE,
+    RESOURCES,
+    SCRATCH,
+    click.option("--restart", is_flag=True, help="Throw away what the output folder holds of a former job."),
+    click.option("--yes", is_flag=True, help="With --restart: of a finished job too, without a question."),
+)  # fmt: skip
+
+
 @command(
     show_compression,
     "compress /models/llama-65b --out ./pruned",
     "compress ./opt-66b --out ./pruned --pattern 4:8 --calibration c4-train.00000-of-01024.json.gz --samples 64",
     "compress ./llama --out ./pruned --max-block-error 0.5 --on-excess keep-dense",
 )
-@click.argument("model", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Output folder; the same command again goes on there.")
-@click.option("--calibration", help=f"A file, {TEXT_FILES}, or a data set NAME[:CONFIG[:SPLIT]]. "
-                                    "Default: a text that ships with the package.")  # fmt: skip
-@TEXT_COLUMN
-@AMOUNT
-@click.option("--seed", type=integer, default=0, show_default=True, help="Draws the calibration sequences.")
-@METHOD
-@click.option("--max-block-error", type=number, help="Budget on the error of what a block adds. Default: no budget.")
-@click.option("--on-excess", default="stop", show_default=True, help="Above the budget: stop, keep-dense or warn.")
-@DEVICE
-@DTYPE
-@RESOURCES
-@SCRATCH
-@click.option("--restart", is_flag=True, help="Throw away what the output folder holds of a former job.")
-@QUIET
-def compress(quiet: bool, **settings: Any) -> Any:
+@JOB
+def compress(quiet: bool, yes: bool, **settings: Any) -> Any:
     """Prune MODEL, a folder with a transformers checkpoint, into packed N:M form.
 
     The same command again goes on after the last finished block. SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop the job
     at a safe point with exit code 85.
     """
-    if settings["max_block_error"] is None and settings["validate"] and not quiet:
-        click.echo("no --max-block-error: every block is pruned, whatever it costs", err=True)
+    if settings["restart"] and not yes and streamprune.is_finished(settings["out"]):
+        _ask_to_restart(settings["out"])
     with stop_on_signals() as should_stop:
         return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
+
+
+def _ask_to_restart(out: str) -> None:
+    """Ask whether a finished output shall be thrown away. Raises SettingsError where nobody can answer."""
+    if not sys.stdin.isatty():
+        raise SettingsError(f"{out}: holds a finished job; --restart throws it away only with --yes")
+    if not click.confirm(f"{out}: holds a finished job. Throw it away and start over?", err=True):
+        raise OutputError(f"{out}: holds a finished job, which stays; choose another --out")
 
 
 @command(
@@ -288,13 +333,9 @@ def compress(quiet: bool, **settings: Any) -> Any:
     "plan /models/llama-65b",
     "plan /models/llama-65b --max-memory 9GiB --samples 16 --sequence-length 256 --json",
 )
-@click.argument("model", type=click.Path())
-@METHOD
-@AMOUNT
-@DEVICE
-@DTYPE
-@RESOURCES
-def plan(**settings: Any) -> Any:
+@click.option("--out", type=click.Path(), help="As of compress; nothing is written.")
+@JOB
+def plan(quiet: bool, yes: bool, **settings: Any) -> Any:
     """What `compress` with the same options would read, write, hold in memory and take; reads headers alone."""
     return streamprune.plan(**settings)
 
@@ -305,7 +346,6 @@ def plan(**settings: Any) -> Any:
 @click.argument("folder", type=click.Path())
 @click.option("--source", type=click.Path(), help="The dense checkpoint: compare every kept value with it.")
 @click.option("--quick", is_flag=True, help="Sizes and headers alone: sees what is missing, not what is damaged.")
-@QUIET
 def verify(quiet: bool, **settings: Any) -> Any:
     """Check every byte of an output FOLDER; exit code 1 on any fault."""
     return streamprune.verify(progress=not quiet, **settings)
@@ -324,7 +364,6 @@ def verify(quiet: bool, **settings: Any) -> Any:
 @DEVICE
 @DTYPE
 @SCRATCH
-@QUIET
 def evaluate(quiet: bool, **settings: Any) -> Any:
     """Perplexity of a text under MODEL, a dense checkpoint or an output folder, streamed block by block."""
     return streamprune.evaluate(progress=not quiet, **settings)
@@ -332,9 +371,10 @@ def evaluate(quiet: bool, **settings: Any) -> Any:
 
 @command(show_export, "export ./pruned --to dense --out ./pruned-dense")
 @click.argument("folder", type=click.Path())
-@click.option("--to", default="dense", show_default=True, help="dense: zeros in place, for plain transformers.")
+@click.option(
+    "--to", type=Choice("to"), default="dense", show_default=True, help="dense: zeros in place, for plain transformers."
+)
 @click.option("--out", required=True, type=click.Path(), help="A folder that does not exist yet.")
-@QUIET
 def export(quiet: bool, **settings: Any) -> Any:
     """Write an output FOLDER as a dense checkpoint that needs nothing of streamprune."""
     return streamprune.export(progress=not quiet, **settings)
@@ -342,6 +382,6 @@ def export(quiet: bool, **settings: Any) -> Any:
 
 @command(show_inspection, "inspect ./pruned", "inspect ./pruned --json")
 @click.argument("folder", type=click.Path())
-def inspect(**settings: Any) -> Any:
+def inspect(quiet: bool, **settings: Any) -> Any:
     """A table of an output FOLDER: layer, pattern, bytes, errors."""
     return streamprune.inspect(**settings)

@@ -14,19 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.checkpoint.safetensors_header import QUANTISED
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture, InputGroup
 from streamprune.model.configuration import model_config, one_line
-from streamprune.model.library_warnings import pass_on, warnings_heard
+from streamprune.model.library import empty_model, pass_on, tied_parameters, tree_flatten, warnings_heard
 
 logger = logging.getLogger("streamprune")
 
@@ -112,9 +109,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
         config, architecture = model_config(folder, checkpoint)
         config.use_cache = False
         try:
-            with init_empty_weights(include_buffers=False), no_init_weights():
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-            model.tie_weights()
+            model = empty_model(config)
         except Exception as error:
             raise CheckpointError(f"{folder}/config.json: makes no model ({one_line(error)})") from error
     pass_on(f"{folder}/config.json", warnings)
@@ -124,11 +119,6 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     except AttributeError as error:
         raise UnsupportedModelError(f"{folder}: has no blocks at {architecture.blocks}") from error
     return Skeleton(model, architecture, tuple(f"{architecture.blocks}.{index}" for index in range(count)))
-
-
-def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
-    """Parameters that share another's tensor: name to the name that is stored."""
-    return dict(model.all_tied_weights_keys)
 
 
 def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from streamprune.checkpoint.packed import check_contents, layer_from_tensors, packed_shape, tensor_names
 from streamprune.checkpoint.reader import Checkpoint
@@ -18,14 +17,8 @@ from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import packed_block, run_block
-from streamprune.model.skeleton import (
-    BlockInputs,
-    Skeleton,
-    arguments_equal,
-    match_names,
-    record_block_inputs,
-    tied_parameters,
-)
+from streamprune.model.library import tied_parameters, tree_map
+from streamprune.model.skeleton import BlockInputs, Skeleton, arguments_equal, match_names, record_block_inputs
 from streamprune_kernels import FEW_ROWS, MOST_SHARED_TOKENS
 
 BlockArguments = tuple[dict[str, Any], ...]
@@ -169,6 +162,13 @@ def load_block(
         for name, pattern in layers.items():
             check_contents(name, layer_from_tensors(name, tensors), pattern)
     return packed_block(skeleton, index, by_parameter, layers, arithmetic.device, arithmetic.dtype)
+
+
+def source_dtype(skeleton: Skeleton, checkpoint: Checkpoint, names: Mapping[str, str]) -> torch.dtype:
+    """The dtype that the first block's weights are stored in, packed or not."""
+    first = skeleton.block_parameters(0)[0]
+    stored = names[first] if first in names else tensor_names(checkpoint, first.removesuffix(".weight"))[0]
+    return checkpoint.tensors[stored].dtype
 
 
 def check_tied(skeleton: Skeleton, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from streamprune.config import Texts
 from streamprune.errors import CalibrationError, SettingsError
-from streamprune.model.documents import BATCH_CHARACTERS, CHARACTERS_PER_TOKEN, TEXT_COLUMN, documents
+from streamprune.model.documents import BATCH_CHARACTERS, CHARACTERS_PER_TOKEN, TEXT_COLUMN, documents, name_of_texts
 from streamprune.model.text import load_tokenizer, tokenize
 
 CANDIDATES_PER_SAMPLE = 8  # reading stops when the text could give this many times the samples asked for
@@ -15,7 +16,7 @@ CANDIDATES_PER_SAMPLE = 8  # reading stops when the text could give this many ti
 
 def calibration_tokens(
     model: Path,
-    calibration: str | None,
+    calibration: Texts | None,
     samples: int,
     sequence_length: int,
     seed: int,
@@ -40,7 +41,7 @@ def calibration_tokens(
     windows = len(tokens) // sequence_length
     if windows < samples:
         raise CalibrationError(
-            f"{calibration or 'the shipped text'}: {len(tokens)} tokens make {windows} windows of {sequence_length}, "
+            f"{name_of_texts(calibration)}: {len(tokens)} tokens make {windows} windows of {sequence_length}, "
             f"{samples} are asked for; give a longer text, fewer --samples or a smaller --sequence-length"
         )
     generator = torch.Generator().manual_seed(seed)

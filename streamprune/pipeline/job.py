@@ -11,13 +11,13 @@ import torch
 from streamprune.checkpoint.beside import Beside, list_beside
 from streamprune.checkpoint.packed import is_packed
 from streamprune.checkpoint.reader import INDEX_FILES, Checkpoint, open_checkpoint
-from streamprune.config import PruneConfig
+from streamprune.config import PruneConfig, Texts
 from streamprune.errors import CheckpointError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
 from streamprune.model.configuration import forward_settings
 from streamprune.model.documents import TEXT_COLUMN
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
-from streamprune.model.streaming import check_tied
+from streamprune.model.streaming import check_tied, source_dtype
 from streamprune.model.text import tokenizer_digests
 from streamprune.pipeline.calibration import calibration_tokens, tokens_digest
 from streamprune.pipeline.plan import Plan, make_plan
@@ -58,7 +58,7 @@ class Job:
 def resolve_job(
     model: Path,
     config: PruneConfig,
-    calibration: str | None,
+    calibration: Texts | None,
     samples: int,
     sequence_length: int | None,
     seed: int,
@@ -115,11 +115,6 @@ def open_model(model: Path) -> tuple[Skeleton, Checkpoint, dict[str, str]]:
     checkpoint = open_checkpoint(model)
     skeleton = build_skeleton(model, checkpoint)
     return skeleton, checkpoint, match_names(skeleton, checkpoint)
-
-
-def source_dtype(skeleton: Skeleton, checkpoint: Checkpoint, names: dict[str, str]) -> torch.dtype:
-    """The dtype that the first block's weights are stored in."""
-    return checkpoint.tensors[names[skeleton.block_parameters(0)[0]]].dtype
 
 
 def versions() -> dict[str, str]:

@@ -40,7 +40,8 @@ class Run:
         """Raise Interrupted when asked to stop, OutputError where the output is another's by now."""
         self.journal.lease.check()
         if self.should_stop():
-            raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
+            done, blocks = self.journal.finished_blocks(), len(self.job.skeleton.blocks)
+            raise Interrupted(f"{self.journal.out}: stopped after {done} of {blocks} blocks; the same command goes on")
 
     def advance(
         self,

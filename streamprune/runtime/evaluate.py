@@ -16,7 +16,7 @@ from tqdm import tqdm
 from streamprune.checkpoint.packed import is_packed, open_packed
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.checkpoint.scratch import HiddenStates
-from streamprune.config import check_numbers
+from streamprune.config import Device, Dtype, PathLike, check_settings, path_of
 from streamprune.errors import CalibrationError, CheckpointError, NumericsError, SettingsError
 from streamprune.model.arithmetic import (
     Arithmetic,
@@ -33,8 +33,18 @@ from streamprune.model.documents import (
     documents,
     kind_of,
 )
+from streamprune.model.library import tied_parameters
 from streamprune.model.skeleton import Skeleton, build_skeleton, run_tail
-from streamprune.model.streaming import advance, check_tied, embed, load_block, output_names, read_outer, text_inputs
+from streamprune.model.streaming import (
+    advance,
+    check_tied,
+    embed,
+    load_block,
+    output_names,
+    read_outer,
+    source_dtype,
+    text_inputs,
+)
 from streamprune.model.text import fitting_length, load_tokenizer, tokenize
 
 WHOLE_CHARACTERS = 1 << 24  # tokenised at once without max_tokens: up to 6 GB, 400 bytes a token
@@ -43,7 +53,7 @@ LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabula
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluateResult:
     """Perplexity over `tokens` = windows x sequence length; `loss` is the mean negative log-likelihood in nats.
 
     The perplexity is e^loss; None where that is beyond a float, 1.8e308, at a loss of more than 709.78.
@@ -59,17 +69,17 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path,
+    model: PathLike,
     *,
-    text: str | Path,
+    text: PathLike,
     text_column: str = TEXT_COLUMN,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    scratch: str | Path | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    scratch: PathLike | None = None,
     progress: bool = False,
-) -> Evaluation:
+) -> EvaluateResult:
     """Perplexity of a text under a dense model or a packed output.
 
     The whole text is tokenised without special tokens and cut into windows of `sequence_length` (default: 2048, or the
@@ -80,11 +90,12 @@ def evaluate(
     not finite.
     """
     start = time.perf_counter()
-    check_numbers(sequence_length=sequence_length, max_tokens=max_tokens)
-    if scratch is not None and not Path(scratch).is_dir():
+    check_settings(sequence_length=sequence_length, max_tokens=max_tokens, text_column=text_column)
+    check_settings(device=device, dtype=dtype, progress=progress)
+    folder, text = path_of("model", model), path_of("text", text)
+    if scratch is not None and not path_of("scratch", scratch).is_dir():
         raise SettingsError(f"scratch {scratch}: no such folder")
     warn_without_kernels()
-    folder = Path(model)
     packed = is_packed(folder)
     checkpoint, layers, _ = open_packed(folder) if packed else (open_checkpoint(folder), {}, {})
     skeleton = build_skeleton(folder, checkpoint)
@@ -95,8 +106,7 @@ def evaluate(
     vocabulary, _ = skeleton.embedding_shape
     if int(windows.max()) >= vocabulary:
         raise CheckpointError(f"the tokenizer makes ids up to {int(windows.max())}, the model has {vocabulary}")
-    source_dtype = checkpoint.tensors[names[skeleton.outer_parameters()[0]]].dtype
-    arithmetic = resolve_arithmetic(device, dtype, source_dtype)
+    arithmetic = resolve_arithmetic(device, dtype, source_dtype(skeleton, checkpoint, names))
     blocks = len(skeleton.blocks)
     bar = tqdm(total=(blocks + 2) * len(windows), unit="sample", desc="evaluate", disable=None if progress else True)
 
@@ -117,7 +127,7 @@ def evaluate(
             block = load_block(skeleton, index, checkpoint, names, layers, arithmetic, untrusted=True)
             advance(block, name, arguments[index], files[0], files[1], arithmetic, tick)
             files.reverse()
-        tail = read_outer(skeleton, checkpoint, names, skeleton.outer_parameters())
+        tail = read_outer(skeleton, checkpoint, names, tail_parameters(skeleton))
         tail = {name: tensor.to(arithmetic.device, arithmetic.dtype) for name, tensor in tail.items()}
         losses = []
         for index, window in enumerate(windows):
@@ -132,13 +142,11 @@ def evaluate(
     loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
     perplexity = math.exp(loss) if loss < MOST_EXPONENT else None
     seconds = time.perf_counter() - start
-    return Evaluation(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
+    return EvaluateResult(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
 
 
-def _windows(
-    folder: Path, text: str | Path, text_column: str, sequence_length: int, max_tokens: int | None
-) -> torch.Tensor:
-    ids = _ids(load_tokenizer(folder), Path(text), text_column, max_tokens)[:max_tokens]
+def _windows(folder: Path, text: Path, text_column: str, sequence_length: int, max_tokens: int | None) -> torch.Tensor:
+    ids = _ids(load_tokenizer(folder), text, text_column, max_tokens)[:max_tokens]
     count = len(ids) // sequence_length
     if count == 0:
         raise CalibrationError(
@@ -168,6 +176,12 @@ def _ids(tokenizer: Any, path: Path, text_column: str, max_tokens: int | None) -
                 return ids
             look_at = 2 * size  # in all no more than twice the text is tokenised
     return tokenize(tokenizer, separator.join(read))
+
+
+def tail_parameters(skeleton: Skeleton) -> list[str]:
+    """What lies behind the blocks, or before them, without the embedding matrix where no head is tied to it."""
+    tied = tied_parameters(skeleton.model).values()
+    return [name for name in skeleton.outer_parameters() if name != skeleton.embedding or name in tied]
 
 
 def _window_loss(

@@ -20,6 +20,7 @@ from streamprune.checkpoint.packed import (
     PERMUTATIONS_FILE,
     STATISTICS_FILE,
     PackedLayer,
+    is_packed,
     layer_from_tensors,
     open_packed,
     structure_faults,
@@ -35,7 +36,7 @@ from streamprune.checkpoint.reader import (
 )
 from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, read_bounded
 from streamprune.checkpoint.writer import file_digest
-from streamprune.config import NMPattern
+from streamprune.config import NMPattern, PathLike, check_settings, path_of
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.model.configuration import forward_settings, model_config
 from streamprune.model.skeleton import Skeleton, build_skeleton, match_names
@@ -64,7 +65,7 @@ class LayerCheck:
 
 
 @dataclass(frozen=True)
-class Verification:
+class VerifyResult:
     """`against_source` says which of the two checks was done; every fault is one line with the layer or file.
 
     `quick`: sizes and headers alone were looked at, and `layers` is empty.
@@ -103,8 +104,8 @@ class _Output:
 
 
 def verify(
-    folder: str | Path, *, source: str | Path | None = None, quick: bool = False, progress: bool = False
-) -> Verification:
+    folder: PathLike, *, source: PathLike | None = None, quick: bool = False, progress: bool = False
+) -> VerifyResult:
     """Check every byte of an output folder.
 
     Always: checksums of all files, structure, exactly N of M, and each layer's sparse product against unpack + plain
@@ -112,12 +113,13 @@ def verify(
     position through the stored permutations, and that the weighted error recomputed from the bytes is the recorded one.
     `quick` looks at the manifest's digest, sizes and headers alone: it sees what is missing, not what is damaged.
     """
+    check_settings(quick=quick, progress=progress)
     if quick and source is not None:
         raise SettingsError("--quick reads no weights that --source could be compared with; give one of the two")
-    folder = Path(folder)
+    folder = path_of("folder", folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    original = open_checkpoint(Path(source)) if source is not None else None
+    original = _open_source(path_of("source", source)) if source is not None else None
     findings = _Findings()
     compared = reconstructed = validated = False
     try:
@@ -134,7 +136,13 @@ def verify(
     except (KeyError, TypeError, AttributeError) as error:
         findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
     about = compared, quick, reconstructed, validated
-    return Verification(not findings.faults, *about, findings.layers, findings.faults, _digest(folder))
+    return VerifyResult(not findings.faults, *about, findings.layers, findings.faults, _digest(folder))
+
+
+def _open_source(source: Path) -> Checkpoint:
+    if is_packed(source):
+        raise CheckpointError(f"{source}: is itself an output of streamprune; give --source the dense model")
+    return open_checkpoint(source)
 
 
 def _digest(folder: Path) -> str | None:

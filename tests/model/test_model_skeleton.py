@@ -18,14 +18,8 @@ from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import ARCHITECTURES
 from streamprune.model.blocks import run_block
-from streamprune.model.skeleton import (
-    arguments_equal,
-    build_skeleton,
-    match_names,
-    record_block_inputs,
-    run_tail,
-    tied_parameters,
-)
+from streamprune.model.library import tied_parameters
+from streamprune.model.skeleton import arguments_equal, build_skeleton, match_names, record_block_inputs, run_tail
 
 NAMES = ["llama", "llama-plain", "opt", "mistral", "qwen2", "qwen3"]
 
