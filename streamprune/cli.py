@@ -52,7 +52,7 @@ def number(text: Any) -> Any:
         return text
 
 
-class Choice(click.Choice[str]):
+class Choice(click.Choice):  # type: ignore[type-arg]  # takes none before click 8.2
     """A choice that --help lists; one that is none is left for the library to refuse too."""
 
     def __init__(self, name: str) -> None:
@@ -320,9 +320,14 @@ def compress(quiet: bool, yes: bool, **settings: Any) -> Any:
         return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
 
 
+def on_terminal() -> bool:
+    """Whether somebody can be asked."""
+    return sys.stdin.isatty()
+
+
 def _ask_to_restart(out: str) -> None:
     """Ask whether a finished output shall be thrown away. Raises SettingsError where nobody can answer."""
-    if not sys.stdin.isatty():
+    if not on_terminal():
         raise SettingsError(f"{out}: holds a finished job; --restart throws it away only with --yes")
     if not click.confirm(f"{out}: holds a finished job. Throw it away and start over?", err=True):
         raise OutputError(f"{out}: holds a finished job, which stays; choose another --out")

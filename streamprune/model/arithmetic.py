@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from streamprune.errors import SettingsError
-from streamprune_kernels import library
+from streamprune_kernels import library, unsupported_reason
 
 BFLOAT16_FEATURES = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and Arm's
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -73,6 +73,8 @@ def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmet
     if device == "cuda" and not has_gpu:
         raise SettingsError("device cuda: torch sees no GPU on this machine; use --device cpu")
     resolved = torch.device("cuda" if device != "cpu" and has_gpu else "cpu")
+    if resolved.type == "cuda" and (reason := unsupported_reason(resolved)):
+        logger.warning("%s (plain ones run in place of them, slower)", reason)
     if dtype == "auto":
         kept = source in DTYPES.values() if resolved.type == "cuda" else source == torch.bfloat16 and has_bfloat16()
         return Arithmetic(resolved, source if kept else torch.float32)
