@@ -43,7 +43,7 @@ def pruned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def stop_after(prune: Prune, out: Path, blocks: int, source: str = "llama", **settings: Any) -> None:
     """Interrupt a job at the first safe point after `blocks` blocks are in the journal."""
     last = out / ".work" / f"block-{blocks - 1:05d}.json"
-    with pytest.raises(Interrupted, match="interrupted"):
+    with pytest.raises(Interrupted, match=rf"out: stopped after {blocks} of 3 blocks; the same command goes on"):
         prune(source, out, should_stop=last.exists, **settings)
     assert last.exists()
     assert not (out / ".work" / f"block-{blocks:05d}.json").exists()

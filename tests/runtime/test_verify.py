@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streamprune.errors import CheckpointError, SettingsError
-from streamprune.runtime.verify import Verification, verify
+from streamprune.runtime.verify import VerifyResult, verify
 
 DOWN, OUT = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"
 QUERY, VALUE = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -52,7 +52,7 @@ def forge(out: Path, name: str, edit: Callable[[torch.Tensor], object], file: st
     tiny.reseal(out)
 
 
-def found(verification: Verification, layer: str) -> bool:
+def found(verification: VerifyResult, layer: str) -> bool:
     """At fault, named in a fault, and no other layer is."""
     checks = {check.name: check.ok for check in verification.layers}
     return (
