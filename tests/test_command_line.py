@@ -111,12 +111,6 @@ def test_version() -> None:
     assert re.fullmatch(r"streamprune, version \d+\.\d+\.\d+\n", result.stdout)
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, streamprune, streamprune.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
 def test_all_commands_in_a_row(job: list[str], sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
     """Tables for people first: each says what a reader looks for."""
     out, source = tmp_path / "out", sources("llama")

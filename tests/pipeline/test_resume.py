@@ -49,6 +49,22 @@ def stop_after(prune: Prune, out: Path, blocks: int, source: str = "llama", **se
     assert not (out / ".work" / f"block-{blocks:05d}.json").exists()
 
 
+def test_a_resumed_job_asks_for_no_scratch_that_it_holds(
+    prune: Prune, outputs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a disk that has room for what is left of the output and no more."""
+    settings = {"samples": 200}  # so that the hidden states are larger than the model
+    stop_after(prune, tmp_path / "out", 1, **settings)
+    held = sum(path.stat().st_size for path in (tmp_path / "out" / ".work").glob("*.bin"))
+    assert held > 2 * sum(path.stat().st_size for path in outputs("llama").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, held // 2))
+    with pytest.raises(OutputError, match=rf"bytes are needed and {held // 2} are free"):
+        prune("llama", tmp_path / "another", **settings)
+    prune("llama", tmp_path / "out", **settings)
+    monkeypatch.undo()
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama", **settings))
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("source", ["llama", "opt-bin"])
 def test_stopped_between_blocks(
