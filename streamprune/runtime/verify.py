@@ -117,7 +117,7 @@ def verify(
     error recomputed from the bytes is the recorded one.
     `quick` looks at the manifest's digest, sizes and headers alone: it sees what is missing, not what is damaged.
     """
-    check_settings(quick=quick, progress=progress)
+    check_settings(quick=quick, device=device, progress=progress)
     if quick and source is not None:
         raise SettingsError("--quick reads no weights that --source could be compared with; give one of the two")
     folder = path_of("folder", folder)
