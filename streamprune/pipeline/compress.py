@@ -159,27 +159,32 @@ def compress(
             result = _already_finished(job, out)
             journal.clear()
             return result
-        about = {**surroundings(job), "format_version": LAYOUT.version}
-        entries = journal.start({**without_budget(job.identity), **about})
-        earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
-        earlier_seconds = sum(earlier) if config.validate else max(earlier, default=0.0)
-        folder = _scratch_folder(journal, scratch)
-        check_disk(job.plan, len(entries), out, folder)
-        watch = Watch(journal, Progress(progress), should_stop, len(job.source.blocks))
-        if config.validate and config.max_block_error is None:
-            watch.progress.note("no --max-block-error: every block is pruned, whatever it costs")
-        entries, manifest = _work(job, watch, folder, entries)
-        if scratch is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
-        write_json(out / TIMINGS_FILE, timings, journal.temporary)
-        write_manifest(journal, manifest)
-        journal.clear()
-        return _result("finished", out, job, manifest, record_of(timings, Timings))
+        return _finish(job, Watch(journal, Progress(progress), should_stop, len(job.source.blocks)), scratch, start)
 
 
 def _never() -> bool:
     return False
+
+
+def _finish(job: Job, watch: Watch, scratch: Path | None, start: float) -> CompressResult:
+    """Do what is left of a job that began, in this process, at `start` (time.perf_counter)."""
+    journal, out = watch.journal, watch.journal.out
+    about = {**surroundings(job), "format_version": LAYOUT.version}
+    entries = journal.start({**without_budget(job.identity), **about})
+    earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
+    earlier_seconds = sum(earlier) if job.config.validate else max(earlier, default=0.0)
+    folder = _scratch_folder(journal, scratch)
+    check_disk(job.plan, len(entries), out, folder)
+    if job.config.validate and job.config.max_block_error is None:
+        watch.progress.note("no --max-block-error: every block is pruned, whatever it costs")
+    entries, manifest = _work(job, watch, folder, entries)
+    if scratch is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
+    write_json(out / TIMINGS_FILE, timings, journal.temporary)
+    write_manifest(journal, manifest)
+    journal.clear()
+    return _result("finished", out, job, manifest, record_of(timings, Timings))
 
 
 def _work(job: Job, watch: Watch, scratch: Path, entries: list[JournalEntry]) -> tuple[list[JournalEntry], Manifest]:

@@ -19,12 +19,12 @@ from streamprune.config import (
     path_of,
     settings_spelled,
 )
-from streamprune.model.arithmetic import resolve_arithmetic
+from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
 from streamprune.model.documents import TEXT_COLUMN, check_texts
-from streamprune.model.source import open_dense
+from streamprune.model.source import Source, open_dense
 from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.memory import Limits, Memory
-from streamprune.pipeline.plan import Resources, check_outside, make_plan
+from streamprune.pipeline.plan import Plan, Resources, check_outside, make_plan
 
 MEASURED_SIZE = 1024  # of the square products that the speed of this machine is measured by
 READ_BYTES_PER_SECOND = 1e9  # a guess too; both are named in what `plan` prints
@@ -98,15 +98,19 @@ def plan(
     text = Calibration(calibration, text_column, samples, sequence_length, seed)
     resources = Resources(device, dtype, limits, micro_batch, prefetch)
     planned, config = make_plan(source, config, text, arithmetic, resources)
-    shapes = [source.stored(name).shape for name in source.names]
+    return _result(source, planned, config, samples, arithmetic)
+
+
+def _result(source: Source, planned: Plan, config: PruneConfig, samples: int, arithmetic: Arithmetic) -> PlanResult:
+    """A plan and the time that it takes on this machine."""
     speed = _products_per_second(arithmetic.device, arithmetic.dtype)
     products = _products(planned.layers.values(), config, samples * planned.sequence_length)
     read = planned.source_bytes + planned.output_bytes
     return PlanResult(
-        model=str(model),
+        model=str(source.folder),
         blocks=len(planned.blocks),
         layers=len(planned.layers),
-        parameters=sum(torch.Size(shape).numel() for shape in shapes),
+        parameters=sum(torch.Size(source.stored(name).shape).numel() for name in source.names),
         samples=samples if config.validate else 0,
         sequence_length=planned.sequence_length,
         read_bytes=read,

@@ -355,7 +355,7 @@ def test_a_source_of_another_shape(out: Path, sources: Callable[[str], Path]) ->
 
 def test_no_source_and_no_folder(out: Path, tmp_path: Path) -> None:
     """Not a fault of the output: the command was given something else."""
-    with pytest.raises(CheckpointError, match="is an output of streamprune too; give the dense model that was"):
+    with pytest.raises(CheckpointError, match="is itself an output of streamprune; give --source the dense model"):
         verify(out, source=out)
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         verify(out, source=tmp_path / "nowhere")
