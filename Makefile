@@ -9,7 +9,7 @@ TEXT := demo/text
 PRUNED := demo/pruned
 
 .DEFAULT_GOAL := help
-.PHONY: help setup inputs demo test verify check docs torture bench bench-gpu bench-llmcompressor bench-quality clean
+.PHONY: help setup inputs demo test test-lowest verify check docs package torture bench bench-gpu bench-llmcompressor bench-quality clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -32,6 +32,17 @@ demo: setup inputs  ## compress, verify and evaluate SmolLM2-135M; prints one ta
 test: setup inputs  ## run the tests
 	$(RUN) -m pytest
 
+# The suite's core: all that touches a library whose lower bound it is. torch's wheels for 2.9 to 2.12 are built for CUDA
+# and bring gigabytes of its libraries, so the lowest that is installed here is 2.13; 2.9 was tried by hand.
+LOWEST := .venv-lowest
+CORE := tests/model tests/checkpoint tests/pruning tests/runtime tests/pipeline tests/kernels tests/test_command_line.py \
+  tests/test_endings.py tests/test_public_names.py
+test-lowest:  ## run the suite's core on the lowest versions of everything that pyproject.toml allows
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest hypothesis
+	$(LOWEST)/bin/python -m pytest $(CORE) --ignore=tests/kernels/cuda --ignore=tests/pipeline/test_lease.py \
+	  --deselect tests/pipeline/test_whole_way.py -q
+
 verify: setup  ## check the demo's output, layer by layer, against its source
 	@test -e $(PRUNED)/config.json || { echo 'there is no finished $(PRUNED) yet: run "make demo" first' >&2; exit 2; }
 	$(RUN) -m streamprune verify $(PRUNED) --source $(MODEL)
@@ -42,12 +53,16 @@ check: setup  ## formatting, lint, types; prints the line count
 	$(RUN) -m ruff check
 	mkdir -p .mypy_cache/links && ln -sfn ../../kernels .mypy_cache/links/streamprune_kernels
 	$(RUN) -m mypy
+	for version in 3.12 3.13 3.14; do $(RUN) -m mypy --python-version $$version || exit; done
 	@echo 'lines of code:' && git ls-files -co --exclude-standard '*.py' '*.cu' '*.cuh' | xargs wc -l | awk \
 	  '$$2 != "total" { split($$2, part, "/"); lines[part[1]] += $$1; lines["all"] += $$1 } \
 	  END { for (room in lines) printf "%7d %s\n", lines[room], room }' | sort -n
 
 docs: setup  ## docs/cli.md from the command line's own help
 	$(RUN) docs/make_cli.py
+
+package: setup  ## build the distributions from nothing else, install the wheel elsewhere, and run it there
+	$(RUN) -m pytest -m slow tests/test_package.py
 
 torture: setup  ## kill, starve and corrupt a small job in every way; about twenty minutes
 	$(RUN) tests/attacks/torture.py

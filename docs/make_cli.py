@@ -30,7 +30,7 @@ def section(title: str, context: click.Context) -> str:
     """Usage, what a command does, its options, its examples."""
     command = context.command
     records = [option.get_help_record(context) for option in command.params if isinstance(option, click.Option)]
-    rows = [f"| `{names}` | {cell(text)} |" for names, text in filter(None, records)]
+    rows = [f"| `{escaped(names)}` | {cell(text)} |" for names, text in filter(None, records)]
     examples = (command.epilog or "").partition("Examples:\n")[2]
     parts = [title, f"    {command.get_usage(context).removeprefix('Usage: ')}", inspect.cleandoc(command.help or "")]
     parts += ["\n".join(["| option | |", "| --- | --- |", *rows]), textwrap.indent(inspect.cleandoc(examples), " " * 4)]
@@ -39,7 +39,12 @@ def section(title: str, context: click.Context) -> str:
 
 def cell(text: str) -> str:
     """A text in a table: on one line, without what markdown would take for something else."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return escaped(" ".join(text.split())).replace("<", "&lt;").replace("*", "\\*")
+
+
+def escaped(text: str) -> str:
+    """A bar would end the cell, in code too."""
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def make_checkpoint(folder: Path, like: str, blocks: int | None, form: str, shar
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a checkpoint of random weights in a real model's shapes.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--like", choices=(*LLAMA, *OPT), required=True)
     parser.add_argument("--blocks", type=int, help="default: as many as the model has")

@@ -128,7 +128,7 @@ def make_real_inputs(directory: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the real model and the texts of the demo and the tests.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     for path in make_real_inputs(parser.parse_args().directory):
         print(path)

@@ -129,7 +129,7 @@ def make_small_opt(directory: Path, minutes: float) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a small OPT on the demo's texts.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--minutes", type=float, default=6.0, help="of two quiet cores; turned into steps (default: 6)")
     settings = parser.parse_args()

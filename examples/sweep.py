@@ -246,7 +246,7 @@ def _line(*cells: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Run several settings of compress on one model; print one table.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("rows", type=Row.parse, nargs="+", metavar='"NAME: OPTIONS"')
     parser.add_argument("--calibration", type=Path, required=True)

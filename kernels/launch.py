@@ -123,8 +123,8 @@ def on_device(launch: Launch) -> None:
     if len(devices) != 1:
         raise ValueError(f"{launch.kernel}: its tensors are on {sorted(map(str, devices))}; move them to one device")
     device = devices.pop()
-    if not _runs_kernels(device):
-        raise KernelUnavailable(unsupported_reason(device))
+    if not _runs_kernels(device) and (reason := unsupported_reason(device)):
+        raise KernelUnavailable(reason)
     import cupy
 
     with cupy.cuda.Device(device.index), _cupy_stream(torch.cuda.current_stream(device)):
@@ -135,7 +135,16 @@ def on_device(launch: Launch) -> None:
 
 
 def unsupported_reason(device: torch.device) -> str | None:
-    """Why the CUDA kernels cannot run on a device and what to do, in one line; None where they can."""
+    """Why the CUDA kernels cannot run on a device and what to do, in one line; None where they can.
+
+    Found out anew by each call, and what is launched from then on goes by it: CuPy may be installed, or mended, while
+    the process lives. Between two calls the answer stays, so that it cannot change within a job.
+    """
+    _runs_kernels.cache_clear()
+    return _find_reason(device)
+
+
+def _find_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"CUDA kernels need tensors on a GPU, these are on {device}: move them or use the plain functions"
     if not torch.cuda.is_available():
@@ -153,8 +162,9 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 @cache
 def _runs_kernels(device: torch.device) -> bool:
-    """Whether `unsupported_reason` has none against a device. Asked once: to find out takes as long as a launch."""
-    return unsupported_reason(device) is None
+    """Whether nothing speaks against a device. Asked once between two `unsupported_reason`: it takes as long as a
+    launch."""
+    return _find_reason(device) is None
 
 
 @cache

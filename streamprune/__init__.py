@@ -2,6 +2,9 @@
 
 import streamprune
 streamprune.compress("/models/llama-65b", "./pruned", pattern="2:4")
+
+Each function takes its settings by keyword and returns the result of its name: `compress` a CompressResult, `verify` a
+VerifyResult. Every error that is raised on purpose is a StreampruneError.
 """
 
 import importlib
@@ -10,22 +13,51 @@ from typing import TYPE_CHECKING, Any
 from streamprune.errors import StreampruneError
 
 if TYPE_CHECKING:
+    from streamprune.config import PruneConfig
     from streamprune.model.packed_linear import PackedLinear
-    from streamprune.pipeline.compress import compress
-    from streamprune.pipeline.preview import plan
-    from streamprune.runtime.evaluate import evaluate
-    from streamprune.runtime.export import export
-    from streamprune.runtime.inspect import inspect
-    from streamprune.runtime.verify import verify
+    from streamprune.pipeline.compress import CompressResult, compress
+    from streamprune.pipeline.journal import is_finished
+    from streamprune.pipeline.preview import PlanResult, plan
+    from streamprune.runtime.evaluate import EvaluateResult, evaluate
+    from streamprune.runtime.export import ExportResult, export
+    from streamprune.runtime.inspect import InspectResult, inspect
+    from streamprune.runtime.verify import VerifyResult, verify
 
-__all__ = ["PackedLinear", "StreampruneError", "compress", "evaluate", "export", "inspect", "plan", "verify"]
+    __version__: str
+
+__all__ = [
+    "CompressResult",
+    "EvaluateResult",
+    "ExportResult",
+    "InspectResult",
+    "PackedLinear",
+    "PlanResult",
+    "PruneConfig",
+    "StreampruneError",
+    "VerifyResult",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "is_finished",
+    "plan",
+    "verify",
+]
 
 _HOMES = {
+    "CompressResult": "streamprune.pipeline.compress",
+    "EvaluateResult": "streamprune.runtime.evaluate",
+    "ExportResult": "streamprune.runtime.export",
+    "InspectResult": "streamprune.runtime.inspect",
     "PackedLinear": "streamprune.model.packed_linear",
+    "PlanResult": "streamprune.pipeline.preview",
+    "PruneConfig": "streamprune.config",
+    "VerifyResult": "streamprune.runtime.verify",
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
     "inspect": "streamprune.runtime.inspect",
+    "is_finished": "streamprune.pipeline.journal",
     "plan": "streamprune.pipeline.preview",
     "verify": "streamprune.runtime.verify",
 }
@@ -33,6 +65,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a name on first use: `streamprune --help` should not wait for torch and transformers."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("streamprune")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -8,14 +8,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 import streamprune
-from streamprune.config import PruneConfig
+from streamprune.config import CHOICES, PruneConfig
 from streamprune.endings import ResultLost, end_on_signals, guard_streams, one_line_errors, stop_on_signals
-from streamprune.errors import EXIT_CODES
+from streamprune.errors import EXIT_CODES, OutputError, SettingsError
 from streamprune.summaries import (
     say,
     show_compression,
@@ -27,7 +27,7 @@ from streamprune.summaries import (
 )
 
 # Silence transformers below ERROR: most of its warnings do not apply here. Those that may concern a result are caught
-# and passed on by streamprune.model.library_warnings.
+# and passed on by streamprune.model.library.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:<3} {meaning}" for code, meaning in EXIT_CODES.items())
 
@@ -48,14 +48,25 @@ def number(text: Any) -> Any:
         return text
 
 
+class Choice(click.Choice):  # type: ignore[type-arg]  # takes none before click 8.2
+    """A choice that --help lists; one that is none is left for the library to refuse too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(get_args(CHOICES[name]))
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
 LENGTH = "Default: 2048, or as many as the model has positions if those are fewer."
-DEVICE = click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda.")
+DEVICE = click.option("--device", type=Choice("device"), default="auto", show_default=True, help="Where to compute.")
 DTYPE = click.option(
     "--dtype",
+    type=Choice("dtype"),
     default="auto",
     show_default=True,
-    help="Type to compute in: auto, float32, bfloat16, or float16 (GPU only). Stored weights keep theirs. auto: the "
-    "source's on a GPU; on a processor bfloat16 where the source is and there are instructions for it, else float32.",
+    help="Type to compute in; float16 only on a GPU. Stored weights keep theirs. auto: the source's on a GPU; on a "
+    "processor bfloat16 where the source is and there are instructions for it, else float32.",
 )
 SCRATCH_HELP = "Folder for hidden states; a fast local disk is best. Default: "
 TEXT_FILES = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
@@ -65,7 +76,6 @@ TEXT_COLUMN = click.option(
     show_default=True,
     help="Column or key that holds the text, in files other than .txt.",
 )
-QUIET = click.option("--quiet", is_flag=True, help="Show no progress.")
 
 
 def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -73,13 +83,19 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda function: functools.reduce(lambda done, option: option(done), reversed(decorators), function)
 
 
+def _debug(context: click.Context, _: click.Parameter, debug: bool) -> None:
+    root = context.find_root()
+    root.obj = bool(root.obj) or debug
+
+
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, callback=_debug, help="Show tracebacks.")
+
+
 @click.group(epilog=EPILOG)
 @click.version_option(package_name="streamprune")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+@DEBUG
+def cli() -> None:
     """Prune language models that are larger than memory to N:M sparsity, block by block."""
-    context.obj = debug
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
 
@@ -102,6 +118,8 @@ def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[.
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+        @click.option("--quiet", is_flag=True, help="Show no progress, and no lines about the job.")
+        @DEBUG
         @functools.wraps(function)
         def wrapped(as_json: bool, **settings: Any) -> None:
             with one_line_errors():
@@ -144,9 +162,10 @@ METHOD = _options(
     ),
     click.option(
         "--metric",
+        type=Choice("metric"),
         default=PruneConfig.metric,
         show_default=True,
-        help="Score that ranks weights: esparse, wanda, ria or magnitude.",
+        help="Score that ranks weights.",
     ),
     click.option(
         "--shuffle",
@@ -158,6 +177,7 @@ METHOD = _options(
     ),
     click.option(
         "--fold",
+        type=Choice("fold"),
         default=PruneConfig.fold,
         show_default=True,
         help="How attention's output is permuted: heads (inside each head, at no cost at run time) or across-heads (a "
@@ -182,6 +202,7 @@ METHOD = _options(
     ),
     click.option(
         "--objective",
+        type=Choice("objective"),
         default=PruneConfig.objective,
         show_default=True,
         help="What searches maximise: the sum of kept scores (score) or of their squares (energy).",
@@ -209,12 +230,14 @@ METHOD = _options(
     ),
     click.option(
         "--entropy-range",
+        type=Choice("entropy_range"),
         default=PruneConfig.entropy_range,
         show_default=True,
         help="esparse: what the bins span, each channel's own range (channel) or the whole layer's (layer).",
     ),
     click.option(
         "--amplitude",
+        type=Choice("amplitude"),
         default=PruneConfig.amplitude,
         show_default=True,
         help="esparse: norm of a channel, l2, or l2 over the root of the number of sequences (wanda) or tokens (rms).",
@@ -234,9 +257,8 @@ METHOD = _options(
     click.option(
         "--correction",
         type=number,
-        default=PruneConfig.correction,
-        show_default=True,
-        help="Refinement: share of the error of earlier blocks that masks compensate for, 0 to 1. 0 spares a pass.",
+        help="Refinement: share of the error of earlier blocks that masks compensate for, 0 to 1. 0 spares a pass. "
+        "Default: 0.2 with refinement or reconstruction, else 0.",
     ),
     click.option(
         "--correction-stride",
@@ -253,10 +275,6 @@ METHOD = _options(
         help="Most channels in one block of second moments, which takes up to 12 bytes times its width squared; wider "
         "inputs are split.",
     ),
-)
-AMOUNT = _options(
-    click.option("--samples", type=integer, default=128, show_default=True, help="Calibration sequences."),
-    click.option("--sequence-length", type=integer, help=f"Tokens in each sequence. {LENGTH}"),
 )
 RESOURCES = _options(
     click.option(
@@ -280,48 +298,73 @@ RESOURCES = _options(
 )
 
 
+JOB = _options(
+    click.argument("model", type=click.Path()),
+    click.option(
+        "--calibration",
+        help=f"A file, {TEXT_FILES}, or a data set NAME[:CONFIG[:SPLIT]] of the datasets library; read until there are "
+        "enough tokens. Default: a text that ships with the package.",
+    ),
+    TEXT_COLUMN,
+    click.option("--samples", type=integer, default=128, show_default=True, help="Calibration sequences."),
+    click.option("--sequence-length", type=integer, help=f"Tokens in each sequence. {LENGTH}"),
+    click.option(
+        "--seed", type=integer, default=0, show_default=True, help="Seed that draws the calibration sequences."
+    ),
+    METHOD,
+    click.option(
+        "--max-block-error",
+        type=number,
+        help="Budget on the relative error of what a block adds. Default: none, every block is pruned.",
+    ),
+    click.option(
+        "--on-excess",
+        type=Choice("on_excess"),
+        default=PruneConfig.on_excess,
+        show_default=True,
+        help="What to do with a block above the budget.",
+    ),
+    DEVICE,
+    DTYPE,
+    RESOURCES,
+    click.option("--scratch", type=click.Path(), help=f"{SCRATCH_HELP}inside the output folder."),
+    click.option("--restart", is_flag=True, help="Delete what the output folder holds of an earlier job; start over."),
+    click.option("--yes", is_flag=True, help="With --restart: delete even a finished job, without asking."),
+)
+
+
 @command(
     show_compression,
     "compress /models/llama-65b --out ./pruned",
     "compress ./opt-66b --out ./pruned --pattern 4:8 --calibration c4-train.00000-of-01024.json.gz --samples 64",
     "compress ./llama --out ./pruned --max-block-error 0.5 --on-excess keep-dense",
 )
-@click.argument("model", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Output folder; run the same command again to continue.")
-@click.option(
-    "--calibration",
-    help=f"A file, {TEXT_FILES}, or a data set NAME[:CONFIG[:SPLIT]] of the datasets library; read until there are "
-    "enough tokens. Default: a text that ships with the package.",
-)
-@TEXT_COLUMN
-@AMOUNT
-@click.option("--seed", type=integer, default=0, show_default=True, help="Seed that draws the calibration sequences.")
-@METHOD
-@click.option(
-    "--max-block-error",
-    type=number,
-    help="Budget on the relative error of what a block adds. Default: none, every block is pruned.",
-)
-@click.option(
-    "--on-excess", default="stop", show_default=True, help="A block above the budget: stop, keep-dense or warn."
-)
-@DEVICE
-@DTYPE
-@RESOURCES
-@click.option("--scratch", type=click.Path(), help=f"{SCRATCH_HELP}inside the output folder.")
-@click.option("--restart", is_flag=True, help="Delete what the output folder holds of an earlier job, and start over.")
-@QUIET
-def compress(quiet: bool, **settings: Any) -> Any:
+@JOB
+def compress(quiet: bool, yes: bool, **settings: Any) -> Any:
     """Prune MODEL to packed N:M form.
 
     MODEL is a folder as transformers reads it: config.json, a tokenizer, and weights as safetensors or
     pytorch_model*.bin, single or sharded. Run the same command again to continue after the last finished block. SIGINT,
     SIGTERM, SIGHUP and SIGUSR1 stop the job at a safe point with exit code 85.
     """
-    if settings["max_block_error"] is None and settings["validate"] and not quiet:
-        click.echo("no --max-block-error: every block is pruned, whatever it costs", err=True)
+    if settings["restart"] and not yes and streamprune.is_finished(settings["out"]):
+        _ask_to_restart(settings["out"])
     with stop_on_signals() as should_stop:
         return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
+
+
+def on_terminal() -> bool:
+    """Whether somebody can be asked."""
+    return sys.stdin.isatty()
+
+
+def _ask_to_restart(out: str) -> None:
+    """Ask whether a finished output shall be thrown away. Raises SettingsError where nobody can answer."""
+    if not on_terminal():
+        raise SettingsError(f"{out}: holds a finished job; --restart throws it away only with --yes")
+    if not click.confirm(f"{out}: holds a finished job. Throw it away and start over?", err=True):
+        raise OutputError(f"{out}: holds a finished job, which stays; choose another --out")
 
 
 @command(
@@ -329,14 +372,10 @@ def compress(quiet: bool, **settings: Any) -> Any:
     "plan /models/llama-65b",
     "plan /models/llama-65b --max-memory 9GiB --samples 16 --sequence-length 256 --json",
 )
-@click.argument("model", type=click.Path())
-@METHOD
-@AMOUNT
-@DEVICE
-@DTYPE
-@RESOURCES
-def plan(**settings: Any) -> Any:
-    """Show what `compress` would read, hold and take.
+@click.option("--out", type=click.Path(), help="As for compress; nothing is written.")
+@JOB
+def plan(quiet: bool, yes: bool, **settings: Any) -> Any:
+    """Show what `compress` with the same options would read, hold and take.
 
     Bytes to read, to write, of scratch and of memory, stage by stage; the time; and which layers stay dense. Reads only
     headers of MODEL, and times a few products to learn the speed of this machine.
@@ -350,8 +389,7 @@ def plan(**settings: Any) -> Any:
 @click.argument("folder", type=click.Path())
 @click.option("--source", type=click.Path(), help="The dense checkpoint: also compare every kept value with it.")
 @click.option("--quick", is_flag=True, help="Check only sizes and headers: finds what is missing, not what is damaged.")
-@click.option("--device", default="auto", show_default=True, help="Whose kernels multiply: auto, cpu or cuda.")
-@QUIET
+@click.option("--device", type=Choice("device"), default="auto", show_default=True, help="Whose kernels multiply.")
 def verify(quiet: bool, **settings: Any) -> Any:
     """Check every byte of an output FOLDER.
 
@@ -380,7 +418,6 @@ def verify(quiet: bool, **settings: Any) -> Any:
 @DEVICE
 @DTYPE
 @click.option("--scratch", type=click.Path(), help=f"{SCRATCH_HELP}the system's temporary folder.")
-@QUIET
 def evaluate(quiet: bool, **settings: Any) -> Any:
     """Measure the perplexity of a text.
 
@@ -392,10 +429,13 @@ def evaluate(quiet: bool, **settings: Any) -> Any:
 @command(show_export, "export ./pruned --to dense --out ./pruned-dense")
 @click.argument("folder", type=click.Path())
 @click.option(
-    "--to", default="dense", show_default=True, help="Form to write: dense (zeros in place of dropped weights)."
+    "--to",
+    type=Choice("to"),
+    default="dense",
+    show_default=True,
+    help="Form to write: dense has zeros in place of dropped weights.",
 )
 @click.option("--out", required=True, type=click.Path(), help="A folder that does not exist yet.")
-@QUIET
 def export(quiet: bool, **settings: Any) -> Any:
     """Write an output FOLDER as a dense checkpoint.
 
@@ -407,7 +447,7 @@ def export(quiet: bool, **settings: Any) -> Any:
 
 @command(show_inspection, "inspect ./pruned", "inspect ./pruned --json")
 @click.argument("folder", type=click.Path())
-def inspect(**settings: Any) -> Any:
+def inspect(quiet: bool, **settings: Any) -> Any:
     """Show a table of an output FOLDER.
 
     Every layer with its pattern, shape, packed bytes, kept score (over that of the plain selection), kernel_error,

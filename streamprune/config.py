@@ -4,9 +4,13 @@
 """
 
 import dataclasses
+import inspect
+import os
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from streamprune.errors import SettingsError
 
@@ -16,6 +20,9 @@ EntropyRange = Literal["channel", "layer"]
 Objective = Literal["score", "energy"]
 Fold = Literal["heads", "across-heads"]
 OnExcess = Literal["stop", "keep-dense", "warn"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExportFormat = Literal["dense"]
 CHOICES = {
     "metric": Metric,
     "amplitude": Amplitude,
@@ -23,12 +30,19 @@ CHOICES = {
     "objective": Objective,
     "fold": Fold,
     "on_excess": OnExcess,
+    "device": Device,
+    "dtype": Dtype,
+    "to": ExportFormat,
 }
+PathLike = str | os.PathLike[str]
+Texts = PathLike | Iterable[str]  # a file's path or a data set's name; or the texts themselves
+Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_GROUP_SIZE = 64  # M of an N:M pattern
 MAX_COUNT = 2**31 - 1
 MAX_BYTES = 2**63 - 1
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
+DEFAULT_CORRECTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,23 +67,47 @@ NUMBERS = {
     "alpha": Bounds(0, 10**6, whole=False),  # beyond it rounding leaves nothing of the entropy
     "entropy_bins": Bounds(2, 512),
     "shrinkage": Bounds(0, 1, whole=False, optional=True),
-    "correction": Bounds(0, 1, whole=False),
+    "correction": Bounds(0, 1, whole=False, optional=True),
     "correction_stride": Bounds(1, MAX_COUNT),
     "moments_width": Bounds(64, MAX_COUNT),
     "max_block_error": Bounds(0, 10**6, whole=False, optional=True),
 }
+FLAGS = frozenset({"progress", "quick", "reconstruct", "refine", "relative", "restart", "validate"})
 
 
-def check_numbers(**given: Any) -> None:
-    """Raise SettingsError for the first value, by its name in NUMBERS, that is out of bounds or not a number."""
+def check_settings(**given: Any) -> None:
+    """Raise SettingsError for the first value, by the name that it has everywhere, that is not what it may be."""
     for name, value in given.items():
-        bounds = NUMBERS[name]
-        if value is None and bounds.optional:
-            continue
-        is_number = isinstance(value, int if bounds.whole else int | float) and not isinstance(value, bool)
-        if not (is_number and bounds.least <= value <= bounds.most):
-            kind = "a whole number" if bounds.whole else "a number"
-            raise SettingsError(f"{name} {value!r:.40} is not {kind} from {bounds.least} to {bounds.most}")
+        if fault := _fault(name, value):
+            raise SettingsError(f"{name} {value!r:.40} is {fault}")
+
+
+def _fault(name: str, value: Any) -> str | None:
+    """What a setting is not, in a few words; true and false are no numbers."""
+    if name in NUMBERS:
+        return _number_fault(value, NUMBERS[name])
+    if name in CHOICES:
+        choices = get_args(CHOICES[name])
+        return None if value in choices else f"none of {', '.join(choices)}"
+    if name in FLAGS:
+        return None if isinstance(value, bool) else "neither true nor false"
+    return None if isinstance(value, str) else "no string"
+
+
+def _number_fault(value: Any, bounds: Bounds) -> str | None:
+    if value is None and bounds.optional:
+        return None
+    is_number = isinstance(value, int if bounds.whole else int | float) and not isinstance(value, bool)
+    if is_number and bounds.least <= value <= bounds.most:
+        return None
+    return f"not {'a whole number' if bounds.whole else 'a number'} from {bounds.least} to {bounds.most}"
+
+
+def path_of(name: str, value: Any) -> Path:
+    """The path that a setting is. Raises SettingsError for what is none."""
+    if not isinstance(value, str | os.PathLike) or "\0" in str(value):
+        raise SettingsError(f"{name} {value!r:.80} is no path")
+    return Path(value)
 
 
 @dataclass(frozen=True)
@@ -133,7 +171,8 @@ class PruneConfig:
     relative        divide entropy and amplitude by their means over the layer's channels first
     refine          improve masks by the inputs' second moments (X^T X, often called the Hessian); None: if `validate`
     shrinkage       how far refinement shrinks the moments towards their diagonal, 0 to 1; None: by held-out samples
-    correction      share of the error of earlier blocks that masks compensate for, 0 to 1
+    correction      share of the error of earlier blocks that masks compensate for, 0 to 1. It needs the second moments
+                    of refinement or reconstruction; None: 0.2 with them, 0 without
     correction_stride  every k-th sequence also runs through the dense blocks, to measure that error
     moments_width   channels in one block of second moments; wider inputs are cut into equal blocks, and neither
                     permutation nor refinement crosses them
@@ -157,7 +196,7 @@ class PruneConfig:
     relative: bool = False
     refine: bool | None = None
     shrinkage: float | None = None
-    correction: float = 0.2
+    correction: float | None = None
     correction_stride: int = 2
     moments_width: int = 16384
     reconstruct: bool = False
@@ -166,17 +205,30 @@ class PruneConfig:
     validate: bool = True
 
     def __post_init__(self) -> None:
-        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in NUMBERS}
-        check_numbers(**numbers)
-        for name, value in numbers.items():  # 1 and 1.0 are one setting, and the same bytes in the manifest
-            if value is not None and not NUMBERS[name].whole:
-                object.__setattr__(self, name, float(value))
-        for name in ("relative", "reconstruct", "validate", *(["refine"] if self.refine is not None else [])):
-            if not isinstance(getattr(self, name), bool):
-                raise SettingsError(f"{name} {getattr(self, name)!r:.40} is neither true nor false")
-        for name, kind in CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise SettingsError(f"{name} {getattr(self, name)!r:.40} is none of {', '.join(get_args(kind))}")
+        pattern: Any = self.pattern
+        if not isinstance(pattern, NMPattern):  # as "N:M"
+            self._set("pattern", NMPattern.parse(pattern))
+        check_settings(**{name: getattr(self, name) for name in FIELDS if name not in ("pattern", "shuffle", "refine")})
+        self._check_shuffle()
+        self._set("refine", self.validate if self.refine is None else self.refine)
+        check_settings(refine=self.refine)
+        for name, bounds in NUMBERS.items():  # 1 and 1.0 are one setting, and the same bytes in the manifest
+            if not bounds.whole and getattr(self, name) is not None:
+                self._set(name, float(getattr(self, name)))
+        if not self.validate:
+            self._check_needs_no_text()
+        if self.correction and not self.needs_moments:
+            raise SettingsError(
+                f"correction {self.correction:g} needs second moments, and neither refine nor reconstruct takes them; "
+                "leave it out, or refine"
+            )
+        if self.correction is None:
+            self._set("correction", DEFAULT_CORRECTION if self.needs_moments else 0.0)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_shuffle(self) -> None:
         stages = self.shuffle.split("+") if isinstance(self.shuffle, str) else [""]
         unknown = [stage for stage in stages[stages[0] in ("none", RESIDUAL) :] if stage not in SEARCHES]
         if unknown or (stages[0] == "none" and len(stages) > 1):
@@ -184,12 +236,6 @@ class PruneConfig:
                 f"shuffle {self.shuffle!r:.80} is not none, nor {', '.join(SEARCHES)} joined by +, nor residual before "
                 "them"
             )
-        if self.refine is None:
-            object.__setattr__(self, "refine", self.validate)
-        if not self.validate:
-            self._check_needs_no_text()
-        if self.correction and not self.needs_moments:
-            object.__setattr__(self, "correction", 0.0)
 
     def _check_needs_no_text(self) -> None:
         needs = {
@@ -223,3 +269,67 @@ class PruneConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the pattern as "N:M"."""
         return {**dataclasses.asdict(self), "pattern": str(self.pattern)}
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(PruneConfig))
+
+
+class Settings(TypedDict, total=False):
+    """PruneConfig's fields as keywords of `compress` and `plan`; a test holds the two equal."""
+
+    pattern: str | NMPattern
+    metric: Metric
+    shuffle: str
+    fold: Fold
+    objective: Objective
+    shuffle_block: int
+    alpha: float
+    entropy_bins: int
+    entropy_range: EntropyRange
+    amplitude: Amplitude
+    relative: bool
+    refine: bool | None
+    shrinkage: float | None
+    correction: float | None
+    correction_stride: int
+    moments_width: int
+    reconstruct: bool
+    max_block_error: float | None
+    on_excess: OnExcess
+    validate: bool
+
+
+def settings_spelled(function: Function) -> Function:
+    """A function of `**settings: Unpack[Settings]`, with each of them in the signature that `help` shows."""
+    signature = inspect.signature(function)
+    parameters = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    spelled = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=str(field.default) if field.name == "pattern" else field.default,
+            annotation=Settings.__annotations__[field.name],
+        )
+        for field in dataclasses.fields(PruneConfig)
+    ]
+    function.__signature__ = signature.replace(parameters=[*parameters, *spelled])  # type: ignore[attr-defined]
+    return function
+
+
+def config_of(config: PruneConfig | None, given: Mapping[str, Any]) -> PruneConfig:
+    """The settings that a config, or keywords, or both say.
+
+    Raises SettingsError for a keyword that says otherwise than the config, TypeError for one that is no setting.
+    """
+    if unknown := sorted(given.keys() - set(FIELDS)):
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    if config is None:
+        return PruneConfig(**given)
+    if not isinstance(config, PruneConfig):
+        raise SettingsError(f"config {config!r:.40} is no PruneConfig")
+    for name, value in given.items():
+        asked = NMPattern.parse(value) if name == "pattern" and isinstance(value, str) else value
+        left_open = value is None and name in ("refine", "correction")
+        if asked != getattr(config, name) and not left_open:
+            raise SettingsError(f"{name} is {asked!s:.40} by keyword and {getattr(config, name)} in config; give one")
+    return config

@@ -1,6 +1,5 @@
 """The command line: help, exit codes, one-line errors, JSON, and signals to a real process."""
 
-import dataclasses
 import functools
 import inspect
 import json
@@ -13,24 +12,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
 import tiny
-from click.testing import CliRunner, Result
+from command import run
 
 import streamprune
 from streamprune.checkpoint import writer
 from streamprune.cli import cli
-from streamprune.config import PruneConfig
+from streamprune.config import CHOICES
 from streamprune.errors import CheckpointError, OutputError, SettingsError
+from streamprune.model.arithmetic import DTYPES
 
 COMMANDS = ["compress", "plan", "verify", "evaluate", "export", "inspect"]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="streamprune")
 
 
 def strict_json(text: str) -> Any:
@@ -74,30 +70,45 @@ def test_options_are_the_functions_parameters(name: str) -> None:
     command = cli.commands[name]
     line = ["x" if isinstance(part, click.Argument) else f"--{part.name}=x" for part in command.params if part.required]
     options = command.make_context(name, line).params
-    parameters = dict(inspect.signature(getattr(streamprune, name)).parameters)
-    defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
-    if parameters.pop("settings", None):  # the fields of the method's settings
-        fields = {field.name: field.default for field in dataclasses.fields(PruneConfig) if field.name != "pattern"}
-        if name == "plan":  # what becomes of a block above its budget plays no part
-            fields = {key: value for key, value in fields.items() if key not in ("max_block_error", "on_excess")}
-        defaults.update(fields)
-        parameters.update(fields)
-    assert options.keys() - {"quiet", "as_json"} == parameters.keys() - {"progress", "should_stop"}
-    for key, default in defaults.items():
-        if key in options:
-            assert options[key] == default, key
+    parameters = inspect.signature(getattr(streamprune, name)).parameters
+    assert options.keys() - {"quiet", "as_json", "yes"} == parameters.keys() - {"progress", "should_stop", "config"}
+    for key, parameter in parameters.items():
+        if key in options and parameter.default is not parameter.empty:
+            assert options[key] == parameter.default, key
+
+
+def test_plan_takes_what_compress_takes() -> None:
+    """So that a user can exchange the word; --out may be left away."""
+    compress, plan = (
+        {option.name: (option.opts, option.secondary_opts, option.type.name) for option in cli.commands[name].params}
+        for name in ("compress", "plan")
+    )
+    assert compress == plan
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(name, option) for name, command in cli.commands.items() for option in command.params if option.name in CHOICES],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_choices_are_listed_and_others_refused(command: str, option: click.Option, tmp_path: Path) -> None:
+    """By --help all that the library takes; another one is one line, before the model is looked for."""
+    choices = get_args(CHOICES[option.name])
+    assert f"--{option.name.replace('_', '-')} [{'|'.join(choices)}]" in run(command, "--help").stdout
+    needed = {"compress": ["--out=o"], "evaluate": ["--text=t"], "export": ["--out=o"]}.get(command, [])
+    result = run(command, tmp_path / "nowhere", *needed, option.opts[0], "best")
+    line = f"streamprune: {option.name} 'best' is none of {', '.join(choices)}\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", line)
+
+
+def test_dtypes_that_are_listed_are_those_of_the_arithmetic() -> None:
+    assert get_args(CHOICES["dtype"]) == ("auto", *DTYPES)
 
 
 def test_version() -> None:
     result = run("--version")
     assert result.exit_code == 0
     assert re.fullmatch(r"streamprune, version \d+\.\d+\.\d+\n", result.stdout)
-
-
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, streamprune, streamprune.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_all_commands_in_a_row(job: list[str], sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
@@ -168,6 +179,8 @@ def test_quiet_is_quiet(job: list[str], held_out: Path, tmp_path: Path) -> None:
         ["verify", tmp_path / "out", "--json"],
         ["evaluate", tmp_path / "out", "--text", held_out, "--sequence-length", 100],
         ["export", tmp_path / "out", "--out", tmp_path / "dense"],
+        ["inspect", tmp_path / "out"],
+        ["plan", *job[1:], "--samples", 4, "--restart", "--yes"],
     ):
         result = run(*arguments, "--quiet")
         assert result.exit_code == 0
@@ -220,6 +233,8 @@ def failing(
         "no output": ["compress", sources("llama")],
         "pattern": [*job, "--pattern", "2:2"],
         "metric": [*job, "--metric", "best"],
+        "correction": [*job, "--no-refine", "--correction", 0.5],
+        "packed source": ["verify", outputs("llama"), "--source", outputs("llama")],
         "too long": ["evaluate", sources("llama"), *text, "--sequence-length", 321],
         "no model": ["compress", folder / "nowhere", "--out", folder / "out"],
         "not packed": ["inspect", sources("llama")],
@@ -239,8 +254,10 @@ def failing(
         ("no output", 2, "Missing option '--out'"),
         ("pattern", 2, "streamprune: pattern 2:2: N:M needs"),
         ("metric", 2, "streamprune: metric 'best' is none of"),
+        ("correction", 2, "streamprune: correction 0.5 needs second moments, and neither refine nor reconstruct takes"),
         ("too long", 2, "beyond the model's 320 positions"),
         ("no model", 3, "nowhere"),
+        ("packed source", 3, "is itself an output of streamprune; give --source the dense model"),
         ("not packed", 3, "is not a finished streamprune output"),
         ("no text", 4, "nowhere.txt: no such file"),
         ("short text", 4, "10000 are asked for"),
@@ -266,6 +283,7 @@ def test_errors_are_one_line_with_the_right_exit_code(
     lines = result.stderr.splitlines()
     assert message in lines[-1]
     assert "Traceback" not in result.output
+    assert "no --max-block-error" not in result.stderr or code == 8  # said of a job once its settings are accepted
     if not lines[-1].startswith("Error: "):  # click's own come with a line of usage
         assert [line for line in lines if line.startswith("streamprune: ")] == lines[-1:]
         assert result.stdout == ""
@@ -333,6 +351,7 @@ def test_unforeseen_errors_are_one_line_too(
     result = run(*job, "--quiet")
     assert (result.exit_code, result.stderr) == (code, f"{line}\n")
     assert run("--debug", *job, "--quiet").exception is error
+    assert run(*job, "--quiet", "--debug").exception is error
 
 
 def test_debug_shows_the_traceback(sources: Callable[[str], Path]) -> None:
@@ -389,13 +408,46 @@ def test_signals_end_a_job_that_goes_on_to_the_same_bytes(
     job, code, errors = signalled[kind]
     out = Path(job[3])
     assert code == 85, errors
-    assert re.fullmatch(rf"streamprune: {out}: interrupted; .*\n", errors)
+    done = len(list((out / ".work").glob("block-*.json")))
+    assert errors == f"streamprune: {out}: stopped after {done} of 3 blocks; the same command goes on\n"
     assert (out / ".work" / "block-00000.json").exists()
     assert not (out / tiny.MANIFEST_DIGEST).exists()
     result = run(*job)
     assert result.exit_code == 0
     assert result.stdout.startswith("finished: ")
     assert tiny.digests(out) == tiny.digests(outputs("llama", **LONG))
+
+
+@pytest.mark.parametrize(
+    ("more", "answer", "code", "said"),
+    [
+        ([], None, 2, "streamprune: {out}: holds a finished job; --restart throws it away only with --yes"),
+        ([], "n\n", 5, "streamprune: {out}: holds a finished job, which stays; choose another --out"),
+        ([], "y\n", 0, None),
+        (["--yes"], None, 0, None),
+    ],
+    ids=["nobody to ask", "no", "yes", "--yes"],
+)
+def test_a_finished_job_is_thrown_away_only_when_that_is_said(
+    more: list[str], answer: str | None, code: int, said: str | None, job: list[str], copy_of: Any, monkeypatch: Any
+) -> None:
+    out = copy_of("llama")
+    made = (out / tiny.MANIFEST).stat().st_ino
+    monkeypatch.setattr("streamprune.cli.on_terminal", lambda: answer is not None)
+    result = run(*job[:2], "--out", out, *job[4:], "--quiet", "--restart", *more, input=answer)
+    assert result.exit_code == code, result.stderr
+    if said is None:
+        assert result.stdout.startswith("finished: ")
+    else:
+        assert result.stderr.splitlines()[-1] == said.format(out=out)
+    assert ((out / tiny.MANIFEST).stat().st_ino == made) == bool(code)
+    assert ("Throw it away and start over? [y/N]" in result.stderr) == (answer is not None)
+
+
+def test_restart_of_an_unfinished_job_asks_nothing(job: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    result = run(*job, "--quiet", "--restart")
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 def test_a_second_process_is_refused(job: list[str], tmp_path: Path) -> None:

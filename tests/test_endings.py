@@ -13,19 +13,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from click.testing import CliRunner, Result
+from command import run
 
 import streamprune
-from streamprune.cli import cli
 from streamprune.errors import CheckpointError
 from streamprune.runtime import evaluate, export
 from streamprune.runtime.verify import verify
 
 COMMAND = [sys.executable, "-m", "streamprune"]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments], prog_name="streamprune")
 
 
 @pytest.fixture

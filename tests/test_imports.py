@@ -130,10 +130,26 @@ print(y.item(), "streamprune" in sys.modules, "transformers" in sys.modules)
     assert run_python(code) == "5.0 False False"
 
 
-def test_importing_the_package_waits_for_neither_torch_nor_transformers() -> None:
+def test_help_and_the_package_wait_for_no_library() -> None:
+    """`streamprune --help` imports click alone, of what is not the standard library's or ours."""
     code = """
 import sys
+from click.testing import CliRunner
 import streamprune, streamprune.cli
-print(sorted({"torch", "transformers", "datasets", "numpy"} & set(sys.modules)))
+streamprune.__version__, dir(streamprune), streamprune.PruneConfig()
+for arguments in (["--help"], ["compress", "--help"], ["--version"]):
+    assert CliRunner().invoke(streamprune.cli.cli, arguments).exit_code == 0
+heavy = "accelerate datasets matplotlib numpy pyarrow scipy torch tqdm transformers xxhash"
+print(sorted(set(heavy.split()) & set(sys.modules)))
 """
     assert run_python(code) == "[]"
+
+
+WHEN_USED = {"accelerate", "cupy", "datasets", "matplotlib", "pyarrow", "scipy", "sentencepiece"}
+
+
+def test_what_few_jobs_need_is_imported_when_it_is_used() -> None:
+    for module, _, source in modules():
+        of_module = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        top = {name.partition(".")[0] for node in of_module for name in imported(ast.unparse(node))}
+        assert not top & WHEN_USED, module

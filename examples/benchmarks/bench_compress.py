@@ -289,7 +289,7 @@ PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--part", choices=tuple(PARTS), action="append", help="several allowed (default: all)")
     parser.add_argument("--rounds", type=int, default=3)

@@ -3,7 +3,8 @@
     python examples/benchmarks/bench_llmcompressor.py [DIR] [--rounds 3] [--samples 16] [--sequence-length 512]
 
 DIR (default: demo) holds the inputs that `python examples/real_inputs.py DIR` makes. llm-compressor gets a virtual
-environment of its own under DIR/bench, made on the first run (it wants an older transformers). Both compute in float32,
+environment of its own under DIR/bench, made on the first run, which needs a package index (it wants an older
+transformers). Both compute in float32,
 and streamprune once more in its default dtype. Each job has a process of its own; seconds are from the first byte read
 to the last written, without imports, and peak memory is the process's. Then the float32 masks are compared. A bit that
 differs changes the inputs of every later block; so there are controls: llm-compressor's masks of the first round, which
@@ -124,7 +125,7 @@ def all_masks_compared(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=16)

@@ -173,7 +173,7 @@ def amounts(shared: Conditions) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=Path("demo"))
     parser.add_argument("--part", choices=("full", "claims", "second-text", "sweep", "all"), default="all")
     parser.add_argument("--rows", action="append", help="run only rows whose name has this in it; several allowed")

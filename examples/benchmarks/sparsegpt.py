@@ -172,7 +172,7 @@ def prune_model(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prune a model to N:M with SparseGPT, to compare with.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--calibration", required=True)

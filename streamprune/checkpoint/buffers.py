@@ -15,7 +15,8 @@ MIN_BYTES = 1 << 20  # smaller tensors have memory of their own, which allocator
 class Buffers:
     """Hands out tensors; once a tensor is released, its memory serves the next one of its size.
 
-    Never holds more than was in use at one time. With `pinned` the memory is page-locked, so that a GPU can fetch it.
+    Several threads may ask for them. Never holds more than was in use at one time. With `pinned` the memory is
+    page-locked, so that a GPU can fetch it.
     """
 
     def __init__(self, pinned: bool = False) -> None:
@@ -28,7 +29,10 @@ class Buffers:
         if size < MIN_BYTES:
             return torch.empty(shape, dtype=dtype)
         free = self._free.setdefault(size, [])
-        memory = free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+        try:  # not asked first: another thread may take the last one meanwhile
+            memory = free.pop()
+        except IndexError:
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
         lent = memory.numpy()  # lives as long as any view of the tensor does
         weakref.finalize(lent, free.append, memory).atexit = False
         return torch.from_numpy(lent).view(dtype).view(shape)

@@ -14,7 +14,7 @@ import torch
 
 from streamprune.errors import SettingsError
 from streamprune.model.machine import bfloat16_features, gpu_identity, processor_name, warn_of_two_runtimes
-from streamprune_kernels import library
+from streamprune_kernels import library, unsupported_reason
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGE_PIECE_BYTES = 1 << 23  # with smaller ones peaks vary less, but more activations take new memory
@@ -67,6 +67,8 @@ def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmet
     if device == "cuda" and not has_gpu:
         raise SettingsError("device cuda: torch sees no GPU on this machine; use --device cpu")
     resolved = torch.device("cuda" if device != "cpu" and has_gpu else "cpu")
+    if resolved.type == "cuda" and (reason := unsupported_reason(resolved)):
+        logger.warning("%s (plain ones run in place of them, slower)", reason)
     if dtype == "auto":
         kept = source in DTYPES.values() if resolved.type == "cuda" else source == torch.bfloat16 and has_bfloat16()
         return Arithmetic(resolved, source if kept else torch.float32)

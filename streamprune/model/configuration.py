@@ -4,15 +4,11 @@ What a config says decides how many modules are built and how large their buffer
 that no tensor bears out. Fields are transformers' own; what a field may be beyond that is checked by its config class.
 """
 
-import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.configuration_utils import get_configuration_file
 
 from streamprune.checkpoint.packed import QUANT_METHOD
 from streamprune.checkpoint.reader import Checkpoint
@@ -20,6 +16,7 @@ from streamprune.checkpoint.safetensors_header import QUANTISED
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture, architecture_of
+from streamprune.model.library import CONFIG_MAPPING, PretrainedConfig, config_fields, get_configuration_file
 
 logger = logging.getLogger("streamprune")
 
@@ -78,8 +75,7 @@ def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
     change what the class does.
     """
     config_class = CONFIG_MAPPING[model_type_in(values)]
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    for name in sorted(values.keys() - fields - NOT_OF_THE_FORWARD - OLD_SPELLINGS):
+    for name in sorted(values.keys() - config_fields(config_class) - NOT_OF_THE_FORWARD - OLD_SPELLINGS):
         if hasattr(config_class, name):
             raise CheckpointError(f"{path}: {name} is not a setting but a name of transformers' own; remove it")
     try:

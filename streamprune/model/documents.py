@@ -5,13 +5,15 @@ import gzip
 import importlib.resources
 import io
 import itertools
+import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, parse_json
+from streamprune.config import Texts, path_of
 from streamprune.errors import CalibrationError, SettingsError
 from streamprune.model.configuration import one_line
 
@@ -25,8 +27,8 @@ CHARACTERS_PER_TOKEN = 64  # a text that has more is none: mere spaces that a sm
 NAMES_SHOWN = 20
 
 
-def documents(text: str | None, column: str = TEXT_COLUMN) -> Iterator[str]:
-    """The documents of a file (KINDS), of a `datasets` data set, or of the shipped text (None), as they are read.
+def documents(text: Texts | None, column: str = TEXT_COLUMN) -> Iterator[str]:
+    """The documents of a file (KINDS), of a `datasets` data set, of the shipped text (None), or those given, as read.
 
     A .txt is one document, in pieces of whole lines. In other files and data sets, `column` holds the texts. A data set
     is NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (split "train" if not given). Raises CalibrationError for what is missing
@@ -37,10 +39,14 @@ def documents(text: str | None, column: str = TEXT_COLUMN) -> Iterator[str]:
         shipped = importlib.resources.files("streamprune.data") / SHIPPED_TEXT
         yield gzip.decompress(shipped.read_bytes()).decode()
         return
-    path = Path(text)
+    if not isinstance(text, str | os.PathLike):
+        _check_no_column(name_of_texts(text), column)
+        yield from _given(text)
+        return
+    path = path_of("text", text)
     kind, compression = kind_of(path)
     if not path.is_file() and not kind:
-        yield from _read_dataset(text, column)
+        yield from _read_dataset(str(text), column)
         return
     check_file(path)
     if kind == ".txt":
@@ -50,6 +56,28 @@ def documents(text: str | None, column: str = TEXT_COLUMN) -> Iterator[str]:
     else:
         with _opened(path, compression) as file:
             yield from READERS[kind](path, file, column)
+
+
+def name_of_texts(text: Texts | None) -> str:
+    """What messages call it."""
+    if text is None:
+        return "the shipped text"
+    return str(text) if isinstance(text, str | os.PathLike) else "the given texts"
+
+
+def check_texts(text: Any) -> None:
+    """Raise SettingsError for what is neither a path, nor a name, nor an iterable of strings; nothing is read."""
+    if isinstance(text, str | os.PathLike):
+        path_of("calibration", text)
+    elif text is not None and (isinstance(text, bytes | Mapping) or not isinstance(text, Iterable)):
+        raise SettingsError(f"calibration {text!r:.40} is no path, no name, and no iterable of strings")
+
+
+def _given(texts: Iterable[str]) -> Iterator[str]:
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise SettingsError(f"the given texts: item {number} is {type(text).__name__}; give strings")
+        yield text
 
 
 def kind_of(path: Path) -> tuple[str, str]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten
 
 from streamprune.errors import UnsupportedModelError
+from streamprune.model.library import tree_flatten
 from streamprune.model.skeleton import Skeleton
 
 

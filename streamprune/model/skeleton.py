@@ -9,17 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture
 from streamprune.model.configuration import model_config, one_line
-from streamprune.model.library_warnings import pass_on, warnings_heard
+from streamprune.model.library import empty_model, pass_on, tied_parameters, warnings_heard
 from streamprune.model.weights import WeightView
 
 
@@ -120,7 +117,7 @@ class Skeleton:
     @cached_property
     def tied(self) -> dict[str, str]:
         """Parameters that share another's tensor: name to the name that is stored."""
-        return dict(self.model.all_tied_weights_keys)
+        return tied_parameters(self.model)
 
     @cached_property
     def heads(self) -> Heads:
@@ -145,9 +142,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
         config, architecture = model_config(folder, checkpoint)
         config.use_cache = False
         try:
-            with init_empty_weights(include_buffers=False), no_init_weights():
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-            model.tie_weights()
+            model = empty_model(config)
         except Exception as error:
             raise CheckpointError(f"{folder}/config.json: makes no model ({one_line(error)})") from error
     pass_on(f"{folder}/config.json", warnings)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import RunnableBlock
 from streamprune.model.forward import BlockInputs, arguments_equal, largest_difference, record_block_inputs
+from streamprune.model.library import tree_map
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.source import Source
 from streamprune_kernels import FEW_ROWS, MAX_SHARED_TOKENS

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from streamprune.checkpoint.untrusted import MAX_TOKENIZER_BYTES, open_regular, read_bounded, read_json
 from streamprune.errors import CheckpointError, SettingsError
 from streamprune.model.configuration import architecture_in, config_of, one_line
-from streamprune.model.library_warnings import pass_on, warnings_heard
+from streamprune.model.library import pass_on, warnings_heard
 
 logger = logging.getLogger("streamprune")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from streamprune.config import Texts
 from streamprune.errors import CalibrationError, SettingsError
-from streamprune.model.documents import BATCH_CHARACTERS, CHARACTERS_PER_TOKEN, TEXT_COLUMN, documents
+from streamprune.model.documents import BATCH_CHARACTERS, CHARACTERS_PER_TOKEN, TEXT_COLUMN, documents, name_of_texts
 from streamprune.model.text import load_tokenizer, tokenize
 
 CANDIDATES_PER_SAMPLE = 8  # reading stops when the text could give this many times the samples asked for
@@ -18,13 +19,13 @@ CANDIDATES_PER_SAMPLE = 8  # reading stops when the text could give this many ti
 class Calibration:
     """Which text calibrates, and how much of it.
 
-    text             a file's or a data set's name; None: the text that ships with the package
+    text             a file's or a data set's name, or the texts; None: the text that ships with the package
     column           holds the texts in a file of JSON or .parquet, or in a data set
     samples          sequences, drawn by `seed`
     sequence_length  tokens of each; None: as many as fit the model
     """
 
-    text: str | None = None
+    text: Texts | None = None
     column: str = TEXT_COLUMN
     samples: int = 128
     sequence_length: int | None = None
@@ -52,7 +53,7 @@ def calibration_tokens(model: Path, calibration: Calibration) -> torch.Tensor:
     windows = len(tokens) // length
     if windows < samples:
         raise CalibrationError(
-            f"{calibration.text or 'the shipped text'}: {len(tokens)} tokens make {windows} windows of {length}, "
+            f"{name_of_texts(calibration.text)}: {len(tokens)} tokens make {windows} windows of {length}, "
             f"{samples} are asked for; give a longer text, fewer --samples or a smaller --sequence-length"
         )
     generator = torch.Generator().manual_seed(calibration.seed)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -26,10 +26,22 @@ from streamprune.checkpoint.manifest import (
 )
 from streamprune.checkpoint.packed import MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.writer import file_digest, write_json
-from streamprune.config import NMPattern, PruneConfig, check_numbers, parse_bytes
-from streamprune.errors import OutputError
+from streamprune.config import (
+    Device,
+    Dtype,
+    PathLike,
+    PruneConfig,
+    Settings,
+    Texts,
+    check_settings,
+    config_of,
+    parse_bytes,
+    path_of,
+    settings_spelled,
+)
+from streamprune.errors import OutputError, SettingsError
 from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes, return_free_memory
-from streamprune.model.documents import TEXT_COLUMN
+from streamprune.model.documents import TEXT_COLUMN, check_texts
 from streamprune.pipeline.assembly import assemble, stage_outer, write_manifest
 from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.gate import check_outcomes
@@ -44,7 +56,7 @@ from streamprune.pipeline.journal import (
     remove_output,
 )
 from streamprune.pipeline.memory import Limits
-from streamprune.pipeline.plan import Resources, check_disk
+from streamprune.pipeline.plan import Resources, check_disk, check_outside
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.residual import residual_permutation
 from streamprune.pipeline.run import Run, Watch
@@ -82,36 +94,38 @@ class CompressResult:
     manifest_sha256: str
 
 
+@settings_spelled
 def compress(
-    model: str | Path,
-    out: str | Path,
+    model: PathLike,
+    out: PathLike,
     *,
-    pattern: str = "2:4",
-    calibration: str | None = None,
+    config: PruneConfig | None = None,
+    calibration: Texts | None = None,
     text_column: str = TEXT_COLUMN,
     samples: int = 128,
     sequence_length: int | None = None,
     seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     max_memory: str | None = None,
     max_device_memory: str | None = None,
     micro_batch: int | None = None,
     prefetch: int = 1,
-    scratch: str | Path | None = None,
+    scratch: PathLike | None = None,
     restart: bool = False,
     progress: bool = False,
-    should_stop: Callable[[], bool] = lambda: False,
-    **settings: Any,
+    should_stop: Callable[[], bool] | None = None,
+    **settings: Unpack[Settings],
 ) -> CompressResult:
     """Prune a causal LM to N:M sparsity, block by block from disk, into the folder `out`.
 
-    `settings` are the fields of streamprune.config.PruneConfig but the pattern. `text_column` holds the texts in a
-    calibration file of JSON or .parquet, or in a data set. `sequence_length` is 2048 tokens by default, or the model's
-    positions where they are fewer. `max_memory` ("12GiB") limits host
-    memory by an estimate, `max_device_memory` a GPU's: fewer sequences go through a block at once than `micro_batch`
-    (default: as make up 1024 tokens), fewer blocks are read ahead than `prefetch`, then second moments are cut into
-    blocks; a job that cannot fit is refused. With `validate=False` no text passes the model and no error is known.
+    The method's settings are the fields of streamprune.PruneConfig, each by keyword or all in `config`. `calibration`
+    is a file's path, the name of a data set, or an iterable of strings (default: the text that ships with the package);
+    `text_column` holds the texts in a file of JSON or .parquet, or in a data set. `sequence_length` is 2048 tokens by
+    default, or the model's positions where they are fewer. With `validate=False` no text passes the model and no error
+    is known. `max_memory` ("12GiB") limits host memory by an estimate, `max_device_memory` a GPU's: fewer sequences go
+    through a block at once than `micro_batch` (default: as make up 1024 tokens), fewer blocks are read ahead than
+    `prefetch`, then second moments are cut into blocks; a job that cannot fit is refused.
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
     holds. `scratch` is a folder for hidden states (default: inside `out`). `should_stop` is asked after every sequence;
@@ -120,13 +134,20 @@ def compress(
     """
     start = time.perf_counter()
     map_large_pieces()
-    check_numbers(samples=samples, sequence_length=sequence_length, seed=seed)
-    check_numbers(micro_batch=micro_batch, prefetch=prefetch)
-    config = PruneConfig(NMPattern.parse(pattern), **settings)
+    check_settings(samples=samples, sequence_length=sequence_length, seed=seed, text_column=text_column)
+    check_settings(
+        micro_batch=micro_batch, prefetch=prefetch, device=device, dtype=dtype, restart=restart, progress=progress
+    )
+    check_texts(calibration)
+    config = config_of(config, settings)
     limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
-    model, out = Path(model), Path(out)
-    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
-        raise OutputError(f"{out}: lies in the source folder; choose another --out")
+    model, out = path_of("model", model), path_of("out", out)
+    scratch = None if scratch is None else path_of("scratch", scratch)
+    if should_stop is None:
+        should_stop = _never
+    elif not callable(should_stop):
+        raise SettingsError(f"should_stop {should_stop!r:.40} is no function")
+    check_outside(out, model)
     text = Calibration(calibration, text_column, samples, sequence_length, seed)
     job = resolve_job(model, config, text, Resources(device, dtype, limits, micro_batch, prefetch))
     if is_finished(out) and not restart and not (out / WORK_FOLDER).exists():
@@ -138,20 +159,32 @@ def compress(
             result = _already_finished(job, out)
             journal.clear()
             return result
-        about = {**surroundings(job), "format_version": LAYOUT.version}
-        entries = journal.start({**without_budget(job.identity), **about})
-        earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
-        earlier_seconds = sum(earlier) if config.validate else max(earlier, default=0.0)
-        folder = _scratch_folder(journal, scratch)
-        check_disk(job.plan, len(entries), out, folder)
-        entries, manifest = _work(job, Watch(journal, Progress(progress), should_stop), folder, entries)
-        if scratch is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
-        write_json(out / TIMINGS_FILE, timings, journal.temporary)
-        write_manifest(journal, manifest)
-        journal.clear()
-        return _result("finished", out, job, manifest, record_of(timings, Timings))
+        return _finish(job, Watch(journal, Progress(progress), should_stop, len(job.source.blocks)), scratch, start)
+
+
+def _never() -> bool:
+    return False
+
+
+def _finish(job: Job, watch: Watch, scratch: Path | None, start: float) -> CompressResult:
+    """Do what is left of a job that began, in this process, at `start` (time.perf_counter)."""
+    journal, out = watch.journal, watch.journal.out
+    about = {**surroundings(job), "format_version": LAYOUT.version}
+    entries = journal.start({**without_budget(job.identity), **about})
+    earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
+    earlier_seconds = sum(earlier) if job.config.validate else max(earlier, default=0.0)
+    folder = _scratch_folder(journal, scratch)
+    check_disk(job.plan, len(entries), out, folder)
+    if job.config.validate and job.config.max_block_error is None:
+        watch.progress.note("no --max-block-error: every block is pruned, whatever it costs")
+    entries, manifest = _work(job, watch, folder, entries)
+    if scratch is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+    timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
+    write_json(out / TIMINGS_FILE, timings, journal.temporary)
+    write_manifest(journal, manifest)
+    journal.clear()
+    return _result("finished", out, job, manifest, record_of(timings, Timings))
 
 
 def _work(job: Job, watch: Watch, scratch: Path, entries: list[JournalEntry]) -> tuple[list[JournalEntry], Manifest]:
@@ -203,7 +236,7 @@ def _already_finished(job: Job, out: Path) -> CompressResult:
     return _result("already finished", out, job, manifest, read_record(out / TIMINGS_FILE, Timings))
 
 
-def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
+def _scratch_folder(journal: Journal, scratch: Path | None) -> Path:
     """Where hidden states lie; those of a writer that may still be alive are not shared with it."""
     folder = journal.work if scratch is None else _own_folder(journal, scratch)
     if not journal.lease.sole:
@@ -212,9 +245,9 @@ def _scratch_folder(journal: Journal, scratch: str | Path | None) -> Path:
     return folder
 
 
-def _own_folder(journal: Journal, scratch: str | Path) -> Path:
+def _own_folder(journal: Journal, scratch: Path) -> Path:
     name = hashlib.sha256(str(journal.out.resolve()).encode()).hexdigest()[:16]
-    folder = Path(scratch) / f"streamprune-{name}"
+    folder = scratch / f"streamprune-{name}"
     if folder.is_symlink():
         raise OutputError(f"{folder}: is a symbolic link where hidden states belong; remove it and run again")
     try:

@@ -22,6 +22,7 @@ from streamprune.checkpoint.manifest import JournalEntry, differences, plain, re
 from streamprune.checkpoint.packed import MANIFEST_DIGEST_FILE, MANIFEST_FILE, TIMINGS_FILE
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import canonical_json, file_digest, write_json
+from streamprune.config import PathLike, path_of
 from streamprune.errors import CheckpointError, JobMismatchError, OutputError
 from streamprune.pipeline.lease import Lease, leased
 
@@ -58,6 +59,10 @@ class Journal:
 
     def entry_path(self, index: int) -> Path:
         return self.work / f"block-{index:05d}.json"
+
+    def finished_blocks(self) -> int:
+        """How many blocks have an entry, once the job has started."""
+        return sum(1 for _ in self.work.glob("block-*.json"))
 
     def start(self, identity: dict[str, Any]) -> list[JournalEntry]:
         """Entries of the finished blocks, in order; empty for a new job, whose identity is then written.
@@ -153,8 +158,9 @@ def as_recorded(recorded: Any, asked: Any) -> Any:
     return {key: as_recorded(recorded[key], value) for key, value in asked.items() if key in recorded}
 
 
-def is_finished(out: Path) -> bool:
+def is_finished(out: PathLike) -> bool:
     """Whether a folder holds a finished output: the digest of the manifest is written last."""
+    out = path_of("out", out)
     return (out / MANIFEST_DIGEST_FILE).exists() and (out / MANIFEST_FILE).exists()
 
 

@@ -109,18 +109,34 @@ def make_plan(
     return Plan(blocks, dense, *needs, pace.micro_batch, length), config
 
 
+def check_outside(out: Path, model: Path) -> None:
+    """Raise OutputError where an output would lie in the source's folder."""
+    if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
+        raise OutputError(f"{out}: lies in the source folder; choose another --out")
+
+
 def check_disk(plan: Plan, finished: int, out: Path, scratch: Path) -> None:
-    """Raise OutputError where a file system has less free space than the job still writes there."""
+    """Raise OutputError where a file system has less free space than the job still writes there.
+
+    Hidden states that a former process left in `scratch` are written over: their space is there already.
+    """
     left = plan.output_bytes * (len(plan.blocks) - finished) // len(plan.blocks)
-    needs = {out: left, scratch: plan.scratch_bytes}
+    hidden_states = max(0, plan.scratch_bytes - sum(allocated_bytes(path) for path in scratch.glob("*.bin")))
+    needs = {out: left, scratch: hidden_states}
     if out.stat().st_dev == scratch.stat().st_dev:
-        needs = {out: left + plan.scratch_bytes}
+        needs = {out: left + hidden_states}
     for folder, needed in needs.items():
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise OutputError(
                 f"{folder}: {needed} bytes are needed and {free} are free; free space or choose another folder"
             )
+
+
+def allocated_bytes(path: Path) -> int:
+    """Of a file's bytes those that it has space for: a sparse or a compressed one has less than its length."""
+    status = path.lstat()
+    return min(status.st_size, status.st_blocks * 512)
 
 
 def _plan_layer(source: Source, view: WeightView, pattern: NMPattern) -> LayerPlan:

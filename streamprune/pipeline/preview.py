@@ -2,17 +2,29 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from streamprune.config import NMPattern, PruneConfig, check_numbers, parse_bytes
-from streamprune.model.arithmetic import resolve_arithmetic
-from streamprune.model.source import open_dense
+from streamprune.config import (
+    Device,
+    Dtype,
+    PathLike,
+    PruneConfig,
+    Settings,
+    Texts,
+    check_settings,
+    config_of,
+    parse_bytes,
+    path_of,
+    settings_spelled,
+)
+from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
+from streamprune.model.documents import TEXT_COLUMN, check_texts
+from streamprune.model.source import Source, open_dense
 from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.memory import Limits, Memory
-from streamprune.pipeline.plan import Resources, make_plan
+from streamprune.pipeline.plan import Plan, Resources, check_outside, make_plan
 
 MEASURED_SIZE = 1024  # of the square products that the speed of this machine is measured by
 READ_BYTES_PER_SECOND = 1e9  # a guess too; both are named in what `plan` prints
@@ -45,41 +57,60 @@ class PlanResult:
     dense_layers: dict[str, str]
 
 
+@settings_spelled
 def plan(
-    model: str | Path,
+    model: PathLike,
+    out: PathLike | None = None,
     *,
-    pattern: str = "2:4",
+    config: PruneConfig | None = None,
+    calibration: Texts | None = None,
+    text_column: str = TEXT_COLUMN,
     samples: int = 128,
     sequence_length: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    seed: int = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     max_memory: str | None = None,
     max_device_memory: str | None = None,
     micro_batch: int | None = None,
     prefetch: int = 1,
-    **settings: Any,
+    scratch: PathLike | None = None,
+    restart: bool = False,
+    **settings: Unpack[Settings],
 ) -> PlanResult:
     """What `compress` with the same arguments would read, write, hold in memory and take; reads headers alone.
 
-    Raises the errors that `compress` would: SettingsError where the job does not fit `max_memory`, for one.
+    No text is read and nothing is looked for in `out` or `scratch`. Raises the errors that `compress` would:
+    SettingsError where the job does not fit `max_memory`, for one.
     """
-    check_numbers(samples=samples, sequence_length=sequence_length, micro_batch=micro_batch, prefetch=prefetch)
-    config = PruneConfig(NMPattern.parse(pattern), **settings)
+    check_settings(samples=samples, sequence_length=sequence_length, seed=seed, text_column=text_column)
+    check_settings(micro_batch=micro_batch, prefetch=prefetch, device=device, dtype=dtype, restart=restart)
+    check_texts(calibration)
+    config = config_of(config, settings)
     limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
-    source = open_dense(Path(model))
+    model = path_of("model", model)
+    if out is not None:
+        check_outside(path_of("out", out), model)
+    if scratch is not None:
+        path_of("scratch", scratch)
+    source = open_dense(model)
     arithmetic = resolve_arithmetic(device, dtype, source.dtype)
-    calibration = Calibration(samples=samples, sequence_length=sequence_length)
+    text = Calibration(calibration, text_column, samples, sequence_length, seed)
     resources = Resources(device, dtype, limits, micro_batch, prefetch)
-    planned, config = make_plan(source, config, calibration, arithmetic, resources)
-    shapes = [source.stored(name).shape for name in source.names]
+    planned, config = make_plan(source, config, text, arithmetic, resources)
+    return _result(source, planned, config, samples, arithmetic)
+
+
+def _result(source: Source, planned: Plan, config: PruneConfig, samples: int, arithmetic: Arithmetic) -> PlanResult:
+    """A plan and the time that it takes on this machine."""
     speed = _products_per_second(arithmetic.device, arithmetic.dtype)
     products = _products(planned.layers.values(), config, samples * planned.sequence_length)
     read = planned.source_bytes + planned.output_bytes
     return PlanResult(
-        model=str(model),
+        model=str(source.folder),
         blocks=len(planned.blocks),
         layers=len(planned.layers),
-        parameters=sum(torch.Size(shape).numel() for shape in shapes),
+        parameters=sum(torch.Size(source.stored(name).shape).numel() for name in source.names),
         samples=samples if config.validate else 0,
         sequence_length=planned.sequence_length,
         read_bytes=read,

@@ -25,13 +25,18 @@ class Progress:
         self._samples: Any = None
         self._sample_count = 0
 
+    def note(self, text: str) -> None:
+        """A line about the job."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stderr)
+
     def start(self, blocks: int, finished: int, samples: int) -> None:
         """Open the bar over blocks, of which some are finished already."""
         self._sample_count = samples
         off = not (self.enabled and self.on_terminal)
         self._blocks = tqdm(total=blocks, initial=finished, unit="block", desc="blocks", disable=off, smoothing=0)
-        if finished and self.enabled:
-            tqdm.write(f"going on after block {finished} of {blocks}", file=sys.stderr)
+        if finished:
+            self.note(f"going on after block {finished} of {blocks}")
 
     def stage(self, name: str) -> None:
         """A new pass over the samples begins."""

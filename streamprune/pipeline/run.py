@@ -25,6 +25,7 @@ class Watch:
     journal: Journal
     progress: Progress
     should_stop: Callable[[], bool]
+    blocks: int  # of the model
 
     def tick(self) -> None:
         """A safe point: one sequence is done. Raises Interrupted when asked to stop."""
@@ -35,7 +36,10 @@ class Watch:
         """Raise Interrupted when asked to stop, OutputError where the output is another's by now."""
         self.journal.lease.check()
         if self.should_stop():
-            raise Interrupted(f"{self.journal.out}: interrupted; run again to go on after the last finished block")
+            done = self.journal.finished_blocks()
+            raise Interrupted(
+                f"{self.journal.out}: stopped after {done} of {self.blocks} blocks; the same command goes on"
+            )
 
 
 @dataclass(frozen=True)

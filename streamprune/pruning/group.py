@@ -293,12 +293,12 @@ def _linear(
 ) -> torch.Tensor | None:
     """The linear term of correction (refinement.py) of some rows of a layer, float32 [rows, in]; None without it."""
     if statistics.output_cross is not None:
-        return config.correction * statistics.output_cross[rows]
+        return (config.correction or 0.0) * statistics.output_cross[rows]
     if statistics.moments is None or statistics.moments.cross is None:
         return None
     parts = zip(statistics.moments.bounds, statistics.moments.cross, strict=True)
     products = [stable_product(weight[rows, begin:end].to(torch.float32), cross) for (begin, end), cross in parts]
-    return config.correction * torch.cat(products, dim=1)
+    return (config.correction or 0.0) * torch.cat(products, dim=1)
 
 
 def _refine(rows: _Rows, channels: _Channels, keep: torch.Tensor, pattern: NMPattern) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from streamprune.checkpoint.scratch import HiddenStates
-from streamprune.config import check_numbers
+from streamprune.config import Device, Dtype, PathLike, check_settings, path_of
 from streamprune.errors import CalibrationError, CheckpointError, NumericsError, SettingsError
 from streamprune.model.arithmetic import (
     Arithmetic,
@@ -45,7 +45,7 @@ LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabula
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluateResult:
     """Perplexity over `tokens` = windows x sequence length; `loss` is the mean negative log-likelihood in nats.
 
     The perplexity is e^loss; None if that is beyond a float (1.8e308, a loss of more than 709.78).
@@ -61,17 +61,17 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path,
+    model: PathLike,
     *,
-    text: str | Path,
+    text: PathLike,
     text_column: str = TEXT_COLUMN,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    scratch: str | Path | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    scratch: PathLike | None = None,
     progress: bool = False,
-) -> Evaluation:
+) -> EvaluateResult:
     """Perplexity of a text under a dense model or a packed output.
 
     The whole text is tokenised without special tokens and cut into windows of `sequence_length` (default: 2048, or the
@@ -82,11 +82,12 @@ def evaluate(
     not finite.
     """
     start = time.perf_counter()
-    check_numbers(sequence_length=sequence_length, max_tokens=max_tokens)
-    if scratch is not None and not Path(scratch).is_dir():
+    check_settings(sequence_length=sequence_length, max_tokens=max_tokens, text_column=text_column)
+    check_settings(device=device, dtype=dtype, progress=progress)
+    folder, text = path_of("model", model), path_of("text", text)
+    if scratch is not None and not path_of("scratch", scratch).is_dir():
         raise SettingsError(f"scratch {scratch}: no such folder")
     warn_without_kernels()
-    folder = Path(model)
     source = open_source(folder)
     source.check_tied()
     sequence_length = fitting_length(sequence_length, source.skeleton.positions)
@@ -102,7 +103,7 @@ def evaluate(
     loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
     perplexity = math.exp(loss) if loss < MAX_LOSS else None
     seconds, packed = time.perf_counter() - start, bool(source.packed)
-    return Evaluation(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
+    return EvaluateResult(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
 
 
 def _losses(
@@ -137,10 +138,8 @@ def _losses(
     return losses
 
 
-def _windows(
-    folder: Path, text: str | Path, text_column: str, sequence_length: int, max_tokens: int | None
-) -> torch.Tensor:
-    ids = _ids(load_tokenizer(folder), Path(text), text_column, max_tokens)[:max_tokens]
+def _windows(folder: Path, text: Path, text_column: str, sequence_length: int, max_tokens: int | None) -> torch.Tensor:
+    ids = _ids(load_tokenizer(folder), text, text_column, max_tokens)[:max_tokens]
     count = len(ids) // sequence_length
     if count == 0:
         raise CalibrationError(

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -25,8 +24,8 @@ from streamprune.checkpoint.packed import (
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import write_json, write_safetensors, write_text
-from streamprune.config import NMPattern
-from streamprune.errors import OutputError, SettingsError
+from streamprune.config import ExportFormat, NMPattern, PathLike, check_settings, path_of
+from streamprune.errors import OutputError
 from streamprune_kernels import expand
 
 PLAIN = LAYOUTS[1]  # which had the names of plain checkpoints
@@ -34,7 +33,7 @@ OWN_FILES = ("config.json", MANIFEST_FILE, MANIFEST_DIGEST_FILE, TIMINGS_FILE)
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportResult:
     """What was written. The layers in `in_memory_order` are N:M as they lie in the file; those in `regathered`
     had their permutation undone: the model computes the same, but their rows are N:M only through that permutation.
     """
@@ -46,14 +45,13 @@ class Export:
     left_out: dict[str, str]  # files that lie in the output's folder and were not copied, with reasons
 
 
-def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: bool = False) -> Export:
+def export(folder: PathLike, *, out: PathLike, to: ExportFormat = "dense", progress: bool = False) -> ExportResult:
     """Write a packed output as a dense checkpoint with zeros in the dropped places.
 
     The function of the model is unchanged and needs nothing of streamprune. `out` must not exist; it appears whole.
     """
-    if to != "dense":
-        raise SettingsError(f"cannot export to {to!r}; the one format is dense")
-    folder, out = Path(folder), Path(out)
+    check_settings(to=to, progress=progress)
+    folder, out = path_of("folder", folder), path_of("out", out)
     checkpoint, layers, _ = open_packed(folder)
     manifest, layout, shards = read_manifest(folder / MANIFEST_FILE), packed_layout(folder), _shards(checkpoint)
     card = (README,) if layout.version > 1 else ()  # in version 1 it is the source's
@@ -92,7 +90,7 @@ def export(folder: str | Path, *, out: str | Path, to: str = "dense", progress: 
         raise OutputError(f"{out}: cannot be written ({error.strerror or error}); mend that and run again") from error
     stored = {name for name in layers if f"{name}.input_permutation" in checkpoint.tensors}
     in_order = [name for name in layers if name not in stored]
-    return Export(str(out), total, in_order, [name for name in layers if name in stored], beside.left_out)
+    return ExportResult(str(out), total, in_order, [name for name in layers if name in stored], beside.left_out)
 
 
 def _shards(checkpoint: Checkpoint) -> dict[str, list[str]]:

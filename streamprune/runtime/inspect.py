@@ -1,11 +1,11 @@
 """`inspect`: what an output holds, read from its manifest and headers only."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from streamprune.checkpoint.manifest import plain, read_manifest
 from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed, packed_shape
+from streamprune.config import PathLike, path_of
 from streamprune.errors import CheckpointError
 
 
@@ -31,7 +31,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class InspectResult:
     """An output's layers and their bytes in all; `dense_layers` are those not pruned, with reasons."""
 
     layers: list[LayerRow]
@@ -41,9 +41,9 @@ class Inspection:
     permutation_bytes: int
 
 
-def inspect(folder: str | Path) -> Inspection:
+def inspect(folder: PathLike) -> InspectResult:
     """List the layers of an output folder. Raises CheckpointError where it is not a finished one."""
-    folder = Path(folder)
+    folder = path_of("folder", folder)
     checkpoint, layers, _ = open_packed(folder)
     manifest = read_manifest(folder / MANIFEST_FILE)
     rows = [
@@ -70,7 +70,7 @@ def inspect(folder: str | Path) -> Inspection:
         raise CheckpointError(
             f"{folder}: manifest and headers disagree on layer {different[0]}; run streamprune verify"
         )
-    return Inspection(
+    return InspectResult(
         rows,
         dict(manifest.dense_layers),
         sum(row.packed_bytes for row in rows),

@@ -31,6 +31,7 @@ from streamprune.checkpoint.reader import (
 )
 from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, read_bounded
 from streamprune.checkpoint.writer import file_digest
+from streamprune.config import Device, PathLike, check_settings, path_of
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.model.arithmetic import resolve_arithmetic
 from streamprune.model.configuration import forward_settings, model_config
@@ -59,7 +60,7 @@ class LayerCheck:
 
 
 @dataclass(frozen=True)
-class Verification:
+class VerifyResult:
     """`against_source` says which of the two checks was done; every fault is one line with the layer or file.
 
     `quick`: sizes and headers alone were looked at, and `layers` is empty.
@@ -101,13 +102,13 @@ class _Output:
 
 
 def verify(
-    folder: str | Path,
+    folder: PathLike,
     *,
-    source: str | Path | None = None,
+    source: PathLike | None = None,
     quick: bool = False,
-    device: str = "auto",
+    device: Device = "auto",
     progress: bool = False,
-) -> Verification:
+) -> VerifyResult:
     """Check every byte of an output folder.
 
     Always: checksums of all files, structure, exactly N of M, and each layer's products by the kernels that run it on
@@ -116,15 +117,14 @@ def verify(
     error recomputed from the bytes is the recorded one.
     `quick` looks at the manifest's digest, sizes and headers alone: it sees what is missing, not what is damaged.
     """
+    check_settings(quick=quick, device=device, progress=progress)
     if quick and source is not None:
         raise SettingsError("--quick reads no weights that --source could be compared with; give one of the two")
-    folder = Path(folder)
+    folder = path_of("folder", folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    if source is not None and is_packed(Path(source)):
-        raise CheckpointError(f"{source}: is an output of streamprune too; give the dense model that was compressed")
     where = resolve_arithmetic(device, "float32", torch.float32).device
-    original = open_checkpoint(Path(source)) if source is not None else None
+    original = _open_source(path_of("source", source)) if source is not None else None
     findings = _Findings()
     compared = reconstructed = validated = False
     try:
@@ -141,7 +141,13 @@ def verify(
     except (KeyError, TypeError, AttributeError) as error:
         findings.faults.append(f"{MANIFEST_FILE}: is malformed ({type(error).__name__}: {error})")
     about = compared, quick, reconstructed, validated
-    return Verification(not findings.faults, *about, findings.layers, findings.faults, _digest(folder))
+    return VerifyResult(not findings.faults, *about, findings.layers, findings.faults, _digest(folder))
+
+
+def _open_source(source: Path) -> Checkpoint:
+    if is_packed(source):
+        raise CheckpointError(f"{source}: is itself an output of streamprune; give --source the dense model")
+    return open_checkpoint(source)
 
 
 def _digest(folder: Path) -> str | None:

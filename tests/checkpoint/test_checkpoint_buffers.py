@@ -26,6 +26,20 @@ def test_memory_is_lent_again_when_nobody_holds_it() -> None:
     assert {tensor.data_ptr() for tensor in again} == places
 
 
+class Snatched(list[Any]):
+    """A list whose last item another thread takes between a look at it and the taking."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_another_thread_may_take_the_last_piece() -> None:
+    lent = Buffers()
+    lent._free[MIN_BYTES] = Snatched()
+    assert bool(lent._free[MIN_BYTES])
+    assert lent.empty(SHAPE, torch.bfloat16).shape == SHAPE
+
+
 def test_a_view_of_it_holds_it() -> None:
     lent = Buffers()
     whole = lent.empty(SHAPE, torch.bfloat16).fill_(1)

@@ -64,10 +64,20 @@ def test_auto_on_a_gpu_is_the_sources_dtype(
     source: torch.dtype, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arithmetic, "unsupported_reason", lambda device: None)
     monkeypatch.setattr(arithmetic, "has_bfloat16", lambda: False)
     assert resolve_arithmetic("auto", "auto", source) == Arithmetic(torch.device("cuda"), expected)
     assert resolve_arithmetic("cpu", "auto", source) == Arithmetic(torch.device("cpu"), torch.float32)
     assert resolve_arithmetic("cuda", "float32", source).dtype == torch.float32
+
+
+def test_a_gpu_without_its_kernels_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arithmetic, "unsupported_reason", lambda device: f"no kernels on {device}")
+    resolve_arithmetic("cpu", "auto", torch.float32)
+    assert caplog.messages == []
+    resolve_arithmetic("cuda", "auto", torch.float32)
+    assert caplog.messages == ["no kernels on cuda (plain ones run in place of them, slower)"]
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -74,13 +74,19 @@ def test_each_form_packed_or_not_gives_the_same_documents(form: str, packed: str
         pyarrow.large_string(),
         pyarrow.string_view(),
         pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
-        pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()),
     ],
     ids=str,
 )
 def test_parquet_of_each_kind_of_string(kind: pyarrow.DataType, tmp_path: Path) -> None:
-    column = pyarrow.array([*DOCUMENTS[:2], None, "", DOCUMENTS[2]], kind)
-    pyarrow.parquet.write_table(pyarrow.table({"id": range(5), "text": column}), tmp_path / "a.PARQUET")
+    is_dictionary = pyarrow.types.is_dictionary(kind)
+    column = pyarrow.array([*DOCUMENTS[:2], None, "", DOCUMENTS[2]], kind.value_type if is_dictionary else kind)
+    column = column.dictionary_encode() if is_dictionary else column
+    assert column.type == kind
+    try:
+        pyarrow.parquet.write_table(pyarrow.table({"id": range(5), "text": column}), tmp_path / "a.PARQUET")
+    except pyarrow.ArrowNotImplementedError as error:
+        pytest.skip(f"pyarrow {pyarrow.__version__} does not write {kind}: {error}")
     assert list(documents(str(tmp_path / "a.PARQUET"))) == DOCUMENTS
 
 

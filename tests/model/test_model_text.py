@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from streamprune.errors import CheckpointError
-from streamprune.model.library_warnings import warnings_heard
+from streamprune.model.library import warnings_heard
 from streamprune.model.text import CONVERTERS_PATTERN, load_tokenizer, tokenize
 from streamprune.pipeline.calibration import Calibration, calibration_tokens
 

@@ -113,7 +113,7 @@ def test_it_goes_on_where_it_was_stopped(prune: Prune, monkeypatch: pytest.Monke
 
 def test_asked_to_stop_it_keeps_what_is_finished(prune: Prune, tmp_path: Path) -> None:
     asked = iter([False, True])
-    with pytest.raises(Interrupted, match="run again to go on"):
+    with pytest.raises(Interrupted, match="stopped after 2 of 3 blocks; the same command goes on"):
         prune("llama", tmp_path / "out", should_stop=lambda: next(asked), **UNSEEN)
     assert len(list((tmp_path / "out" / ".work").glob("block-*.json"))) == 2
     prune("llama", tmp_path / "whole", **UNSEEN)

@@ -43,10 +43,26 @@ def pruned_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def stop_after(prune: Prune, out: Path, blocks: int, source: str = "llama", **settings: Any) -> None:
     """Interrupt a job at the first safe point after `blocks` blocks are in the journal."""
     last = out / ".work" / f"block-{blocks - 1:05d}.json"
-    with pytest.raises(Interrupted, match="interrupted"):
+    with pytest.raises(Interrupted, match=rf"out: stopped after {blocks} of 3 blocks; the same command goes on"):
         prune(source, out, should_stop=last.exists, **settings)
     assert last.exists()
     assert not (out / ".work" / f"block-{blocks:05d}.json").exists()
+
+
+def test_a_resumed_job_asks_for_no_scratch_that_it_holds(
+    prune: Prune, outputs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a disk that has room for what is left of the output and no more."""
+    settings = {"samples": 200}  # so that the hidden states are larger than the model
+    stop_after(prune, tmp_path / "out", 1, **settings)
+    held = sum(path.stat().st_size for path in (tmp_path / "out" / ".work").glob("*.bin"))
+    assert held > 2 * sum(path.stat().st_size for path in outputs("llama").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, held // 2))
+    with pytest.raises(OutputError, match=rf"bytes are needed and {held // 2} are free"):
+        prune("llama", tmp_path / "another", **settings)
+    prune("llama", tmp_path / "out", **settings)
+    monkeypatch.undo()
+    assert tiny.digests(tmp_path / "out") == tiny.digests(outputs("llama", **settings))
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -5,7 +5,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from streamprune.checkpoint.reader import Checkpoint
 from streamprune.cli import cli
 from streamprune.errors import CalibrationError, CheckpointError, Interrupted, NumericsError, SettingsError
 from streamprune.model import documents
+from streamprune.model.source import open_source
 from streamprune.runtime import evaluate as evaluation
 from streamprune.runtime.evaluate import LOGIT_POSITIONS, evaluate
 
@@ -131,6 +133,43 @@ def test_damaged_packed_values_that_are_not_finite(copy_of: Callable[..., Path],
     tiny.edit_tensor(tiny.shard_of(out, name), name, lambda values: values.view(-1)[3:4].fill_(math.inf))
     with pytest.raises(NumericsError, match=rf"tensor {name} holds NaN or infinity"):
         evaluate(out, text=held_out, sequence_length=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("llama-plain", {"model.norm.weight", "lm_head.weight"}),
+        ("llama", {"model.norm.weight", "model.embed_tokens.weight"}),
+    ],
+)
+def test_an_embedding_that_no_head_is_tied_to_is_not_loaded(
+    name: str, read: set[str], sources: Callable[[str], Path], held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are read one by one for the text's tokens; whole it would be as large as a block."""
+    asked: set[str] = set()
+    original = Checkpoint.read
+
+    def noted(self: Checkpoint, names: Iterable[str], *rest: Any) -> Any:
+        names = list(names)
+        asked.update(names)
+        return original(self, names, *rest)
+
+    monkeypatch.setattr(Checkpoint, "read", noted)
+    evaluate(sources(name), text=held_out, sequence_length=100)
+    assert {parameter for parameter in asked if not parameter.startswith("model.layers.")} == read
+
+
+def test_the_arithmetic_is_that_of_the_blocks(
+    sources: Callable[[str], Path], outputs: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As compress has it, also where the embedding, or the whole outside of the blocks, is stored in another dtype."""
+    folder = Path(shutil.copytree(sources("llama"), tmp_path / "model"))
+    tensors = {
+        name: tensor if name.startswith("model.layers.") else tensor.float()
+        for name, tensor in tiny.read_tensors(folder).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert [open_source(path).dtype for path in (folder, outputs("llama"))] == [torch.bfloat16] * 2
 
 
 def test_the_length_of_a_window_is_the_models_where_that_is_short(

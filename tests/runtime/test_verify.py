@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streamprune.errors import CheckpointError, SettingsError
-from streamprune.runtime.verify import Verification, verify
+from streamprune.runtime.verify import VerifyResult, verify
 
 DOWN, OUT = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.o_proj"
 QUERY, VALUE = "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -52,7 +52,7 @@ def forge(out: Path, name: str, edit: Callable[[torch.Tensor], object], file: st
     tiny.reseal(out)
 
 
-def found(verification: Verification, layer: str) -> bool:
+def found(verification: VerifyResult, layer: str) -> bool:
     """At fault, named in a fault, and no other layer is."""
     checks = {check.name: check.ok for check in verification.layers}
     return (
@@ -355,7 +355,7 @@ def test_a_source_of_another_shape(out: Path, sources: Callable[[str], Path]) ->
 
 def test_no_source_and_no_folder(out: Path, tmp_path: Path) -> None:
     """Not a fault of the output: the command was given something else."""
-    with pytest.raises(CheckpointError, match="is an output of streamprune too; give the dense model that was"):
+    with pytest.raises(CheckpointError, match="is itself an output of streamprune; give --source the dense model"):
         verify(out, source=out)
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         verify(out, source=tmp_path / "nowhere")

@@ -16,6 +16,7 @@ from streamprune_kernels.launch import (
     cuda_source,
     joined_source,
     on_device,
+    runner_for,
     unsupported_reason,
 )
 
@@ -117,6 +118,29 @@ def test_what_cupy_is_given(gpu):
     assert (grid, block, shared_mem, most_shared) == ((5, 1, 1), (32, 1, 1), 99 * 1024, 99 * 1024)
     expected = numpy.uint64(tensor.data_ptr()), numpy.uint64(0), numpy.int32(7), numpy.int32(-1), numpy.float32(0.5)
     assert [(type(value), value) for value in values] == [(type(value), value) for value in expected]
+
+
+def test_a_failed_import_of_cupy_is_not_for_ever(gpu, monkeypatch):
+    """What runs stays as it was found until somebody asks anew, as each job does."""
+    tensor = torch.zeros(3).as_subclass(DeviceTensor)
+    with monkeypatch.context() as changed:
+        changed.setitem(sys.modules, "cupy", None)
+        assert runner_for(tensor) is None
+    assert runner_for(tensor) is None
+    assert unsupported_reason(tensor.device) is None
+    assert runner_for(tensor) is on_device
+    on_device(some_launch(tensor))
+    assert len(gpu) == 2
+
+
+def test_on_device_finds_out_before_it_refuses(gpu, monkeypatch):
+    launch = some_launch(torch.zeros(3).as_subclass(DeviceTensor))
+    with monkeypatch.context() as changed:
+        changed.setitem(sys.modules, "cupy", None)
+        with pytest.raises(KernelUnavailable, match="does not import"):
+            on_device(launch)
+    on_device(launch)
+    assert len(gpu) == 2
 
 
 def test_reasons_against_a_gpu(gpu, monkeypatch):

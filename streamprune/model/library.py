@@ -1,0 +1,95 @@
+"""What streamprune needs of transformers, torch and accelerate beyond their documented interfaces, all in one place.
+
+tests/model/test_model_library.py names each of it and says what is relied on: where a new release of theirs breaks
+something, it is found there first, and mended here.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.configuration_utils import get_configuration_file
+from transformers.initialization import no_init_weights
+from transformers.utils.logging import warning_once
+
+__all__ = [
+    "CONFIG_MAPPING",
+    "PretrainedConfig",
+    "config_fields",
+    "empty_model",
+    "get_configuration_file",
+    "pass_on",
+    "tied_parameters",
+    "tree_flatten",
+    "tree_map",
+    "warnings_heard",
+]
+logger = logging.getLogger("streamprune")
+
+
+def config_fields(config_class: type) -> set[str]:
+    """Names of the settings of a config class, its bases' among them; transformers' own are dataclasses."""
+    return {field.name for field in dataclasses.fields(config_class)}
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal LM with parameters on the meta device and buffers as they are computed.
+
+    While it is made, modules that other threads make are not initialised either: both libraries switch that for the
+    whole process.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.tie_weights()
+    return model
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that share another's tensor: name to the name that is stored."""
+    tied: dict[str, Any] = model.all_tied_weights_keys
+    return dict(tied)
+
+
+# What transformers warns of is heard whatever its verbosity is, and passed on through our own logger, in one line each.
+# The command line sets it to errors alone, since most of its warnings concern other uses than ours. What it warns of
+# while it builds something for us may be about our results.
+
+
+class _Kept(logging.Handler):
+    """Keeps each message once, as one line that a terminal may print."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = " ".join(record.getMessage().split())
+        self.messages["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)] = None
+
+
+@contextmanager
+def warnings_heard() -> Iterator[Iterable[str]]:
+    """What transformers warns of inside, in place of printing it; to be read afterwards."""
+    library, kept = logging.getLogger("transformers"), _Kept()
+    level, handlers, propagate = library.level, library.handlers, library.propagate
+    warning_once.cache_clear()  # or what was said of another model would not be said of this one
+    library.handlers, library.propagate = [kept], False
+    library.setLevel(logging.WARNING)
+    try:
+        yield kept.messages
+    finally:
+        library.handlers, library.propagate = handlers, propagate
+        library.setLevel(level)
+
+
+def pass_on(where: object, messages: Iterable[str]) -> None:
+    """Warn of each in one line that says of what it was said."""
+    for message in messages:
+        logger.warning("%s: transformers warns: %s", where, message)
