@@ -17,13 +17,12 @@ from streamprune.config import NMPattern
 from streamprune.model.arithmetic import Arithmetic, name_of
 from streamprune.model.packed_linear import PackedLinear
 from streamprune_kernels import FEW_ROWS
-from streamprune_kernels.decode import MOST_VECTORS
 from streamprune_kernels.gemm import NARROW_TOKENS
 from streamprune_kernels.packed_product import has_pairs
 
 # Of products on a processor few, and many; on a GPU few vectors, and each kind of tile.
 ROWS = (FEW_ROWS - 8, FEW_ROWS + 16)
-GPU_ROWS = (MOST_VECTORS, 40, NARROW_TOKENS + 8)
+GPU_ROWS = (8, 40, NARROW_TOKENS + 8)
 
 
 @dataclass(frozen=True)
