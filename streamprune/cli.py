@@ -237,7 +237,8 @@ RESOURCES = _options(
     click.option(
         "--micro-batch",
         type=integer,
-        help="Most sequences in a block at once; no result depends on it. Default: as make up 1024 tokens.",
+        help="Most sequences in a block at once; a job on a GPU goes on with the same alone. Default: as make up 1024 "
+        "tokens.",
     ),
     click.option(
         "--prefetch",

@@ -139,7 +139,7 @@ def surroundings(job: Job) -> dict[str, Any]:
     found.update(gpu_versions(device) if device.type == "cuda" else {})
     if not job.config.validate:  # nothing is multiplied by a text
         return {"versions": found}
-    return {"versions": found, "rounding": rounding(device, dtype, job.plan.micro_batch * job.plan.sequence_length)}
+    return {"versions": found, "rounding": rounding(device, dtype, job.plan.sequence_length)}
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -83,7 +83,7 @@ def make_plan(
 
     sequence_length: None for `fitting_length`'s; without validation it does not matter. micro_batch: most sequences
     that go through a block at once (None: as many as make up TOKENS_AT_ONCE); prefetch: most blocks that are read
-    ahead. No byte of the output depends on these two.
+    ahead. No byte of the output depends on these two on a processor, nor on the second anywhere.
     """
     length = fitting_length(sequence_length, skeleton.positions) if config.validate else 0
     dtype = arithmetic.dtype
