@@ -150,7 +150,7 @@ def test_verified_against_its_source(pruned: Path, model: Path) -> None:
     assert verification.faults == []
     assert verification.against_source
     assert len(verification.layers) == 210
-    assert all(layer.ok and layer.relative_error < 1e-6 for layer in verification.layers)
+    assert all(layer.ok and layer.relative_error < 3e-6 for layer in verification.layers)
 
 
 def test_shuffles_never_lose_and_nearly_always_gain(pruned: Path) -> None:

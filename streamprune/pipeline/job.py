@@ -111,7 +111,9 @@ def surroundings(job: Job) -> dict[str, Any]:
     device, dtype = job.arithmetic.device, job.arithmetic.dtype
     found = versions(*(["scipy"] if "assignment" in job.config.search_stages else []))
     found.update(gpu_versions(device) if device.type == "cuda" else {})
-    return {"versions": found, "rounding": rounding(device, dtype, job.plan.micro_batch * job.plan.sequence_length)}
+    if not job.config.validate:  # nothing is multiplied by a text
+        return {"versions": found}
+    return {"versions": found, "rounding": rounding(device, dtype, job.plan.sequence_length)}
 
 
 def versions(*more: str) -> dict[str, str]:

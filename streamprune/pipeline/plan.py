@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job computes with. No byte of the output depends on the limits, the micro-batch and prefetch.
+    """What a job computes with. No byte depends on limits and prefetch, nor on a processor on the micro-batch.
 
     device, dtype  as `resolve_arithmetic` takes them
     limits         on memory, which the settings are fitted to

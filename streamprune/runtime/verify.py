@@ -49,7 +49,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """`relative_error` is the largest of the layer's float32 products on seeded inputs (docs/format.md).
+    """`relative_error` is the largest of the layer's float32 products on seeded inputs, against unpack + plain linear.
 
     None where the layer's structure allows no product, or where it is no number.
     """
