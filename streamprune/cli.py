@@ -286,8 +286,8 @@ RESOURCES = _options(
     click.option(
         "--micro-batch",
         type=integer,
-        help="Most sequences in a block at once. On a processor results do not depend on it; on a GPU they may, and a job "
-        "goes on only with the same. Default: enough to total 1,024 tokens.",
+        help="Most sequences in a block at once. On a processor results do not depend on it; on a GPU they may, and a "
+        "job goes on only with the same. Default: enough to total 1,024 tokens.",
     ),
     click.option(
         "--prefetch",
