@@ -170,7 +170,9 @@ def flip_byte(path: Path, position: int, bits: int = 0x01) -> None:
 
 
 def shard_of(folder: Path, tensor: str) -> Path:
-    return folder / read_json(folder / INDEX)["weight_map"][tensor]
+    """The file that holds a tensor, of an output or of any sharded checkpoint."""
+    [index] = folder.glob("*.safetensors.index.json")
+    return folder / read_json(index)["weight_map"][tensor]
 
 
 def edit_tensor(path: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:

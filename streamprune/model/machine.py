@@ -42,6 +42,15 @@ def processor_name(dtype: torch.dtype, cpu_info: Path = CPU_INFO) -> str:
     return " ".join([vendor, torch.backends.cpu.get_cpu_capability(), *pairs])
 
 
+def former_instruction_set(device: torch.device, dtype: torch.dtype) -> str:
+    """What manifests of format version 1 have in place of the processor's and the GPU's names."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    pairs = ["BF16"] if dtype == torch.bfloat16 and bfloat16_features() else []
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *pairs])
+
+
 def _field(cpu_info: Path, name: str) -> str:
     """The first value of that name in a list of /proc/cpuinfo's form, empty where there is none."""
     if not cpu_info.exists():

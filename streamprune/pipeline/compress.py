@@ -42,6 +42,7 @@ from streamprune.config import (
 from streamprune.errors import OutputError, SettingsError
 from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes, return_free_memory
 from streamprune.model.documents import TEXT_COLUMN, check_texts
+from streamprune.model.machine import former_instruction_set
 from streamprune.pipeline.assembly import assemble, stage_outer, write_manifest
 from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.gate import check_outcomes
@@ -230,7 +231,9 @@ def _already_finished(job: Job, out: Path) -> CompressResult:
     manifest = read_manifest(out / MANIFEST_FILE)
     recorded, asked = without_budget(manifest.identity), without_budget(job.identity)
     if manifest.format_version < LAYOUT.version:  # by a streamprune that looked at less of source and machine
-        asked |= {key: as_recorded(recorded.get(key), asked[key]) for key in ("source", "compute")}
+        former = {"instruction_set": former_instruction_set(job.arithmetic.device, job.arithmetic.dtype)}
+        asked["compute"] = as_recorded(recorded.get("compute"), asked["compute"] | former)
+        asked["source"] = as_recorded(recorded.get("source"), asked["source"])
     check_identity(out, recorded, asked)
     check_outcomes(job.config, manifest.blocks)
     return _result("already finished", out, job, manifest, read_record(out / TIMINGS_FILE, Timings))

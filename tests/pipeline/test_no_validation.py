@@ -34,7 +34,7 @@ def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the text or a block was used")
 
     monkeypatch.setattr(calibration, "load_tokenizer", refuse)
-    monkeypatch.setattr(blocks, "run_block", refuse)
+    monkeypatch.setattr(blocks.RunnableBlock, "run", refuse)
     monkeypatch.setattr(torch.nn.Linear, "forward", refuse)
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from streamprune.checkpoint.layout import LAYOUT
 from streamprune.cli import cli
 from streamprune.errors import CheckpointError, Interrupted, JobMismatchError
+from streamprune.model.machine import former_instruction_set
 from streamprune.pipeline.compress import CompressResult
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
@@ -165,12 +166,17 @@ def test_compress_knows_the_real_one(real: Path, prune: Prune, tmp_path: Path) -
 
     def as_here(manifest: Any) -> None:
         identity = manifest["identity"]
-        identity["compute"] = {key: here["compute"][key] for key in identity["compute"]}
+        compute = here["compute"] | {"instruction_set": former_instruction_set(torch.device("cpu"), torch.float32)}
+        assert identity["compute"].keys() == {"device", "dtype", "instruction_set", "kernels"}
+        identity["compute"] = {key: compute[key] for key in identity["compute"]}
         identity["source"]["config"] = here["source"]["config"]
 
     tiny.reseal(real, as_here)
     result = prune(REAL / "source", real, calibration=str(text))
     assert (result.status, result.format_version, result.blocks) == ("already finished", 1, 2)
+    tiny.reseal(real, lambda manifest: manifest["identity"]["compute"].update(instruction_set="NEON"))
+    with pytest.raises(JobMismatchError, match=r"\(compute\.instruction_set: NEON there, [^;]* now\)"):
+        prune(REAL / "source", real, calibration=str(text))
     tiny.reseal(real, lambda manifest: manifest["identity"]["source"].update(fingerprint="0" * 64))
     with pytest.raises(JobMismatchError, match=r"source\.fingerprint"):
         prune(REAL / "source", real, calibration=str(text))
