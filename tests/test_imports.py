@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,7 @@ def run_python(code: str) -> str:
 def test_kernels_import_and_compute_without_cupy() -> None:
     code = """
 import sys
+import tomllib
 sys.modules["cupy"] = None
 import torch, streamprune_kernels as k
 y = k.nm_linear(torch.ones(1, 4), torch.tensor([[2.0, 3.0]]), torch.tensor([[0b1010]], dtype=torch.uint8))
@@ -134,6 +136,7 @@ def test_help_and_the_package_wait_for_no_library() -> None:
     """`streamprune --help` imports click alone, of what is not the standard library's or ours."""
     code = """
 import sys
+import tomllib
 from click.testing import CliRunner
 import streamprune, streamprune.cli
 streamprune.__version__, dir(streamprune), streamprune.PruneConfig()
@@ -153,3 +156,17 @@ def test_what_few_jobs_need_is_imported_when_it_is_used() -> None:
         of_module = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
         top = {name.partition(".")[0] for node in of_module for name in imported(ast.unparse(node))}
         assert not top & WHEN_USED, module
+
+
+def test_what_is_imported_is_declared_with_the_lowest_version_that_is_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = dict(requirement.split(">=") for requirement in project["dependencies"])
+    used = {name.partition(".")[0] for _, _, source in modules() for name in imported(source)}
+    foreign = used - set(sys.stdlib_module_names) - set(FOLDERS)
+    assert foreign - {"cupy"} <= declared.keys()
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for name, bound in declared.items():
+        if name == "torch":  # see Makefile
+            continue
+        assert lowest[name] in (bound, f"{bound}.0", f"{bound}.0.0"), name

@@ -232,7 +232,8 @@ def read_into(descriptor: int, tensor: torch.Tensor, offset_bytes: int, path: Pa
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable, without a copy."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()  # a buffer to type checkers from Python 3.12 on
+    return memoryview(array)
 
 
 def _opened(path: Path) -> BinaryIO:
