@@ -24,8 +24,8 @@ def open_folder(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder of weights, packed or dense, by the names in its files."""
     tensors: dict[str, torch.Tensor] = {}
     index = next(folder.glob("*.safetensors.index.json"), None)
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index else {"model.safetensors"}
-    for path in sorted(folder / name for name in shards):
+    indexed = json.loads(index.read_text())["weight_map"].values() if index else []
+    for path in sorted({folder / name for name in indexed} or folder.glob("*.safetensors")):  # a job may be unfinished
         with safe_open(path, "pt") as file:
             tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
     return tensors

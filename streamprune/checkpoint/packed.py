@@ -117,6 +117,11 @@ def packed_layout(folder: Path) -> Layout:
     return layout_of(read_json(folder / "config.json")["quantization_config"].get("format_version"), folder)
 
 
+def scaling_dropped(folder: Path, version: int) -> bool:
+    """Whether an output was computed without the rope_scaling of its config.json: what made version 1 dropped it."""
+    return version == 1 and bool(read_json(folder / "config.json").get("rope_scaling"))
+
+
 def open_packed(folder: Path) -> tuple[Checkpoint, dict[str, NMPattern], dict[str, str]]:
     """An opened packed folder, its pruned layers' patterns, and its dense layers' reasons.
 

@@ -24,7 +24,7 @@ from streamprune.checkpoint.manifest import (
     read_record,
     record_of,
 )
-from streamprune.checkpoint.packed import MANIFEST_FILE, TIMINGS_FILE
+from streamprune.checkpoint.packed import MANIFEST_FILE, TIMINGS_FILE, scaling_dropped
 from streamprune.checkpoint.writer import file_digest, write_json
 from streamprune.config import (
     Device,
@@ -39,7 +39,7 @@ from streamprune.config import (
     path_of,
     settings_spelled,
 )
-from streamprune.errors import OutputError, SettingsError
+from streamprune.errors import JobMismatchError, OutputError, SettingsError
 from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes, return_free_memory
 from streamprune.model.documents import TEXT_COLUMN, check_texts
 from streamprune.model.machine import former_instruction_set
@@ -229,6 +229,11 @@ def _all_blocks(run: Run, finished: list[JournalEntry]) -> list[JournalEntry]:
 def _already_finished(job: Job, out: Path) -> CompressResult:
     """The result of this job as finished before. Raises JobMismatchError where it was another."""
     manifest = read_manifest(out / MANIFEST_FILE)
+    if scaling_dropped(out, manifest.format_version):
+        raise JobMismatchError(
+            f"{out}: was made by a streamprune that dropped the model's rope_scaling, so that its masks are of another "
+            "model; choose another --out, or --restart"
+        )
     recorded, asked = without_budget(manifest.identity), without_budget(job.identity)
     if manifest.format_version < LAYOUT.version:  # by a streamprune that looked at less of source and machine
         former = {"instruction_set": former_instruction_set(job.arithmetic.device, job.arithmetic.dtype)}

@@ -19,6 +19,7 @@ from streamprune.checkpoint.packed import (
     is_packed,
     layer_from_tensors,
     packed_layout,
+    scaling_dropped,
     structure_faults,
     tensor_names,
 )
@@ -131,6 +132,11 @@ def verify(
         manifest = _check_files(folder, findings, quick)
         output = _open_output(folder, manifest)
         reconstructed, validated = manifest.reconstructed, manifest.validated
+        if scaling_dropped(folder, manifest.format_version):
+            findings.faults.append(
+                "config.json: its rope_scaling was dropped by the streamprune that made this output, so that masks and "
+                "errors are of another model; compress it again"
+            )
         if not quick:
             _check_layers(output, findings, where, progress)
         if original is not None:

@@ -102,7 +102,7 @@ BINS: dict[str, tuple[Callable[[], Any], str]] = {
     "float8": (lambda: {"a": torch.ones(3).to(torch.float8_e4m3fn)}, "is torch.float8_e4m3fn: the source is quantised"),
     "quantised": (
         lambda: {"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)},
-        "only plain numbers are read",
+        "is torch.qint8: the source is quantised",
     ),
     "many views of one storage": (
         lambda: (lambda base: {f"{i}": base.view(100, 1000) for i in range(50)})(torch.ones(100_000)),

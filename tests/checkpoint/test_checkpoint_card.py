@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from streamprune.checkpoint.beside import list_beside
 from streamprune.checkpoint.card import Licence, model_card, source_licence, source_name
+from streamprune.checkpoint.manifest import Manifest, record_of
 from streamprune.checkpoint.packed import open_packed
 from streamprune.config import PruneConfig
 from streamprune.pipeline.compress import CompressResult
@@ -199,13 +200,13 @@ def test_nothing_from_elsewhere_is_markup(text: str, outputs: Callable[..., Path
     out = outputs("llama")
     _, layers, _ = open_packed(out)
     beside, manifest = list_beside(out), tiny.read_json(out / tiny.MANIFEST)
-    sound = ModelCard(model_card(manifest, layers, Licence(None, None, None), beside, 1))
+    sound = ModelCard(model_card(record_of(manifest, Manifest), layers, Licence(None, None, None), beside))
     forged = copy.deepcopy(manifest)
     forged.update(source_name=text, made_by=text)
     forged["identity"]["settings"].update(metric=text, pattern=[text])
     forged["identity"]["calibration"].update(seed={text: text})
     forged["blocks"][0].update(name=text, block_error=1e300)
-    written = model_card(forged, layers, Licence(None, None, None), beside, 1)
+    written = model_card(record_of(forged, Manifest), layers, Licence(None, None, None), beside)
     assert len(written) < 6000
     card = ModelCard(written)
     data = card.data.to_dict()

@@ -250,3 +250,23 @@ def test_the_reader_that_the_specification_holds(
     assert read.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (read[name] == packed_reader.bits(tensor)).all(), name
+
+
+@pytest.fixture
+def source(sources: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A source that a test may change."""
+    return Path(shutil.copytree(sources("llama"), tmp_path / "changed"))
+
+
+def test_an_output_of_version_1_whose_rope_scaling_was_dropped_is_named_wrong(
+    prune: Prune, former: Path, source: Path
+) -> None:
+    """Neither sound, nor "already finished": masks and errors are of the model without it."""
+    for folder in (former, source):
+        config = tiny.read_json(folder / "config.json")
+        scaling = {"rope_parameters": None, "rope_theta": 10_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+        tiny.write_json(folder / "config.json", {**config, **scaling})
+    tiny.reseal(former)
+    assert "its rope_scaling was dropped by the streamprune that made this output" in verify(former).faults[0]
+    with pytest.raises(JobMismatchError, match="dropped the model's rope_scaling"):
+        prune(source, former)
