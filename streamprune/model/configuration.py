@@ -36,7 +36,9 @@ NOT_OF_THE_FORWARD = frozenset(
         *("dtype", "torch_dtype", "transformers_version", "name_or_path", "_name_or_path", "_commit_hash"),
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
         *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
-        *("quantization_config", "configuration_files"),  # looked at by _other_model
+        *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan", "_auto_class"),
+        *("keys_to_ignore_at_inference",),
+        *("quantization_config", "configuration_files", "per_layer_config"),  # looked at by _other_model
     }
 )
 OLD_SPELLINGS = frozenset({"rope_scaling"})  # properties of the class that published configs set

@@ -128,6 +128,15 @@ SPELLINGS: dict[str, tuple[dict[str, Any], bool]] = {
     "decoder": ({"is_decoder": True, "add_cross_attention": False, "use_bfloat16": True, "torchscript": True}, False),
     "generation": ({"temperature": 0.3, "num_beams": 4, "max_length": 7, "do_sample": True}, False),
     "old notes": ({"_name_or_path": "a/b", "torch_dtype": "float16", "_commit_hash": "0" * 40}, False),
+    "plans": (
+        {
+            "base_model_tp_plan": {"layers.*.mlp.up_proj": "rowwise"},
+            "base_model_pp_plan": {"norm": [[], []]},
+            "keys_to_ignore_at_inference": ["logits"],
+            "_auto_class": "AutoConfig",
+        },
+        False,
+    ),
     "eager": ({"attn_implementation": "eager", "_attn_implementation": "eager"}, False),
     "attentions": ({"output_attentions": True}, False),
     "pruned": ({"pruned_heads": {}, "tie_encoder_decoder": False, "num_nextn_predict_layers": 1}, False),
