@@ -1,15 +1,12 @@
 """Which tensor of a checkpoint is which parameter of a model, by the rules of from_pretrained."""
 
 import logging
-import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from streamprune.checkpoint.packed import packed_shape
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
-from streamprune.checkpoint.safetensors_header import QUANTISED
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError
 from streamprune.model.skeleton import Skeleton
@@ -19,11 +16,6 @@ logger = logging.getLogger("streamprune")
 # Buffers that old checkpoints carry and current modules compute for themselves.
 OBSOLETE_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 UNKNOWN_LISTED = 10  # tensors that belong to no parameter
-# What lies beside a quantised weight, under the names that published checkpoints use.
-QUANTISED_PART = re.compile(
-    r"(?P<layer>.+?)\.((weight_)?scales?(_inv|_2)?|input_scale|(weight_)?zero_point|qweight|qzeros|g_idx|SCB"
-    r"|weight_(packed|shape|format)|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..+)"
-)
 
 
 def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
@@ -48,8 +40,11 @@ def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
         other = names.pop(parameter, None)
         if other is not None and names.setdefault(stored, other) != other:
             _check_shape(checkpoint, other, checkpoint.tensors[other], shapes[stored])
-    if part := next((name for name in unknown if _is_quantised(skeleton, name, shapes)), None):
-        raise CheckpointError(f"{checkpoint.folder}: tensor {part} is a part of a quantised weight: {QUANTISED}")
+    if part := next((name for name in unknown if _is_inside_a_matrix(skeleton, name, shapes)), None):
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {part} is a part of a weight that is quantised, or has an adapter; give the "
+            "weights as they are used, dequantised and merged"
+        )
     missing = sorted(set(shapes) - set(names) - set(tied))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
@@ -129,10 +124,18 @@ def _number_of_block(skeleton: Skeleton, name: str) -> int:
     return -1
 
 
-def _is_quantised(skeleton: Skeleton, name: str, shapes: Mapping[str, Any]) -> bool:
-    """Whether a tensor that belongs to no parameter is a part of a quantised weight."""
-    part, prefix = QUANTISED_PART.fullmatch(name), skeleton.base_prefix
-    return part is not None and not shapes.keys().isdisjoint(f"{start}{part['layer']}.weight" for start in ("", prefix))
+def _is_inside_a_matrix(skeleton: Skeleton, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a tensor that belongs to no parameter lies in a module whose weight is a matrix: without the scale or the
+    adapter that it is, the weight is not what the model multiplies by. A bias that the class lacks is dropped by
+    from_pretrained too.
+    """
+    parent, _, part = name.rpartition(".")
+    while parent and part != "bias":
+        for start in ("", skeleton.base_prefix):
+            if len(shapes.get(f"{start}{parent}.weight", ())) == 2:
+                return True
+        parent = parent.rpartition(".")[0]
+    return False
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, source: TensorSource, shape: tuple[int, ...]) -> None:

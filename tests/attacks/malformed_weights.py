@@ -313,7 +313,15 @@ def with_tensor(case: Path, name: str, tensor: torch.Tensor) -> None:
 
 QUANTISED = "the source is quantised"
 UP = "model.layers.1.mlp.up_proj"
-for part in ("weight_scale", "weight_scale_inv", "scales", "weight_packed", "weight.absmax"):
+for part in (
+    "weight_scale",
+    "weight_scale_inv",
+    "scales",
+    "weight_packed",
+    "weight.absmax",
+    "lora_A.weight",
+    "act_scale",
+):
     make = functools.partial(with_tensor, name=f"{UP}.{part}", tensor=torch.ones(1))
     CATALOGUE.put(f"a weight's {part}", "llama", "compress", 3, f"{UP}.{part} is a part", make, QUANTISED)
 for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):

@@ -284,12 +284,17 @@ def with_tensors(source: Path, folder: Path, tensors: dict[str, torch.Tensor], *
 
 @pytest.mark.parametrize(
     "part",
-    ["weight_scale", "weight_scale_inv", "scale", "weight.absmax", "weight.quant_state.bitsandbytes__nf4", "qweight"],
+    [
+        *("weight_scale", "weight_scale_inv", "scale", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"),
+        *("qweight", "weight_global_scale", "pre_quant_scale", "smoothing_factor", "lora_A.weight"),
+    ],
 )
-def test_parts_of_quantised_weights_are_refused(part: str, base: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_lies_beside_a_weight_and_changes_it_is_refused(
+    part: str, base: Callable[[str], Path], tmp_path: Path
+) -> None:
     name = f"model.layers.0.mlp.up_proj.{part}"
     folder = with_tensors(base("llama"), tmp_path / "model", {name: torch.ones(1)})
-    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(name)} is a part of a quantised weight"):
+    with pytest.raises(CheckpointError, match=rf"tensor {re.escape(name)} is a part of a weight that is quantised"):
         open_dense(folder)
 
 
