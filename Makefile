@@ -83,4 +83,4 @@ bench-quality: setup inputs  ## perplexity of every method and step; hours, and 
 
 clean:  ## remove the demo's output and all caches, not .venv nor the downloaded inputs
 	rm -rf $(PRUNED) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

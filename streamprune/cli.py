@@ -118,7 +118,7 @@ def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[.
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-        @click.option("--quiet", is_flag=True, help="Show no progress, and no lines about the job.")
+        @click.option("--quiet", is_flag=True, help="Show no progress.")
         @DEBUG
         @functools.wraps(function)
         def wrapped(as_json: bool, **settings: Any) -> None:

@@ -3,6 +3,7 @@
 No memory map: a full disk under a map is SIGBUS. Every chunk has a checksum, so that a torn file is noticed.
 """
 
+import ctypes
 import errno
 import os
 from collections import deque
@@ -18,6 +19,36 @@ from streamprune.checkpoint.writer import output_errors
 from streamprune.errors import CheckpointError, OutputError
 
 MAX_WRITING = 2  # chunks that wait for the disk, of one file
+
+
+def allocated_bytes(status: os.stat_result) -> int:
+    """Of a file's bytes those that it has space for: a sparse or a compressed one has less than its length."""
+    return min(status.st_size, status.st_blocks * 512)
+
+
+def reserve(descriptor: int, count: int) -> None:
+    """Have space for a file of `count` bytes, so that a full disk is seen now; nothing where it has it from before.
+
+    Where the file system cannot reserve (NFS 3), it is made that long, and a full disk is seen when it is written to:
+    posix_fallocate would write to each of its blocks instead, for every file. Raises OSError.
+    """
+    status = os.fstat(descriptor)
+    if allocated_bytes(status) >= count:
+        return
+    reason = _fallocate(descriptor, count)
+    while reason == errno.EINTR:
+        reason = _fallocate(descriptor, count)
+    if reason in (errno.EOPNOTSUPP, errno.ENOSYS):
+        os.truncate(descriptor, max(count, status.st_size))
+    elif reason:
+        raise OSError(reason, os.strerror(reason))
+
+
+def _fallocate(descriptor: int, count: int) -> int:
+    """The system's own call; 0, or the number of its error."""
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return ctypes.get_errno() if call(descriptor, 0, 0, count) else 0
 
 
 class HiddenStates:
@@ -43,7 +74,7 @@ class HiddenStates:
         file = None
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", buffering=0)
-            os.posix_fallocate(file.fileno(), 0, sequences * self.chunk_bytes)
+            reserve(file.fileno(), sequences * self.chunk_bytes)
         except OSError as error:
             if file is not None:
                 file.close()

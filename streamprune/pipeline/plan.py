@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamprune.checkpoint.scratch import allocated_bytes
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import OutputError, SettingsError
 from streamprune.model.arithmetic import Arithmetic
@@ -121,7 +122,7 @@ def check_disk(plan: Plan, finished: int, out: Path, scratch: Path) -> None:
     Hidden states that a former process left in `scratch` are written over: their space is there already.
     """
     left = plan.output_bytes * (len(plan.blocks) - finished) // len(plan.blocks)
-    hidden_states = max(0, plan.scratch_bytes - sum(allocated_bytes(path) for path in scratch.glob("*.bin")))
+    hidden_states = max(0, plan.scratch_bytes - sum(allocated_bytes(path.lstat()) for path in scratch.glob("*.bin")))
     needs = {out: left, scratch: hidden_states}
     if out.stat().st_dev == scratch.stat().st_dev:
         needs = {out: left + hidden_states}
@@ -131,12 +132,6 @@ def check_disk(plan: Plan, finished: int, out: Path, scratch: Path) -> None:
             raise OutputError(
                 f"{folder}: {needed} bytes are needed and {free} are free; free space or choose another folder"
             )
-
-
-def allocated_bytes(path: Path) -> int:
-    """Of a file's bytes those that it has space for: a sparse or a compressed one has less than its length."""
-    status = path.lstat()
-    return min(status.st_size, status.st_blocks * 512)
 
 
 def _plan_layer(source: Source, view: WeightView, pattern: NMPattern) -> LayerPlan:

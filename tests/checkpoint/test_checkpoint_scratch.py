@@ -153,14 +153,40 @@ def test_wrong_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_told_at_once_with_the_bytes_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, offset: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(scratch, "_fallocate", lambda descriptor, count: errno.ENOSPC)
     with pytest.raises(
         OutputError, match=r"h\.bin: no room for 480 bytes of hidden states \(No space left on device\)"
     ):
         HiddenStates(tmp_path / "h.bin", SEQUENCES, TOKENS, HIDDEN, torch.float32)
+
+
+@pytest.mark.parametrize("reason", [errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_file_system_that_cannot_reserve(reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS 3: the file is as long, and holds what is written; nothing is written to make it so."""
+    answers = iter([errno.EINTR, reason])
+    monkeypatch.setattr(scratch, "_fallocate", lambda descriptor, count: next(answers))
+    states = HiddenStates(tmp_path / "h.bin", 64, 64, 64, torch.float32)
+    status = (tmp_path / "h.bin").stat()
+    assert (status.st_size, scratch.allocated_bytes(status)) == (64 * 64 * 64 * 4, 0)
+    states.write(63, torch.ones(1, 64, 64))
+    assert torch.equal(states.read(63), torch.ones(1, 64, 64))
+    states.close()
+
+
+def test_space_is_reserved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files take turns, block after block: the second time nothing is asked for, but where more is needed."""
+    asked = []
+    original = scratch._fallocate
+
+    def noted(descriptor: int, count: int) -> int:
+        asked.append(count)
+        return original(descriptor, count)
+
+    monkeypatch.setattr(scratch, "_fallocate", noted)
+    for sequences in (64, 64, 32, 128):
+        HiddenStates(tmp_path / "h.bin", sequences, 64, 64, torch.float32).close()
+        assert scratch.allocated_bytes((tmp_path / "h.bin").stat()) >= sequences * 64 * 64 * 4
+    assert asked == [64 * 64 * 64 * 4, 128 * 64 * 64 * 4]
 
 
 def test_absent_folder_is_an_output_error(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_config_classes_are_dataclasses_of_their_settings(name: str) -> None:
     config_class = CONFIG_MAPPING[name]
     assert issubclass(config_class, PretrainedConfig)
     assert dataclasses.is_dataclass(config_class)
+    assert config_fields(config_class) >= config_fields(PretrainedConfig)
     assert config_fields(config_class) >= {*SMALL, "max_position_embeddings", "tie_word_embeddings"}
     made = config_class.from_dict({**SMALL, "hidden_size": 32})
     assert (made.hidden_size, made.to_dict()["hidden_size"], made.model_type) == (32, 32, name)
