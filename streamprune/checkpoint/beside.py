@@ -25,7 +25,7 @@ MAX_NAME_BYTES, MAX_PART_BYTES = 500, 255  # so that the manifest of so many nam
 
 WEIGHTS = (
     "safetensors", "bin", "pt", "pth", "ckpt", "pkl", "pickle", "gguf", "ggml", "msgpack", "h5", "hdf5", "npy", "npz",
-    "ot", "tflite", "nemo", "pb",
+    "ot", "tflite", "nemo", "pb", "distcp", "engine", "keras", "mlmodel", "pdparams", "torchscript",
 )  # fmt: skip
 CODE = (
     "py", "pyc", "pyi", "pyx", "ipynb", "so", "so.*", "dll", "dylib", "exe", "sh", "bash", "zsh", "bat", "cmd", "ps1",
@@ -35,7 +35,7 @@ CODE = (
 LEFT_OUT = {  # why, by patterns of names in lower case
     "hidden": (".*",),
     "weights": (
-        *(f"*.{suffix}{rest}" for suffix in WEIGHTS for rest in ("", ".index.json")),
+        *(f"*.{suffix}{rest}" for suffix in WEIGHTS for rest in ("", ".index.json", ".index.*.json")),
         "*.onnx*",
         "consolidated.*",
     ),

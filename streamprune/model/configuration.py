@@ -27,8 +27,8 @@ LENGTHS = ("max_position_embeddings", "sliding_window")  # that need not be a te
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor")
 SHARES = ("partial_rotary_factor",)  # more than 1 would make rotary frequencies of any number
 # Fields that do not reach the logits of a causal LM: labels of other tasks, what else a forward returns, the dtype of
-# loading, how attention is computed, notes. Some are dangerous to build (ten billion labels). tests/model/
-# test_model_configuration.py sets each to another value and compares the logits with transformers'.
+# loading, how attention is computed, how devices share the work, notes. Some are dangerous to build (ten billion
+# labels). tests/model/test_model_configuration.py sets them to other values and compares the logits with transformers'.
 NOT_OF_THE_FORWARD = frozenset(
     {
         *("id2label", "label2id", "num_labels", "problem_type", "architectures", "auto_map", "model_type"),
@@ -37,8 +37,8 @@ NOT_OF_THE_FORWARD = frozenset(
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
         *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
         *("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan", "_auto_class"),
-        *("keys_to_ignore_at_inference",),
-        *("quantization_config", "configuration_files", "per_layer_config"),  # looked at by _other_model
+        *("ignore_keys_at_rope_validation", "keys_to_ignore_at_inference"),
+        *("quantization_config", "configuration_files"),  # looked at by _other_model
     }
 )
 OLD_SPELLINGS = frozenset({"rope_scaling"})  # properties of the class that published configs set
@@ -67,21 +67,24 @@ def model_config(folder: Path, checkpoint: Checkpoint) -> tuple[PretrainedConfig
         raise CheckpointError(f"{path}: {fault}")
     if fault := next(_faults(values, checkpoint, architecture), None):
         raise CheckpointError(f"{path}: {fault}; give a config.json that belongs to the weights")
+    if values.get("auto_map"):
+        logger.warning("%s: names Python code of its own (auto_map); it is not run, transformers' own is", path)
     return config_of(path, values), architecture
 
 
 def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
     """What transformers makes of a config.json of a known model_type, as far as it reaches the forward.
 
-    Raises CheckpointError where that is nothing, and for a field with the name of something else of the class: it would
-    change what the class does.
+    Raises CheckpointError where that is nothing, and for a field with the name of something else of the class and
+    another value: it would change what the class does.
     """
     config_class = CONFIG_MAPPING[model_type_in(values)]
-    for name in sorted(values.keys() - config_fields(config_class) - NOT_OF_THE_FORWARD - OLD_SPELLINGS):
-        if hasattr(config_class, name):
+    unused = {*NOT_OF_THE_FORWARD, *(name for name in OTHER_PARTS if values.get(name) is None)}
+    for name in sorted(values.keys() - config_fields(config_class) - unused - OLD_SPELLINGS):
+        if hasattr(config_class, name) and getattr(config_class, name) != values[name]:
             raise CheckpointError(f"{path}: {name} is not a setting but a name of transformers' own; remove it")
     try:
-        return config_class.from_dict({k: v for k, v in values.items() if k not in NOT_OF_THE_FORWARD})
+        return config_class.from_dict({k: v for k, v in values.items() if k not in unused})
     except Exception as error:  # transformers raises many kinds for a bad config
         raise CheckpointError(f"{path}: makes no model ({one_line(error)})") from error
 
@@ -113,23 +116,20 @@ def architecture_in(path: Path, values: Mapping[str, Any]) -> Architecture:
     if not isinstance(name, str):
         raise CheckpointError(f"{path}: has no model_type; give the folder of a transformers checkpoint")
     try:
-        architecture = architecture_of(name)
+        return architecture_of(name)
     except UnsupportedModelError as error:
-        if "auto_map" not in values:
+        if not values.get("auto_map"):
             raise UnsupportedModelError(f"{path}: {error}") from error
         raise UnsupportedModelError(
             f"{path}: {error}; it names Python code of its own (auto_map), which is never run"
         ) from error
-    if "auto_map" in values:
-        logger.warning("%s: names Python code of its own (auto_map); it is not run, transformers' own is", path)
-    return architecture
 
 
 def _other_model(folder: Path, values: Mapping[str, Any]) -> Iterator[str]:
     """Why from_pretrained would make another model of this folder than its config.json and its weights say."""
     quantised = values.get("quantization_config")
     if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") == QUANT_METHOD):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        method = quantised.get("quant_method", quantised) if isinstance(quantised, dict) else quantised
         yield f"quantization_config is {method!r:.40}: {QUANTISED}"
     for name, reason in OTHER_PARTS.items():
         if values.get(name) is not None:

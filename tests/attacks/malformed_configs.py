@@ -118,7 +118,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "quantization_config is 'none such': the source is quantised",
     ),
     "a quantisation of text": ({"quantization_config": "x"}, "quantization_config is 'x': the source is quantised"),
-    "a quantisation of nothing": ({"quantization_config": {}}, "quantization_config is None: the source is quantised"),
+    "a quantisation of nothing": ({"quantization_config": {}}, "quantization_config is {}: the source is quantised"),
     "a method's name": ({"validate": 1}, "validate is not a setting but a name of transformers' own"),
     "names of methods": ({"to_dict": "x", "get_text_config": 5, "from_dict": 1}, "from_dict is not a setting"),
     "a name of every class": ({"__class__": "int"}, "__class__ is not a setting"),
