@@ -21,7 +21,8 @@ from streamprune.summaries import say
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 ENDS = (signal.SIGTERM, signal.SIGHUP)  # as SIGINT does by KeyboardInterrupt
 LIMITS = {"memory": "max_memory", "the GPU's memory": "max_device_memory"}
-NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "bad_alloc")  # in errors of torch
+# In errors of torch and of oneDNN.
+NO_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "bad_alloc", "could not create a primitive")
 
 
 class ResultLost(StreampruneError):

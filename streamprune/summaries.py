@@ -97,7 +97,7 @@ def show_verification(result: Any) -> None:
 
 def show_evaluation(result: Any) -> None:
     """One line."""
-    beyond = f"beyond 1.8e308 (loss {result.loss:.4f} nats a token)"
+    beyond = f"beyond 1.8e308 (loss {_figure(result.loss, '.4f')} nats a token)"
     perplexity = beyond if result.perplexity is None else f"{result.perplexity:.4f}"
     say(
         f"perplexity {perplexity} over {result.tokens} tokens in windows of {result.sequence_length} "

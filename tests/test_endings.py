@@ -190,6 +190,7 @@ LESS = f"give a lower --max-memory or --micro-batch, or free some{PLAN}"
         ("compress", fail(MemoryError()), f"memory ran out; {LESS}"),
         ("compress", allocate_too_much, f"memory ran out; {LESS}"),
         ("compress", fail(OSError(12, os.strerror(12))), f"memory ran out; {LESS}"),
+        ("compress", fail(RuntimeError("could not create a primitive")), f"memory ran out; {LESS}"),
         ("compress", fail(CheckpointError("is not a .bin"), MemoryError()), f"memory ran out; {LESS}"),
         (
             "compress",

@@ -139,6 +139,11 @@ def return_free_memory() -> None:
         trim(0)
 
 
+def against_overflow(dtype: torch.dtype) -> str:
+    """What to do about weights whose products a dtype does not hold."""
+    return "mend the weights" if dtype == torch.float32 else "try --dtype float32"
+
+
 def name_of(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from torch import nn
 from streamprune.checkpoint.packed import check_contents, layer_from_tensors, tensor_names
 from streamprune.config import NMPattern
 from streamprune.errors import NumericsError
-from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.arithmetic import Arithmetic, against_overflow
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.skeleton import Block, Skeleton
 from streamprune.model.source import Source
@@ -95,7 +95,7 @@ class RunnableBlock:
             output = self.module(states, **self.arguments)
         output = output[0] if isinstance(output, tuple) else output
         if not all_finite(output):
-            raise NumericsError(f"{self.name}: its output holds NaN or infinity; try --dtype float32")
+            raise NumericsError(f"{self.name}: its output holds NaN or infinity; {against_overflow(states.dtype)}")
         return output
 
 

@@ -26,11 +26,6 @@ class WeightView:
     transposed: bool = False
     rows: range | tuple[int, ...] | None = None
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the weight is the parameter itself, as it lies."""
-        return self.expert is None and not self.transposed and self.rows is None
-
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """The weight [out, in] of the parameter's tensor: a view of its memory, but where rows are numbers a copy.
 

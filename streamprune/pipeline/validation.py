@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from streamprune.checkpoint.packed import PackedLayer
 from streamprune.errors import KernelFault, NumericsError
-from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.arithmetic import Arithmetic, against_overflow
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.pipeline.block_pruning import PrunedLayer
 from streamprune.pruning.selection import relative, stable_sum
@@ -78,7 +78,7 @@ def layer_errors(
             weight.copy_(pruned.written)
         masked = functional.linear(permuted, weight.mul_(pruned.keep), offset)
     if not (all_finite(dense) and all_finite(masked)):
-        raise NumericsError(f"{name}: its output holds NaN or infinity; try --dtype float32")
+        raise NumericsError(f"{name}: its output holds NaN or infinity; {against_overflow(arithmetic.dtype)}")
     kernel_error = relative_error(sparse, masked)
     if not kernel_error <= arithmetic.kernel_tolerance:
         raise KernelFault(

@@ -19,6 +19,7 @@ from streamprune.config import Device, Dtype, PathLike, check_settings, path_of
 from streamprune.errors import CalibrationError, CheckpointError, NumericsError, SettingsError
 from streamprune.model.arithmetic import (
     Arithmetic,
+    against_overflow,
     name_of,
     peak_memory_bytes,
     resolve_arithmetic,
@@ -129,10 +130,9 @@ def _losses(
         for index, window in enumerate(windows):
             losses.append(_window_loss(skeleton, tail, files[0].read(index), window, arithmetic))
             if not math.isfinite(losses[-1]):
-                wide = arithmetic.dtype == torch.float32
                 raise NumericsError(
                     f"{source.folder}: the loss of window {index} is NaN or infinite: weights behind the last block "
-                    f"are too large for {name_of(arithmetic.dtype)}; {'mend them' if wide else 'try --dtype float32'}"
+                    f"are too large for {name_of(arithmetic.dtype)}; {against_overflow(arithmetic.dtype)}"
                 )
             tick()
     return losses

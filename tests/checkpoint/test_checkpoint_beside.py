@@ -20,7 +20,8 @@ COPIED = (
 LEFT_OUT = {
     "weights": "model.safetensors pytorch_model.bin a.pt consolidated.00.pth consolidated.safetensors.index.json "
     "x.GGUF model.onnx model.onnx_data flax_model.msgpack tf_model.h5 training_args.bin optimizer.ckpt state.pickle "
-    "pytorch_model.bin.index.json original/consolidated.00.pth original/model.safetensors.index.json",
+    "pytorch_model.bin.index.json original/consolidated.00.pth original/model.safetensors.index.json "
+    "model.safetensors.index.fp16.json __0_0.distcp",
     "about other weights": "adapter_config.json quantize_config.json",
     "code": "modeling_own.py original/convert.sh _cpu.cpython-311.so libx.so.1 notebook.ipynb __pycache__/",
     "hidden": ".gitattributes .DS_Store .git/ .cache/ original/.hidden",

@@ -151,7 +151,7 @@ def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, 
     block = dense(source, 0, block_tensors(source, 0))
     states = states_like(source)
     states[0, 3, 5] = value
-    with pytest.raises(NumericsError, match=r"^model\.layers\.0: its output holds NaN or infinity"):
+    with pytest.raises(NumericsError, match=r"^model\.layers\.0: its output holds NaN or infinity; mend the weights$"):
         RunnableBlock("model.layers.0", block, arguments_of(source)[0]).run(states)
 
 

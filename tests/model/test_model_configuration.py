@@ -24,6 +24,7 @@ from streamprune.model.architectures import ARCHITECTURES
 from streamprune.model.configuration import config_of, forward_settings
 from streamprune.model.skeleton import build_skeleton
 from streamprune.model.source import open_dense
+from streamprune.model.text import load_tokenizer
 
 SIZES: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
 DECODER: dict[str, Any] = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "num_hidden_layers": 2}
@@ -242,6 +243,12 @@ def test_a_mistral_that_lists_its_blocks_types_is_another_model(base: Callable[[
     assert_same_model(respell(base("mistral"), tmp_path / "model", kinds), base("mistral"), True)
 
 
+def test_null_is_no_part(base: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = respell(base("llama"), tmp_path / "model", {})
+    tiny.write_json(folder / "config.json", {**tiny.read_json(folder / "config.json"), "per_layer_config": None})
+    assert_same_model(folder, base("llama"), False)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a method": ({"get_text_config": 5}, "get_text_config is not a setting but a name of transformers' own"),
     "an attribute of the class": ({"attribute_map": {"hidden_size": "x"}}, "attribute_map is not a setting"),
@@ -255,6 +262,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "configurations of no version": ({"configuration_files": ["config.x.json"]}, "configuration_files cannot be read"),
     "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is 'fp8': the source is quantised"),
+    "bitsandbytes of old": (
+        {"quantization_config": {"load_in_8bit": True}},
+        "quantization_config is {'load_in_8bit': Tr",
+    ),
     "a quantisation of text": ({"quantization_config": "x"}, "quantization_config is 'x': the source is quantised"),
     "compressed-tensors": ({"compression_config": {"format": "pack-quantized"}}, "compression_config says that the"),
 }
@@ -267,6 +278,16 @@ def test_what_would_be_another_model_is_refused(
     folder = respell(base("llama"), tmp_path / "model", changes)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{re.escape(message)}"):
         build_skeleton(folder, open_checkpoint(folder))
+
+
+def test_code_of_its_own_is_named_once(
+    base: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = respell(base("llama"), tmp_path / "model", {"auto_map": {"AutoConfig": "code.Config"}})
+    build_skeleton(folder, open_checkpoint(folder))
+    load_tokenizer(folder)
+    code = "names Python code of its own (auto_map); it is not run, transformers' own is"
+    assert caplog.messages == [f"{folder}/config.json: {code}"]
 
 
 def test_an_adapter_beside_the_weights_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:

@@ -43,10 +43,6 @@ def test_reads_and_scatters_back(shape: tuple[int, ...], view: WeightView, place
     assert torch.equal(parameter, before)
 
 
-def test_only_a_whole_parameter_is_whole() -> None:
-    assert [kind for kind, (_, view, _) in KINDS.items() if view.is_whole] == ["whole"]
-
-
 @pytest.mark.parametrize(
     ("shape", "view"),
     [

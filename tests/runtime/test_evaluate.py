@@ -189,9 +189,12 @@ def with_final_norm(source: Path, factor: float, folder: Path) -> Path:
     return folder
 
 
-def test_a_perplexity_beyond_floats(sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "form"), [(1000.0, ".4f"), (1e30, ".1e")])
+def test_a_perplexity_beyond_floats(
+    scale: float, form: str, sources: Callable[[str], Path], held_out: Path, tmp_path: Path
+) -> None:
     """The loss is known; e to its power is not a number that a float holds, nor JSON."""
-    folder = with_final_norm(sources("llama"), 1000.0, tmp_path / "model")
+    folder = with_final_norm(sources("llama"), scale, tmp_path / "model")
     loss = transformers_loss(folder, held_out.read_text(), 100)
     assert loss > 709.79
     arguments = [
@@ -207,11 +210,13 @@ def test_a_perplexity_beyond_floats(sources: Callable[[str], Path], held_out: Pa
     figures = json.loads(as_json.stdout)
     assert figures["perplexity"] is None
     assert figures["loss"] == pytest.approx(loss, rel=2e-6)
-    assert plain.stdout.startswith(f"perplexity beyond 1.8e308 (loss {figures['loss']:.4f} nats a token) over 2000 tok")
+    assert plain.stdout.startswith(
+        f"perplexity beyond 1.8e308 (loss {figures['loss']:{form}} nats a token) over 2000 tok"
+    )
 
 
 def test_a_loss_that_is_not_finite(sources: Callable[[str], Path], held_out: Path, tmp_path: Path) -> None:
     folder = with_final_norm(sources("llama"), 1e37, tmp_path / "model")
-    for dtype, advice in (("float32", "too large for float32; mend them"), ("bfloat16", "try --dtype float32")):
+    for dtype, advice in (("float32", "too large for float32; mend the weights"), ("bfloat16", "try --dtype float32")):
         with pytest.raises(NumericsError, match=rf"model: the loss of window 0 is NaN or infinite: .*{advice}"):
             evaluate(folder, text=held_out, sequence_length=100, dtype=dtype)
