@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from streamprune.config import PruneConfig
     from streamprune.model.packed_linear import PackedLinear
     from streamprune.pipeline.compress import CompressResult, compress
-    from streamprune.pipeline.journal import is_finished
-    from streamprune.pipeline.preview import PlanResult, plan
+    from streamprune.pipeline.planning.preview import PlanResult, plan
+    from streamprune.pipeline.writing.journal import is_finished
     from streamprune.runtime.evaluate import EvaluateResult, evaluate
     from streamprune.runtime.export import ExportResult, export
     from streamprune.runtime.inspect import InspectResult, inspect
@@ -50,15 +50,15 @@ _HOMES = {
     "ExportResult": "streamprune.runtime.export",
     "InspectResult": "streamprune.runtime.inspect",
     "PackedLinear": "streamprune.model.packed_linear",
-    "PlanResult": "streamprune.pipeline.preview",
+    "PlanResult": "streamprune.pipeline.planning.preview",
     "PruneConfig": "streamprune.config",
     "VerifyResult": "streamprune.runtime.verify",
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
     "inspect": "streamprune.runtime.inspect",
-    "is_finished": "streamprune.pipeline.journal",
-    "plan": "streamprune.pipeline.preview",
+    "is_finished": "streamprune.pipeline.writing.journal",
+    "plan": "streamprune.pipeline.planning.preview",
     "verify": "streamprune.runtime.verify",
 }
 

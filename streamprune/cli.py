@@ -349,6 +349,9 @@ def compress(quiet: bool, yes: bool, **settings: Any) -> Any:
     pytorch_model*.bin, single or sharded. Run the same command again to continue after the last finished block. SIGINT,
     SIGTERM, SIGHUP and SIGUSR1 stop the job at a safe point with exit code 85.
     """
+    from streamprune.process import map_large_pieces
+
+    map_large_pieces()
     if settings["restart"] and not yes and streamprune.is_finished(settings["out"]):
         _ask_to_restart(settings["out"])
     with stop_on_signals() as should_stop:

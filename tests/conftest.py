@@ -24,8 +24,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "llama": tiny.write_llama,  # grouped KV heads, biases, tied, bf16
         "llama-plain": lambda path: tiny.write_llama(path, kv_heads=4, biases=False, tied=False),
         "llama-sharded": lambda path: tiny.write_as_safetensors_shards(source("llama"), path),
+        "mistral": tiny.write_mistral,
         "opt": tiny.write_opt,  # biases, tied, fp16
         "opt-bin": lambda path: tiny.write_as_bin_shards(source("opt"), path),
+        "qwen2": tiny.write_qwen2,
+        "qwen3": tiny.write_qwen3,
     }
 
     def source(name: str) -> Path:

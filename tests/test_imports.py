@@ -1,4 +1,4 @@
-"""The layering: cli -> pipeline, runtime (by public names) -> model, pruning, checkpoint -> streamprune_kernels."""
+"""The layering: cli -> pipeline, runtime (by public names) -> text, pruning -> model -> checkpoint -> kernels."""
 
 import ast
 import os
@@ -16,15 +16,17 @@ EVERYWHERE = {"errors", "config"}
 MAY_IMPORT = {
     "streamprune": {"pipeline", "runtime", "model"},  # the public names, imported on first use
     "__main__": {"cli"},
-    "cli": {"streamprune", "summaries", "endings"},
+    "cli": {"streamprune", "summaries", "endings", "process"},
     "endings": {"summaries"},
     "summaries": set(),
-    "pipeline": {"model", "pruning", "checkpoint", "streamprune_kernels"},
-    "runtime": {"model", "pruning", "checkpoint", "streamprune_kernels"},
+    "pipeline": {"text", "model", "pruning", "checkpoint", "process", "streamprune_kernels"},
+    "runtime": {"text", "model", "pruning", "checkpoint", "process", "streamprune_kernels"},
+    "text": {"model", "checkpoint"},
     "model": {"checkpoint", "streamprune_kernels"},
     "pruning": {"streamprune_kernels"},
     "checkpoint": {"streamprune_kernels"},
     "data": set(),
+    "process": set(),
     "config": set(),
     "errors": set(),
     "streamprune_kernels": set(),

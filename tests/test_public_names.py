@@ -22,7 +22,7 @@ PUBLIC = {
     "ExportResult": "streamprune.runtime.export",
     "InspectResult": "streamprune.runtime.inspect",
     "PackedLinear": "streamprune.model.packed_linear",
-    "PlanResult": "streamprune.pipeline.preview",
+    "PlanResult": "streamprune.pipeline.planning.preview",
     "PruneConfig": "streamprune.config",
     "StreampruneError": "streamprune.errors",
     "VerifyResult": "streamprune.runtime.verify",
@@ -30,8 +30,8 @@ PUBLIC = {
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
     "inspect": "streamprune.runtime.inspect",
-    "is_finished": "streamprune.pipeline.journal",
-    "plan": "streamprune.pipeline.preview",
+    "is_finished": "streamprune.pipeline.writing.journal",
+    "plan": "streamprune.pipeline.planning.preview",
     "verify": "streamprune.runtime.verify",
 }
 COMMANDS = ["compress", "evaluate", "export", "inspect", "plan", "verify"]

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from streamprune import compress, evaluate, export, verify
 from streamprune.config import PruneConfig
 from streamprune.errors import Interrupted
-from streamprune.pipeline.calibration import Calibration, calibration_tokens
 from streamprune.pruning.metrics import esparse_factor, score
 from streamprune.pruning.statistics import StatisticsAccumulator
+from streamprune.text.calibration import Calibration, calibration_tokens
 
 DEMO = Path(__file__).parent.parent / "demo"
 MODEL, CALIBRATION, WIKI = DEMO / "smollm2-135m", DEMO / "text/calibration.txt", DEMO / "text/wiki.txt"
@@ -27,7 +27,8 @@ SAMPLES, LENGTH = 4, 256
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 COMPRESS = f"""
-import sys, streamprune
+import sys, streamprune, streamprune.process
+streamprune.process.map_large_pieces()
 streamprune.compress(sys.argv[1], sys.argv[2], calibration=sys.argv[3], samples={SAMPLES}, sequence_length={LENGTH})
 """
 LOAD_DENSE = """

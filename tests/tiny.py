@@ -18,10 +18,16 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCABULARY = 128
@@ -53,6 +59,36 @@ def write_opt(folder: Path, *, blocks: int = 3) -> Path:
         pad_token_id=None,
     )  # fmt: skip
     return write_model(folder, OPTForCausalLM(config), torch.float16)
+
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def write_mistral(folder: Path) -> Path:
+    config = MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=8)
+    return write_model(folder, MistralForCausalLM(config), torch.float32)
+
+
+def write_qwen2(folder: Path) -> Path:
+    """Blocks 0 and 1 attend to everything, 2 and 3 to a window: their masks differ."""
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    config = Qwen2Config(**SIZES, num_hidden_layers=4, tie_word_embeddings=True, **window)
+    return write_model(folder, Qwen2ForCausalLM(config), torch.float32)
+
+
+def write_qwen3(folder: Path) -> Path:
+    """Heads of 16, so that their outputs are twice as many as the hidden size, and norms inside attention."""
+    config = Qwen3Config(**SIZES, num_hidden_layers=2, head_dim=16)
+    return write_model(folder, Qwen3ForCausalLM(config), torch.float32)
 
 
 def write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> Path:

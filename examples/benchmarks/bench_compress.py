@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM
 import streamprune
 from make_checkpoint import make_checkpoint
 from streamprune.checkpoint.reader import open_checkpoint
-from streamprune.pipeline.calibration import Calibration, calibration_tokens
+from streamprune.text.calibration import Calibration, calibration_tokens
 
 RATIO_TOKENS = 32, 1024
 METHODS: dict[str, dict[str, Any]] = {

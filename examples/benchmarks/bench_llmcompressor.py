@@ -30,9 +30,9 @@ import torch
 import streamprune
 from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.model.arithmetic import name_of, resolve_arithmetic
-from streamprune.model.documents import TEXT_COLUMN
-from streamprune.pipeline.calibration import Calibration, calibration_tokens
-from streamprune.pipeline.job import versions
+from streamprune.pipeline.planning.job import versions
+from streamprune.text.calibration import Calibration, calibration_tokens
+from streamprune.text.documents import TEXT_COLUMN
 from streamprune_kernels import kept_sums
 
 REQUIREMENTS = ("llmcompressor", f"torch=={torch.__version__.partition('+')[0]}")

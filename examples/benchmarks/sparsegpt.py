@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.config import NMPattern
 from streamprune.model.architectures import Architecture, architecture_of
-from streamprune.model.arithmetic import peak_memory_bytes
-from streamprune.model.text import load_tokenizer
-from streamprune.pipeline.calibration import Calibration, calibration_tokens
+from streamprune.process import peak_memory_bytes
+from streamprune.text.calibration import Calibration, calibration_tokens
+from streamprune.text.tokenizers import load_tokenizer
 
 BLOCK_SIZE = 128  # columns whose updates are applied to the rest at once; the paper's B
 DAMPING = 0.01  # of the mean diagonal of the Hessian; the paper's lambda

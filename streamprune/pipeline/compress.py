@@ -35,19 +35,22 @@ from streamprune.config import (
     Texts,
     check_settings,
     config_of,
-    parse_bytes,
     path_of,
     settings_spelled,
 )
 from streamprune.errors import JobMismatchError, OutputError, SettingsError
-from streamprune.model.arithmetic import map_large_pieces, peak_memory_bytes, return_free_memory
-from streamprune.model.documents import TEXT_COLUMN, check_texts
 from streamprune.model.machine import former_instruction_set
-from streamprune.pipeline.assembly import assemble, stage_outer, write_manifest
-from streamprune.pipeline.calibration import Calibration
 from streamprune.pipeline.gate import check_outcomes
-from streamprune.pipeline.job import Job, resolve_job, surroundings, versions, without_budget
-from streamprune.pipeline.journal import (
+from streamprune.pipeline.planning.job import Job, resolve_job, surroundings, versions, without_budget
+from streamprune.pipeline.planning.memory import Limits
+from streamprune.pipeline.planning.plan import Resources, check_disk, check_outside
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.residual import residual_permutation
+from streamprune.pipeline.run import Run, Watch
+from streamprune.pipeline.two_passes import pruned_blocks
+from streamprune.pipeline.weights_only import blocks_by_weights
+from streamprune.pipeline.writing.assembly import assemble, stage_outer, write_manifest
+from streamprune.pipeline.writing.journal import (
     WORK_FOLDER,
     Journal,
     as_recorded,
@@ -56,13 +59,9 @@ from streamprune.pipeline.journal import (
     output_leased,
     remove_output,
 )
-from streamprune.pipeline.memory import Limits
-from streamprune.pipeline.plan import Resources, check_disk, check_outside
-from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.residual import residual_permutation
-from streamprune.pipeline.run import Run, Watch
-from streamprune.pipeline.two_passes import pruned_blocks
-from streamprune.pipeline.weights_only import blocks_by_weights
+from streamprune.process import peak_memory_bytes, return_free_memory
+from streamprune.text.calibration import Calibration
+from streamprune.text.documents import TEXT_COLUMN
 
 WORST_LAYERS = 5
 
@@ -130,27 +129,21 @@ def compress(
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
     holds. `scratch` is a folder for hidden states (default: inside `out`). `should_stop` is asked after every sequence;
-    when true, Interrupted is raised and nothing finished is lost. Under glibc, pieces of memory of 8 MiB or more
-    are mapped by themselves from then on, in the whole process. Raises the errors of streamprune.errors.
+    when true, Interrupted is raised and nothing finished is lost. A program that calls
+    streamprune.process.map_large_pieces first, as the command does, takes the memory that `plan` foretells. Raises the
+    errors of streamprune.errors.
     """
     start = time.perf_counter()
-    map_large_pieces()
-    check_settings(samples=samples, sequence_length=sequence_length, seed=seed, text_column=text_column)
-    check_settings(
-        micro_batch=micro_batch, prefetch=prefetch, device=device, dtype=dtype, restart=restart, progress=progress
-    )
-    check_texts(calibration)
+    check_settings(restart=restart, progress=progress)
     config = config_of(config, settings)
-    limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
+    text = Calibration(calibration, text_column, samples, sequence_length, seed)
+    resources = Resources(device, dtype, Limits.parse(max_memory, max_device_memory), micro_batch, prefetch)
     model, out = path_of("model", model), path_of("out", out)
     scratch = None if scratch is None else path_of("scratch", scratch)
-    if should_stop is None:
-        should_stop = _never
-    elif not callable(should_stop):
+    if not callable(should_stop := should_stop or _never):
         raise SettingsError(f"should_stop {should_stop!r:.40} is no function")
     check_outside(out, model)
-    text = Calibration(calibration, text_column, samples, sequence_length, seed)
-    job = resolve_job(model, config, text, Resources(device, dtype, limits, micro_batch, prefetch))
+    job = resolve_job(model, config, text, resources)
     if is_finished(out) and not restart and not (out / WORK_FOLDER).exists():
         return _already_finished(job, out)
     with output_leased(out, should_stop) as journal:

@@ -10,7 +10,7 @@ from streamprune.errors import numerics_named
 from streamprune.model.blocks import Observer
 from streamprune.model.skeleton import Block
 from streamprune.pipeline.block_pruning import moment_unit
-from streamprune.pipeline.job import Job
+from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.progress import StageTimes
 from streamprune.pruning.statistics import ChannelStatistics, LayerTokens, StatisticsAccumulator
 

@@ -12,8 +12,8 @@ import torch
 from streamprune.model.blocks import Observer, RunnableBlock, dense_block, layers_observed
 from streamprune.model.streaming import block_inputs, embed, text_inputs
 from streamprune.pipeline.block_pruning import FoldedPermutation
-from streamprune.pipeline.job import Job
-from streamprune.pipeline.journal import Journal
+from streamprune.pipeline.planning.job import Job
+from streamprune.pipeline.writing.journal import Journal
 from streamprune.pruning.shuffle import search_permutation
 
 NAME = "residual.permutation"

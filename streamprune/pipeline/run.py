@@ -13,9 +13,9 @@ from streamprune.errors import Interrupted
 from streamprune.model.blocks import RunnableBlock
 from streamprune.model.streaming import advance
 from streamprune.pipeline.block_pruning import FoldedPermutation
-from streamprune.pipeline.job import Job
-from streamprune.pipeline.journal import Journal
+from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.writing.journal import Journal
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from streamprune.model.blocks import RunnableBlock, dense_block, load_block
 from streamprune.model.skeleton import Block
 from streamprune.model.source import Source
 from streamprune.model.streaming import BlockArguments, TextInputs, embed, text_inputs
-from streamprune.pipeline.job import Job
+from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.reading import parameters_of, read_block
 from streamprune.pipeline.residual import reordered
 from streamprune.pipeline.run import Run

@@ -19,12 +19,10 @@ from streamprune.checkpoint.manifest import BlockRecord, BlockTimings, JournalEn
 from streamprune.checkpoint.packed import layer_from_tensors, tensor_names
 from streamprune.checkpoint.reader import Checkpoint, open_file
 from streamprune.checkpoint.scratch import HiddenStates
-from streamprune.model.arithmetic import peak_memory_bytes
 from streamprune.model.blocks import Observer, RunnableBlock, dense_block, layers_observed, load_block
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.skeleton import Block
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
-from streamprune.pipeline.entries import StagedBlock, digests_of, layer_record, moments_record, stage_block
 from streamprune.pipeline.gate import gate
 from streamprune.pipeline.observation import BlockObservation
 from streamprune.pipeline.progress import StageTimes
@@ -38,6 +36,8 @@ from streamprune.pipeline.validation import (
     check_packed_bits,
     layer_errors,
 )
+from streamprune.pipeline.writing.entries import StagedBlock, digests_of, layer_record, moments_record, stage_block
+from streamprune.process import peak_memory_bytes
 from streamprune.pruning.statistics import ChannelStatistics
 
 

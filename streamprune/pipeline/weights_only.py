@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from streamprune.checkpoint.manifest import BlockRecord, BlockTimings, JournalEntry
-from streamprune.model.arithmetic import peak_memory_bytes, threads_left
 from streamprune.model.skeleton import Block
 from streamprune.pipeline.ahead import ahead
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
-from streamprune.pipeline.entries import StagedBlock, digests_of, layer_record, moments_record, stage_block
 from streamprune.pipeline.progress import StageTimes
 from streamprune.pipeline.reading import BlockTensors, parameters_of, read_ahead
 from streamprune.pipeline.run import Run
+from streamprune.pipeline.writing.entries import StagedBlock, digests_of, layer_record, moments_record, stage_block
+from streamprune.process import peak_memory_bytes, threads_left
 from streamprune.pruning.statistics import ChannelStatistics
 
 OTHERS = 2  # threads that compute beside the one that prunes: checksums on both sides, packing

@@ -21,12 +21,16 @@ from streamprune.model.arithmetic import (
     Arithmetic,
     against_overflow,
     name_of,
-    peak_memory_bytes,
     resolve_arithmetic,
     warn_without_kernels,
 )
 from streamprune.model.blocks import RunnableBlock, load_block
-from streamprune.model.documents import (
+from streamprune.model.forward import run_tail
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.source import Source, open_source
+from streamprune.model.streaming import advance, embed, text_inputs
+from streamprune.process import peak_memory_bytes
+from streamprune.text.documents import (
     BATCH_CHARACTERS,
     CHARACTERS_PER_TOKEN,
     TEXT_COLUMN,
@@ -34,11 +38,7 @@ from streamprune.model.documents import (
     documents,
     kind_of,
 )
-from streamprune.model.forward import run_tail
-from streamprune.model.skeleton import Skeleton
-from streamprune.model.source import Source, open_source
-from streamprune.model.streaming import advance, embed, text_inputs
-from streamprune.model.text import fitting_length, load_tokenizer, tokenize
+from streamprune.text.tokenizers import fitting_length, load_tokenizer, tokenize
 
 WHOLE_CHARACTERS = 1 << 24  # tokenised at once without max_tokens: up to 6 GB, 400 bytes a token
 MAX_LOSS = math.log(sys.float_info.max)  # nats; its exponential is the largest float

@@ -38,9 +38,9 @@ from streamprune.model.arithmetic import resolve_arithmetic
 from streamprune.model.configuration import forward_settings, model_config
 from streamprune.model.names import match_names
 from streamprune.model.source import Source, open_output
-from streamprune.model.text import tokenizer_digests
 from streamprune.pruning.selection import weighted_error
 from streamprune.runtime.products import Product, products, unpacked_mask
+from streamprune.text.tokenizers import tokenizer_digests
 
 RECOMPUTED_TOLERANCE = 1e-9  # float64 sums on another machine
 LOADED = ("*.safetensors", "*.bin", "*.index.json")  # what loaders take, whether it is the output's or not

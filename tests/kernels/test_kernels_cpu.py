@@ -319,7 +319,7 @@ def test_refine_rows_refuses_more_patterns_than_it_has_room_for() -> None:
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from streamprune.model import arithmetic
-    from streamprune.pipeline import job
+    from streamprune.pipeline.planning import job
 
     for module in (cpu, arithmetic, job):
         if hasattr(module, "library"):

@@ -18,7 +18,7 @@ from streamprune.model.machine import processor_name
 LARGE_PIECE = """
 import ctypes
 import torch
-from streamprune.model.arithmetic import map_large_pieces
+from streamprune.process import map_large_pieces
 
 class Mallinfo2(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", *"abcde")]

@@ -29,7 +29,7 @@ FLOAT32 = Arithmetic(CPU, torch.float32)
 PATTERN = NMPattern(2, 4)
 TOKENS = torch.tensor([[ord(character) for character in tiny.text(24, seed=seed)] for seed in range(3)])
 
-Models = Callable[[str], Path]
+Sources = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -70,8 +70,8 @@ def states_like(source: Source) -> torch.Tensor:
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["in order", "permuted"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_packed_block_equals_the_masked_dense_block(name: str, permuted: bool, models: Models) -> None:
-    source = open_dense(models(name))
+def test_packed_block_equals_the_masked_dense_block(name: str, permuted: bool, sources: Sources) -> None:
+    source = open_dense(sources(name))
     layers = [*source.blocks[1].layers]
     shard, masked = prune_by_magnitude(block_tensors(source, 1), layers, permuted)
     packed = packed_block(source.skeleton, source.blocks[1], shard, dict.fromkeys(layers, PATTERN), FLOAT32)
@@ -84,8 +84,8 @@ def test_packed_block_equals_the_masked_dense_block(name: str, permuted: bool, m
     assert (RunnableBlock("block", unpruned, arguments).run(states) - output).abs().max() > 1e-2
 
 
-def test_layers_that_are_not_packed_stay_dense(models: Models) -> None:
-    source = open_dense(models("llama"))
+def test_layers_that_are_not_packed_stay_dense(sources: Sources) -> None:
+    source = open_dense(sources("llama"))
     layers = ["model.layers.0.mlp.down_proj"]
     shard, masked = prune_by_magnitude(block_tensors(source, 0), layers, permuted=False)
     packed = packed_block(source.skeleton, source.blocks[0], shard, dict.fromkeys(layers, PATTERN), FLOAT32)
@@ -99,8 +99,8 @@ def test_layers_that_are_not_packed_stay_dense(models: Models) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_compute_in_the_arithmetics_dtype(dtype: torch.dtype, models: Models) -> None:
-    source = open_dense(models("llama"))
+def test_blocks_compute_in_the_arithmetics_dtype(dtype: torch.dtype, sources: Sources) -> None:
+    source = open_dense(sources("llama"))
     tensors = block_tensors(source, 0)
     layers = ["model.layers.0.self_attn.q_proj"]
     shard, _ = prune_by_magnitude(tensors, layers, permuted=True)
@@ -117,8 +117,8 @@ def test_blocks_compute_in_the_arithmetics_dtype(dtype: torch.dtype, models: Mod
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
 
-def test_missing_tensor_of_a_block_is_an_error_not_a_silent_zero(models: Models) -> None:
-    source = open_dense(models("llama"))
+def test_missing_tensor_of_a_block_is_an_error_not_a_silent_zero(sources: Sources) -> None:
+    source = open_dense(sources("llama"))
     tensors = block_tensors(source, 0)
     del tensors["model.layers.0.input_layernorm.weight"]
     for make in (
@@ -146,8 +146,8 @@ def test_packed_linear_gathers_adds_bias_and_takes_any_batch() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, models: Models) -> None:
-    source = open_dense(models("llama"))
+def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, sources: Sources) -> None:
+    source = open_dense(sources("llama"))
     block = dense(source, 0, block_tensors(source, 0))
     states = states_like(source)
     states[0, 3, 5] = value
@@ -155,8 +155,8 @@ def test_output_that_is_not_finite_stops_the_run_naming_the_block(value: float, 
         RunnableBlock("model.layers.0", block, arguments_of(source)[0]).run(states)
 
 
-def test_layers_are_observed_as_tokens_by_channels_while_open(models: Models) -> None:
-    source = open_dense(models("llama"))
+def test_layers_are_observed_as_tokens_by_channels_while_open(sources: Sources) -> None:
+    source = open_dense(sources("llama"))
     block = dense(source, 0, block_tensors(source, 0))
     arguments, states = arguments_of(source)[0], states_like(source)
     seen: dict[str, list[torch.Tensor]] = {"self_attn.q_proj": [], "self_attn.v_proj": [], "mlp.down_proj": []}
@@ -175,8 +175,8 @@ def test_layers_are_observed_as_tokens_by_channels_while_open(models: Models) ->
     assert [len(tensors) for tensors in seen.values()] == [1, 1, 1]
 
 
-def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
-    source = open_dense(models("llama"))
+def test_observers_are_taken_off_when_the_run_fails(sources: Sources) -> None:
+    source = open_dense(sources("llama"))
     block = dense(source, 0, block_tensors(source, 0))
     with pytest.raises(RuntimeError, match="a fault"), layers_observed(block, {"mlp.up_proj": lambda x, y: None}, 4):
         raise RuntimeError("a fault")
@@ -184,8 +184,8 @@ def test_observers_are_taken_off_when_the_run_fails(models: Models) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
-def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, models: Models, tmp_path: Path) -> None:
-    source = open_dense(models(name))
+def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, sources: Sources, tmp_path: Path) -> None:
+    source = open_dense(sources(name))
     samples, length = TOKENS.shape
     first, second = (
         HiddenStates(tmp_path / f"{file}.bin", samples, length, source.skeleton.hidden_size, torch.float32)
@@ -214,8 +214,8 @@ def test_streamed_blocks_from_disk_equal_the_same_blocks_at_once(name: str, mode
     second.close()
 
 
-def test_packed_block_is_loaded_from_its_shard(models: Models, tmp_path: Path) -> None:
-    source = open_dense(models("opt"))
+def test_packed_block_is_loaded_from_its_shard(sources: Sources, tmp_path: Path) -> None:
+    source = open_dense(sources("opt"))
     layers = ["model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"]
     shard, masked = prune_by_magnitude(block_tensors(source, 0), layers, permuted=False)
     save_file(shard, tmp_path / "block.safetensors")
@@ -229,8 +229,8 @@ def test_packed_block_is_loaded_from_its_shard(models: Models, tmp_path: Path) -
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_embed_runs_one_sequence_where_nothing_is_kept(models: Models) -> None:
-    source = open_dense(models("llama"))
+def test_embed_runs_one_sequence_where_nothing_is_kept(sources: Sources) -> None:
+    source = open_dense(sources("llama"))
     ticks: list[int] = []
     arguments = embed(source.skeleton, text_inputs(source), TOKENS, FLOAT32, None, lambda: ticks.append(1))
     assert len(arguments) == 3
@@ -268,13 +268,13 @@ def test_arguments_are_what_two_texts_agree_on(
     masks: list[torch.Tensor],
     expected: torch.Tensor | None,
     lines: int,
-    models: Models,
+    sources: Sources,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from streamprune.model import streaming
 
-    skeleton = open_dense(models("llama")).skeleton
+    skeleton = open_dense(sources("llama")).skeleton
     recorded = Recorded(masks)
     monkeypatch.setattr(streaming, "block_inputs", recorded)
     if expected is None:
@@ -288,8 +288,8 @@ def test_arguments_are_what_two_texts_agree_on(
     assert all((one != other).all() for one, other in zip(recorded.texts[::2], recorded.texts[1::2], strict=True))
 
 
-def test_names_of_an_output_are_its_dense_parameters(models: Models, tmp_path: Path) -> None:
-    source = open_dense(models("llama"))
+def test_names_of_an_output_are_its_dense_parameters(sources: Sources, tmp_path: Path) -> None:
+    source = open_dense(sources("llama"))
     layer = "model.layers.0.mlp.down_proj"
     tensors = tiny.read_tensors(source.folder)
     packed = pack_layer(tensors[f"{layer}.weight"], select(tensors[f"{layer}.weight"].abs().float(), PATTERN), None)

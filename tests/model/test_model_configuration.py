@@ -24,7 +24,7 @@ from streamprune.model.architectures import ARCHITECTURES
 from streamprune.model.configuration import config_of, forward_settings
 from streamprune.model.skeleton import build_skeleton
 from streamprune.model.source import open_dense
-from streamprune.model.text import load_tokenizer
+from streamprune.text.tokenizers import load_tokenizer
 
 SIZES: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
 DECODER: dict[str, Any] = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "num_hidden_layers": 2}

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from streamprune.errors import Interrupted, OutputError
 from streamprune.pipeline import compress
 from streamprune.pipeline.compress import CompressResult
-from streamprune.pipeline.lease import Lease
+from streamprune.pipeline.writing.lease import Lease
 from streamprune.runtime.export import export
 from streamprune.runtime.verify import verify
 

@@ -13,9 +13,10 @@ import torch
 from streamprune.checkpoint import packed
 from streamprune.checkpoint.writer import Pieces, Staged
 from streamprune.errors import BlockErrorExceeded, KernelFault
-from streamprune.pipeline import entries, two_passes
+from streamprune.pipeline import two_passes
 from streamprune.pipeline.compress import CompressResult
 from streamprune.pipeline.two_passes import BlockWork
+from streamprune.pipeline.writing import entries
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
 from streamprune.runtime.inspect import inspect

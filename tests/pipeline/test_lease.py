@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from streamprune.errors import Interrupted, OutputError
-from streamprune.pipeline import lease as module
-from streamprune.pipeline.lease import Lease, holder_file, leased
+from streamprune.pipeline.writing import lease as module
+from streamprune.pipeline.writing.lease import Lease, holder_file, leased
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from streamprune.pipeline.lease import leased
+from streamprune.pipeline.writing.lease import leased
 with leased(Path(sys.argv[1])) as lease:
     print(lease.folder, flush=True)
     sys.stdin.readline()
@@ -33,7 +33,7 @@ RACE = """
 import sys
 from pathlib import Path
 from streamprune.errors import OutputError
-from streamprune.pipeline.lease import leased
+from streamprune.pipeline.writing.lease import leased
 sys.stdin.readline()
 try:
     with leased(Path(sys.argv[1])):

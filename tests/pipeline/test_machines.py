@@ -15,11 +15,11 @@ from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import Interrupted, JobMismatchError
 from streamprune.model import arithmetic
 from streamprune.model.arithmetic import Arithmetic
-from streamprune.pipeline import job
-from streamprune.pipeline.calibration import Calibration
+from streamprune.pipeline.planning import job
 from streamprune.pipeline.compress import CompressResult
-from streamprune.pipeline.job import resolve_job, surroundings
-from streamprune.pipeline.plan import Resources
+from streamprune.pipeline.planning.job import resolve_job, surroundings
+from streamprune.pipeline.planning.plan import Resources
+from streamprune.text.calibration import Calibration
 
 Prune = Callable[..., CompressResult]
 VERSION = importlib.metadata.version

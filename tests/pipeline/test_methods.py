@@ -144,7 +144,7 @@ def test_moments_and_cross_moments_are_numpys(
     tmp_path: Path,
 ) -> None:
     """Block 1's, whose inputs lie behind a pruned block and, for the reference, behind the dense one."""
-    from streamprune.pipeline.calibration import Calibration, calibration_tokens
+    from streamprune.text.calibration import Calibration, calibration_tokens
 
     prefix = {"llama": "model.layers", "opt": "model.decoder.layers"}[source]
     prune(source, tmp_path / "out", shuffle="none", correction_stride=stride)

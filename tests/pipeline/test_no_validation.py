@@ -17,7 +17,7 @@ import streamprune
 from streamprune.cli import cli
 from streamprune.errors import Interrupted, NumericsError, SettingsError
 from streamprune.model import blocks
-from streamprune.pipeline import calibration
+from streamprune.text import calibration
 from streamprune.pipeline.compress import CompressResult
 from streamprune.runtime.inspect import inspect
 from streamprune.runtime.verify import verify
@@ -93,7 +93,7 @@ def test_a_validated_output_says_so(outputs: Callable[..., Path]) -> None:
 
 
 def test_it_goes_on_where_it_was_stopped(prune: Prune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from streamprune.pipeline.journal import Journal
+    from streamprune.pipeline.writing.journal import Journal
 
     prune("llama", tmp_path / "whole", **UNSEEN)
     original = Journal.record

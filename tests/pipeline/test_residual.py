@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.pipeline.block_pruning import FoldedPermutation
-from streamprune.pipeline.calibration import Calibration
-from streamprune.pipeline.job import Job, resolve_job
-from streamprune.pipeline.plan import Resources
+from streamprune.pipeline.planning.job import Job, resolve_job
+from streamprune.pipeline.planning.plan import Resources
 from streamprune.pipeline.residual import NAME, reordered, residual_sides, source_order
 from streamprune.pruning.selection import select, stable_sum
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
 from streamprune.runtime.verify import verify
+from streamprune.text.calibration import Calibration
 from streamprune_kernels import kept_sums
 
 TOKENS = torch.tensor([[ord(character) for character in tiny.text(200, seed=5)]])

@@ -19,8 +19,8 @@ from streamprune.errors import Interrupted, JobMismatchError, OutputError
 from streamprune.model.skeleton import Block
 from streamprune.pipeline import two_passes
 from streamprune.pipeline.compress import CompressResult
-from streamprune.pipeline.journal import output_leased
-from streamprune.pipeline.lease import holder_file
+from streamprune.pipeline.writing.journal import output_leased
+from streamprune.pipeline.writing.lease import holder_file
 from streamprune.runtime.verify import verify
 
 Prune = Callable[..., CompressResult]
@@ -190,7 +190,7 @@ def test_cut_at_every_write(
 KILLED_AFTER_TWO_BLOCKS = """
 import json, os, signal, sys
 from streamprune.pipeline.compress import compress
-from streamprune.pipeline.journal import Journal
+from streamprune.pipeline.writing.journal import Journal
 
 record = Journal.record
 

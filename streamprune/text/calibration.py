@@ -7,10 +7,17 @@ from pathlib import Path
 
 import torch
 
-from streamprune.config import Texts
+from streamprune.config import Texts, check_settings
 from streamprune.errors import CalibrationError, SettingsError
-from streamprune.model.documents import BATCH_CHARACTERS, CHARACTERS_PER_TOKEN, TEXT_COLUMN, documents, name_of_texts
-from streamprune.model.text import load_tokenizer, tokenize
+from streamprune.text.documents import (
+    BATCH_CHARACTERS,
+    CHARACTERS_PER_TOKEN,
+    TEXT_COLUMN,
+    check_texts,
+    documents,
+    name_of_texts,
+)
+from streamprune.text.tokenizers import load_tokenizer, tokenize
 
 CANDIDATES_PER_SAMPLE = 8  # reading stops when the text could give this many times the samples asked for
 
@@ -23,6 +30,8 @@ class Calibration:
     column           holds the texts in a file of JSON or .parquet, or in a data set
     samples          sequences, drawn by `seed`
     sequence_length  tokens of each; None: as many as fit the model
+
+    Raises SettingsError for what is none of these; nothing is read.
     """
 
     text: Texts | None = None
@@ -30,6 +39,11 @@ class Calibration:
     samples: int = 128
     sequence_length: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(samples=self.samples, sequence_length=self.sequence_length, seed=self.seed)
+        check_settings(text_column=self.column)
+        check_texts(self.text)
 
 
 def calibration_tokens(model: Path, calibration: Calibration) -> torch.Tensor:
@@ -39,8 +53,8 @@ def calibration_tokens(model: Path, calibration: Calibration) -> torch.Tensor:
     for that many windows.
     """
     samples, length = calibration.samples, calibration.sequence_length
-    if samples < 1 or length is None or length < 2:
-        raise SettingsError("calibration needs at least 1 sample of at least 2 tokens")
+    if length is None:
+        raise SettingsError("calibration needs a sequence length")
     tokenizer = load_tokenizer(model)
     enough = CANDIDATES_PER_SAMPLE * samples * length
     tokens: list[int] = []

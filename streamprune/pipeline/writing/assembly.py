@@ -32,11 +32,11 @@ from streamprune.checkpoint.writer import (
     write_text,
 )
 from streamprune.errors import Interrupted
-from streamprune.pipeline.entries import about_permutation
-from streamprune.pipeline.job import Job, versions
-from streamprune.pipeline.journal import Journal
+from streamprune.pipeline.planning.job import Job, versions
 from streamprune.pipeline.residual import reordered
 from streamprune.pipeline.run import Run
+from streamprune.pipeline.writing.entries import about_permutation
+from streamprune.pipeline.writing.journal import Journal
 
 
 def stage_outer(run: Run, given_up: threading.Event) -> tuple[Staged, dict[str, str]]:

@@ -15,8 +15,8 @@ import pytest
 
 from streamprune import cli
 from streamprune.errors import CalibrationError, SettingsError
-from streamprune.model import documents as module
-from streamprune.model.documents import KINDS, documents
+from streamprune.text import documents as module
+from streamprune.text.documents import KINDS, documents
 
 DOCUMENTS = ["First document.\nIt has two lines.", "Zweites, mit Umlaut: ü.", "third"]
 ROWS: list[dict[str, Any]] = [{"url": str(number), "text": document} for number, document in enumerate(DOCUMENTS)]

@@ -15,16 +15,15 @@ from streamprune.config import (
     Texts,
     check_settings,
     config_of,
-    parse_bytes,
     path_of,
     settings_spelled,
 )
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
-from streamprune.model.documents import TEXT_COLUMN, check_texts
 from streamprune.model.source import Source, open_dense
-from streamprune.pipeline.calibration import Calibration
-from streamprune.pipeline.memory import Limits, Memory
-from streamprune.pipeline.plan import Plan, Resources, check_outside, make_plan
+from streamprune.pipeline.planning.memory import Limits, Memory
+from streamprune.pipeline.planning.plan import Plan, Resources, check_outside, make_plan
+from streamprune.text.calibration import Calibration
+from streamprune.text.documents import TEXT_COLUMN
 
 MEASURED_SIZE = 1024  # of the square products that the speed of this machine is measured by
 READ_BYTES_PER_SECOND = 1e9  # a guess too; both are named in what `plan` prints
@@ -83,11 +82,10 @@ def plan(
     No text is read and nothing is looked for in `out` or `scratch`. Raises the errors that `compress` would:
     SettingsError where the job does not fit `max_memory`, for one.
     """
-    check_settings(samples=samples, sequence_length=sequence_length, seed=seed, text_column=text_column)
-    check_settings(micro_batch=micro_batch, prefetch=prefetch, device=device, dtype=dtype, restart=restart)
-    check_texts(calibration)
+    check_settings(restart=restart)
     config = config_of(config, settings)
-    limits = Limits(parse_bytes(max_memory), parse_bytes(max_device_memory))
+    text = Calibration(calibration, text_column, samples, sequence_length, seed)
+    resources = Resources(device, dtype, Limits.parse(max_memory, max_device_memory), micro_batch, prefetch)
     model = path_of("model", model)
     if out is not None:
         check_outside(path_of("out", out), model)
@@ -95,8 +93,6 @@ def plan(
         path_of("scratch", scratch)
     source = open_dense(model)
     arithmetic = resolve_arithmetic(device, dtype, source.dtype)
-    text = Calibration(calibration, text_column, samples, sequence_length, seed)
-    resources = Resources(device, dtype, limits, micro_batch, prefetch)
     planned, config = make_plan(source, config, text, arithmetic, resources)
     return _result(source, planned, config, samples, arithmetic)
 

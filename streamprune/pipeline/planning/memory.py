@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from streamprune.checkpoint.reader import PIECE_BYTES
-from streamprune.config import PruneConfig
+from streamprune.config import PruneConfig, parse_bytes
 from streamprune.errors import SettingsError
 from streamprune.model.skeleton import Block
 from streamprune.model.source import Source
@@ -72,6 +72,11 @@ class Limits:
 
     host: int | None = None
     device: int | None = None
+
+    @classmethod
+    def parse(cls, host: str | None, device: str | None) -> "Limits":
+        """Read numbers of bytes: "12GiB". Raises SettingsError."""
+        return cls(parse_bytes(host), parse_bytes(device))
 
     def hold(self, memory: Memory) -> bool:
         """Whether a job with these needs keeps to them."""

@@ -11,7 +11,7 @@ from streamprune.checkpoint.packed import packed_tensors
 from streamprune.checkpoint.writer import Pieces, Staged, stage_safetensors
 from streamprune.model.skeleton import Block
 from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, PrunedLayer
-from streamprune.pipeline.job import Job
+from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.residual import source_order
 from streamprune.pipeline.run import Run
 from streamprune.pipeline.validation import LayerErrors

@@ -18,8 +18,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from streamprune.errors import CheckpointError
 from streamprune.model.library import warnings_heard
-from streamprune.model.text import CONVERTERS_PATTERN, load_tokenizer, tokenize
-from streamprune.pipeline.calibration import Calibration, calibration_tokens
+from streamprune.text.calibration import Calibration, calibration_tokens
+from streamprune.text.tokenizers import CONVERTERS_PATTERN, load_tokenizer, tokenize
 
 # What mistral-common splits the text of large vocabularies by.
 MISTRALS_PATTERN = (
@@ -30,14 +30,14 @@ MISTRALS_PATTERN = (
 TEXT = "Two  spaces, a\ttab, 1234, ü 漢 <s>\n\n" + tiny.text(2_000, seed=5)
 
 
-def test_tokenizer_is_the_checkpoints_and_adds_nothing(models: Callable[[str], Path]) -> None:
-    tokenizer = load_tokenizer(models("llama"))
+def test_tokenizer_is_the_checkpoints_and_adds_nothing(sources: Callable[[str], Path]) -> None:
+    tokenizer = load_tokenizer(sources("llama"))
     assert tokenize(tokenizer, "Ab\n ü") == [65, 98, 10, 32, 127]
     assert tokenize(tokenizer, "") == []
 
 
-def test_absent_tokenizer_is_a_checkpoint_error_in_one_line(models: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copy(models("llama") / "config.json", tmp_path)
+def test_absent_tokenizer_is_a_checkpoint_error_in_one_line(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copy(sources("llama") / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match="its tokenizer cannot be loaded") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
@@ -91,8 +91,8 @@ def test_tokenizer_model_alone_gives_the_ids_of_sentencepiece(
     assert sorted(windows) == sorted(expected[start : start + 50] for start in range(0, len(expected) - 49, 50))
 
 
-def test_tokenizer_json_goes_before_tokenizer_model(models: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(models("llama"), tmp_path / "model"))
+def test_tokenizer_json_goes_before_tokenizer_model(sources: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sources("llama"), tmp_path / "model"))
     (folder / "tokenizer.model").write_bytes(b"not looked at")
     assert tokenize(load_tokenizer(folder), "Ab") == [65, 98]
 
@@ -211,7 +211,7 @@ def test_warnings_of_transformers_are_heard_whatever_its_verbosity(capfd: pytest
 
 
 def test_warnings_of_transformers_about_a_tokenizer_are_passed_on(
-    models: Callable[[str], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    sources: Callable[[str], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warned(*_arguments: Any, **_options: Any) -> str:
         for message in ("a doubt\nabout ids", "`X` but `tokenizer.json` is ByteLevel; loading `TokenizersBackend`."):
@@ -219,8 +219,8 @@ def test_warnings_of_transformers_about_a_tokenizer_are_passed_on(
         return "tokenizer"
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", warned)
-    assert load_tokenizer(models("llama")) == "tokenizer"
-    assert caplog.messages == [f"{models('llama')}: transformers warns: a doubt about ids"]
+    assert load_tokenizer(sources("llama")) == "tokenizer"
+    assert caplog.messages == [f"{sources('llama')}: transformers warns: a doubt about ids"]
 
 
 def test_the_converters_pattern_is_the_one_that_transformers_had() -> None:

@@ -24,7 +24,7 @@ from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import canonical_json, file_digest, write_json
 from streamprune.config import PathLike, path_of
 from streamprune.errors import CheckpointError, JobMismatchError, OutputError
-from streamprune.pipeline.lease import Lease, leased
+from streamprune.pipeline.writing.lease import Lease, leased
 
 WORK_FOLDER = ".work"
 OUTPUT_PATTERNS = (  # of every version: a restart may find a former one's

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamprune.checkpoint.scratch import allocated_bytes
-from streamprune.config import NMPattern, PruneConfig
+from streamprune.config import NMPattern, PruneConfig, check_settings
 from streamprune.errors import OutputError, SettingsError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.source import Source
-from streamprune.model.text import fitting_length
 from streamprune.model.weights import WeightView
-from streamprune.pipeline.calibration import Calibration
-from streamprune.pipeline.memory import Limits, Memory, Pace, Sizes, estimate_memory, fit_memory
+from streamprune.pipeline.planning.memory import Limits, Memory, Pace, Sizes, estimate_memory, fit_memory
+from streamprune.text.calibration import Calibration
+from streamprune.text.tokenizers import fitting_length
 
 TOKENS_AT_ONCE = 1024  # that go through a block together, where sequences are shorter
 NO_LIMITS = Limits()
@@ -57,6 +57,8 @@ class Resources:
     limits         on memory, which the settings are fitted to
     micro_batch    most sequences that go through a block at once; None: as many as make up TOKENS_AT_ONCE
     prefetch       most blocks that are read ahead
+
+    Raises SettingsError for what is none of these.
     """
 
     device: str = "auto"
@@ -64,6 +66,9 @@ class Resources:
     limits: Limits = NO_LIMITS
     micro_batch: int | None = None
     prefetch: int = 1
+
+    def __post_init__(self) -> None:
+        check_settings(device=self.device, dtype=self.dtype, micro_batch=self.micro_batch, prefetch=self.prefetch)
 
 
 def plan_layers(source: Source, pattern: NMPattern) -> tuple[tuple[dict[str, LayerPlan], ...], dict[str, str]]:

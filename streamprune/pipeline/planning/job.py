@@ -14,15 +14,16 @@ from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.reader import INDEX_FILES
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError
-from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, return_free_memory, warn_without_kernels
+from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, warn_without_kernels
 from streamprune.model.configuration import forward_settings
 from streamprune.model.machine import gpu_versions, rounding
 from streamprune.model.skeleton import Block
 from streamprune.model.source import Source, open_dense
 from streamprune.model.streaming import sequences_at_once
-from streamprune.model.text import tokenizer_digests
-from streamprune.pipeline.calibration import Calibration, calibration_tokens, tokens_digest
-from streamprune.pipeline.plan import Plan, Resources, make_plan
+from streamprune.pipeline.planning.plan import Plan, Resources, make_plan
+from streamprune.process import return_free_memory
+from streamprune.text.calibration import Calibration, calibration_tokens, tokens_digest
+from streamprune.text.tokenizers import tokenizer_digests
 
 logger = logging.getLogger("streamprune")
 
