@@ -15,8 +15,8 @@ from streamprune.config import NMPattern, PruneConfig
 from streamprune.errors import Interrupted, JobMismatchError
 from streamprune.model import arithmetic
 from streamprune.model.arithmetic import Arithmetic
-from streamprune.pipeline.planning import job
 from streamprune.pipeline.compress import CompressResult
+from streamprune.pipeline.planning import job
 from streamprune.pipeline.planning.job import resolve_job, surroundings
 from streamprune.pipeline.planning.plan import Resources
 from streamprune.text.calibration import Calibration

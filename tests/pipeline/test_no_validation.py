@@ -17,10 +17,10 @@ import streamprune
 from streamprune.cli import cli
 from streamprune.errors import Interrupted, NumericsError, SettingsError
 from streamprune.model import blocks
-from streamprune.text import calibration
 from streamprune.pipeline.compress import CompressResult
 from streamprune.runtime.inspect import inspect
 from streamprune.runtime.verify import verify
+from streamprune.text import calibration
 
 Prune = Callable[..., CompressResult]
 UNSEEN: dict[str, Any] = {"metric": "magnitude", "shuffle": "none", "validate": False}

@@ -16,8 +16,8 @@ from streamprune.checkpoint.reader import Checkpoint
 from streamprune.config import PruneConfig, parse_bytes
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.model.source import open_dense
-from streamprune.pipeline.planning import memory
 from streamprune.pipeline.compress import CompressResult
+from streamprune.pipeline.planning import memory
 from streamprune.pipeline.planning.plan import plan_layers
 from streamprune.text.tokenizers import fitting_length
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.cli import cli
 from streamprune.errors import CalibrationError, CheckpointError, Interrupted, NumericsError, SettingsError
-from streamprune.text import documents
 from streamprune.model.source import open_source
 from streamprune.runtime import evaluate as evaluation
 from streamprune.runtime.evaluate import LOGIT_POSITIONS, evaluate
+from streamprune.text import documents
 
 
 def transformers_loss(folder: Path, text: str, length: int) -> float:
