@@ -2,6 +2,7 @@
 
 import streamprune
 streamprune.compress("/models/llama-65b", "./pruned", pattern="2:4")
+model = streamprune.load("./pruned")  # or transformers' from_pretrained, after this import
 
 Each function takes its settings by keyword and returns the result of its name: `compress` a CompressResult, `verify` a
 VerifyResult. Every error that is raised on purpose is a StreampruneError.
@@ -11,9 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from streamprune.errors import StreampruneError
+from streamprune.integrations.registration import register
 
 if TYPE_CHECKING:
     from streamprune.config import PruneConfig
+    from streamprune.integrations.huggingface import load
     from streamprune.model.packed_linear import PackedLinear
     from streamprune.pipeline.compress import CompressResult, compress
     from streamprune.pipeline.planning.preview import PlanResult, plan
@@ -40,6 +43,7 @@ __all__ = [
     "export",
     "inspect",
     "is_finished",
+    "load",
     "plan",
     "verify",
 ]
@@ -58,9 +62,12 @@ _HOMES = {
     "export": "streamprune.runtime.export",
     "inspect": "streamprune.runtime.inspect",
     "is_finished": "streamprune.pipeline.writing.journal",
+    "load": "streamprune.integrations.huggingface",
     "plan": "streamprune.pipeline.planning.preview",
     "verify": "streamprune.runtime.verify",
 }
+
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,13 +14,14 @@ FOLDERS = {"streamprune": ROOT / "streamprune", "streamprune_kernels": ROOT / "k
 
 EVERYWHERE = {"errors", "config"}
 MAY_IMPORT = {
-    "streamprune": {"pipeline", "runtime", "model"},  # the public names, imported on first use
+    "streamprune": {"pipeline", "runtime", "model", "integrations"},  # the public names, imported on first use
     "__main__": {"cli"},
     "cli": {"streamprune", "summaries", "endings", "process"},
     "endings": {"summaries"},
     "summaries": set(),
     "pipeline": {"text", "model", "pruning", "checkpoint", "process", "streamprune_kernels"},
     "runtime": {"text", "model", "pruning", "checkpoint", "process", "streamprune_kernels"},
+    "integrations": {"model", "checkpoint"},
     "text": {"model", "checkpoint"},
     "model": {"checkpoint", "streamprune_kernels"},
     "pruning": {"streamprune_kernels"},

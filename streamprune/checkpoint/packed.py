@@ -1,6 +1,6 @@
 """The packed format: names and layout of a pruned layer's tensors. docs/format.md is its specification."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,16 @@ def tensor_names(checkpoint: Checkpoint, layer: str) -> list[str]:
     return [*names, stored] if stored in checkpoint.tensors else names
 
 
-def quantization_config(layers: Mapping[str, NMPattern], dense: Mapping[str, str]) -> dict[str, Any]:
-    """The entry of config.json: each pruned layer's pattern, and the reason for each linear layer left dense."""
+def quantization_config(
+    layers: Mapping[str, NMPattern], permuted: Collection[str], dense: Mapping[str, str]
+) -> dict[str, Any]:
+    """The entry of config.json: each pruned layer's pattern, whether it is among the `permuted`, whose permutation is
+    stored, and the reason for each linear layer left dense.
+    """
     return {
         "quant_method": QUANT_METHOD,
         "format_version": LAYOUT.version,
-        "layers": {name: {"pattern": str(pattern)} for name, pattern in layers.items()},
+        "layers": {name: {"pattern": str(pattern), "permuted": name in permuted} for name, pattern in layers.items()},
         "dense_layers": dict(dense),
     }
 
@@ -128,19 +132,43 @@ def open_packed(folder: Path) -> tuple[Checkpoint, dict[str, NMPattern], dict[st
     Raises CheckpointError for another format, a version this code does not know, or layers without their tensors.
     """
     checkpoint = open_index(folder / packed_layout(folder).index)
-    entry = read_json(folder / "config.json")["quantization_config"]
-    try:
-        layers = {str(name): NMPattern.parse(value["pattern"]) for name, value in entry["layers"].items()}
-        dense = {str(name): str(reason) for name, reason in entry["dense_layers"].items()}
-    except (KeyError, TypeError, AttributeError, SettingsError) as error:
-        raise CheckpointError(f"{folder}/config.json: quantization_config is malformed ({error})") from error
-    for name, pattern in layers.items():
-        check_layer(checkpoint, name, pattern)
+    layers, dense = check_entry(checkpoint, read_json(folder / "config.json")["quantization_config"])
     return checkpoint, layers, dense
 
 
-def check_layer(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> None:
-    """Raise CheckpointError unless the headers give the layer the dtypes and shapes of its pattern."""
+def check_entry(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> tuple[dict[str, NMPattern], dict[str, str]]:
+    """The pruned layers' patterns and the dense layers' reasons that an entry of config.json gives.
+
+    Raises CheckpointError where it is malformed, or the tensors of a layer in the opened checkpoint are not as it says.
+    """
+    layers, dense, permuted = parse_entry(checkpoint.folder / "config.json", entry)
+    for name, pattern in layers.items():
+        check_layer(checkpoint, name, pattern, permuted[name])
+    return layers, dense
+
+
+def parse_entry(
+    where: Any, entry: Mapping[str, Any]
+) -> tuple[dict[str, NMPattern], dict[str, str], dict[str, bool | None]]:
+    """What an entry says: patterns, reasons, and whether layers' permutations are stored; None where it does not say.
+
+    Raises CheckpointError, which says `where` it stands, for a malformed one.
+    """
+    try:
+        layers = {str(name): NMPattern.parse(value["pattern"]) for name, value in entry["layers"].items()}
+        permuted = {str(name): value.get("permuted") for name, value in entry["layers"].items()}
+        dense = {str(name): str(reason) for name, reason in entry["dense_layers"].items()}
+    except (KeyError, TypeError, AttributeError, SettingsError) as error:
+        raise CheckpointError(f"{where}: quantization_config is malformed ({error})") from error
+    if wrong := next((name for name, said in permuted.items() if not isinstance(said, bool | None)), None):
+        raise CheckpointError(f"{where}: quantization_config is malformed (permuted of {wrong} is no truth value)")
+    return layers, dense, permuted
+
+
+def check_layer(checkpoint: Checkpoint, name: str, pattern: NMPattern, permuted: bool | None = None) -> None:
+    """Raise CheckpointError unless the headers give the layer the dtypes and shapes of its pattern, and a permutation
+    where it is `permuted` (None: it is not known).
+    """
     tensors = checkpoint.tensors
     for part in ("weight_values", "weight_mask"):
         if f"{name}.{part}" not in tensors:
@@ -153,6 +181,11 @@ def check_layer(checkpoint: Checkpoint, name: str, pattern: NMPattern) -> None:
     if mask.shape[1] != -(-in_features // 8):
         raise CheckpointError(f"{checkpoint.folder}: layer {name}: the mask does not have {in_features} channels")
     permutation = tensors.get(f"{name}.input_permutation")
+    if permuted is not None and permuted != (permutation is not None):
+        raise CheckpointError(
+            f"{checkpoint.folder}: layer {name}: config.json says that its input_permutation is "
+            f"{'stored, and it is not there' if permuted else 'not stored, and it is there'}"
+        )
     if permutation is not None and (permutation.dtype != torch.int32 or permutation.shape != (in_features,)):
         raise CheckpointError(f"{checkpoint.folder}: layer {name}: input_permutation is not int32 [{in_features}]")
 

@@ -21,14 +21,16 @@ from streamprune_kernels import (
     unpack_mask,
 )
 
+TENSORS = ("weight_values", "weight_mask", "bias", "input_permutation")  # parameters: buffers are not offloaded to disk
+
 
 class PackedLinear(nn.Module):
     """A linear layer whose weights stay packed in memory: y = x W^T + b with N of every M weights kept.
 
     Its tensors have the names and the layout of a packed checkpoint (docs/format.md): `weight_values` [out, in*N/M]
     bfloat16, float16 or float32, `weight_mask` uint8 [out, ceil(in/8)], and where there are any `bias` [out] and
-    `input_permutation` int32 [in]. All are buffers: the layer is for inference. x [..., in] is bfloat16, float16 or
-    float32, whatever the values' dtype, and the result has its dtype.
+    `input_permutation` int32 [in]. All are parameters without gradients: the layer is for inference. x [..., in] is
+    bfloat16, float16 or float32, whatever the values' dtype, and the result has its dtype.
 
     On a GPU the mask is checked, and what sparse tensor cores need beside it is made, when the weights get there:
     `weight_metadata`, a buffer that is not part of the state. Changing the mask in place afterwards is not noticed.
@@ -60,10 +62,9 @@ class PackedLinear(nn.Module):
         values = torch.zeros(out_features, groups * self.pattern.kept, device=device, dtype=dtype)
         mask = torch.zeros(out_features, -(-in_features // 8), device=device, dtype=torch.uint8)
         order = torch.arange(in_features, device=device, dtype=torch.int32) if permuted else None
-        self.register_buffer("weight_values", values)
-        self.register_buffer("weight_mask", mask)
-        self.register_buffer("bias", values.new_zeros(out_features) if bias else None)
-        self.register_buffer("input_permutation", order)
+        offset = values.new_zeros(out_features) if bias else None
+        for name, tensor in zip(TENSORS, (values, mask, offset, order), strict=True):
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
         self.register_buffer("weight_metadata", None, persistent=False)
 
     @classmethod
@@ -110,7 +111,9 @@ class PackedLinear(nn.Module):
             )
         if pattern is None:
             pattern = _pattern_of(mask, in_features, values.shape[1])
-        if permutation is not None and (permutation.dtype != torch.int32 or not _permutes(permutation, in_features)):
+        if permutation is not None and (
+            permutation.dtype != torch.int32 or not is_permutation(permutation, in_features)
+        ):
             raise ValueError(f"the input permutation is not an int32 one of {in_features} channels")
         layer = cls(in_features, len(values), pattern, bias is not None, permutation is not None, device="meta")
         if values.shape != layer.weight_values.shape:
@@ -121,7 +124,7 @@ class PackedLinear(nn.Module):
         layer.weight_values, layer.weight_mask = values.detach(), mask
         layer.bias = None if bias is None else bias.detach()
         layer.input_permutation = permutation
-        layer._prepare()
+        layer.prepare()
         return layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,25 +143,30 @@ class PackedLinear(nn.Module):
         return packed_linear_with_error(x, *packed, self.pattern.group_size, self.weight_metadata)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in TENSORS and isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
         super().__setattr__(name, value)
         if name in ("weight_values", "weight_mask"):
-            self.weight_metadata = None  # that of other weights: products make their own until `_prepare`
+            self.weight_metadata = None  # that of other weights: products make their own until `prepare`
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves and casts of all kinds: what comes to lie on a GPU is made ready there."""
         values, mask = self.weight_values, self.weight_mask
         super()._apply(fn, recurse)
         if self.weight_values is not values or self.weight_mask is not mask:
-            self._prepare()
+            self.prepare()
         return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state, prefix, *arguments)
         if f"{prefix}weight_values" in state or f"{prefix}weight_mask" in state:
-            self._prepare()
+            self.prepare()
 
-    def _prepare(self) -> None:
-        """Make the metadata where a GPU wants it; a mask that is not right yet is left for the product to refuse."""
+    def prepare(self) -> None:
+        """Make `weight_metadata` where a GPU wants it, after weights were put in place by hand.
+
+        A mask that is not right yet is left for the product to refuse.
+        """
         weights = self.weight_values.detach(), self.weight_mask
         try:
             self.weight_metadata = packed_metadata(*weights, self.in_features, self.pattern.group_size)
@@ -203,6 +211,7 @@ def _pattern_of(mask: torch.Tensor, in_features: int, kept: int) -> NMPattern:
     raise ValueError(f"the mask does not keep N of every M <= {MAX_GROUP_SIZE} input channels in every row")
 
 
-def _permutes(permutation: torch.Tensor, count: int) -> bool:
+def is_permutation(permutation: torch.Tensor, count: int) -> bool:
+    """Whether it holds each of 0 to count - 1 once."""
     order = torch.arange(count, dtype=torch.int32, device=permutation.device)
     return permutation.shape == order.shape and torch.equal(permutation.sort().values, order)

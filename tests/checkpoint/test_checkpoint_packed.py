@@ -118,7 +118,7 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor], entry: Any, lay
 
 
 def good_entry() -> dict[str, Any]:
-    return quantization_config({LAYER: NMPattern(2, 4)}, {"lm_head": "outside the blocks"})
+    return quantization_config({LAYER: NMPattern(2, 4)}, {LAYER}, {"lm_head": "outside the blocks"})
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -126,7 +126,7 @@ def test_open_packed_returns_patterns_and_reasons(version: int, tmp_path: Path) 
     assert good_entry() == {
         "quant_method": "streamprune",
         "format_version": 2,
-        "layers": {LAYER: {"pattern": "2:4"}},
+        "layers": {LAYER: {"pattern": "2:4", "permuted": True}},
         "dense_layers": {"lm_head": "outside the blocks"},
     }
     write_folder(tmp_path, packed_tensors(), {**good_entry(), "format_version": version}, LAYOUTS[version])
@@ -190,6 +190,7 @@ MALFORMED_ENTRIES: dict[str, dict[str, Any]] = {
     "pattern of a number": {"layers": {LAYER: {"pattern": 2}}},
     "pattern that keeps all": {"layers": {LAYER: {"pattern": "4:4"}}},
     "pattern that is none": {"layers": {LAYER: {"pattern": "half"}}},
+    "permuted of a number": {"layers": {LAYER: {"pattern": "2:4", "permuted": 1}}},
     "dense layers of a list": {"dense_layers": []},
 }
 
@@ -233,6 +234,7 @@ BAD_LAYERS: dict[str, tuple[Callable[[], dict[str, torch.Tensor]], str]] = {
     "values with half a group": (_with("weight_values", lambda t: t[:, :5]), "do not fit the pattern 2:4"),
     "values with a group too few": (_with("weight_values", lambda t: t[:, :4]), "mask does not have 8 channels"),
     "mask with a byte too many": (_with("weight_mask", lambda t: t.repeat(1, 2)), "mask does not have 12 channels"),
+    "no permutation": (_without("input_permutation"), "says that its input_permutation is stored, and it is not there"),
     "permutation of int64": (_with("input_permutation", torch.Tensor.long), r"input_permutation is not int32 \[12\]"),
     "permutation too short": (_with("input_permutation", lambda t: t[:8]), r"input_permutation is not int32 \[12\]"),
     "permutation of two rows": (

@@ -59,11 +59,15 @@ def assemble(run: Run, entries: Sequence[JournalEntry], outer: Staged, digests: 
     shards = [job.shard_name(None), *(job.shard_name(block) for block in job.source.blocks)]
     _write_index(out, shards, temporary)
     blocks = tuple(entry.record for entry in entries)
-    pruned = {layer.name: job.config.pattern for block in blocks for layer in block.layers}
+    layers = [layer for block in blocks for layer in block.layers]
+    pruned = {layer.name: job.config.pattern for layer in layers}
+    permuted = {layer.name for layer in layers if layer.permutation_bytes}
     dense = _dense_layers(job, blocks, set(pruned))
     source, beside = job.source.folder, job.beside.placed
     config = read_json(source / "config.json")
-    write_json(out / "config.json", {**config, "quantization_config": quantization_config(pruned, dense)}, temporary)
+    write_json(
+        out / "config.json", {**config, "quantization_config": quantization_config(pruned, permuted, dense)}, temporary
+    )
     run.journal.note_copied([*beside.values(), README])
     copy_beside(source, beside, out, temporary)
     known = {job.shard_name(None): outer.digest}

@@ -1,0 +1,227 @@
+"""Outputs in transformers: `from_pretrained` keeps the pruned layers packed, `save_pretrained` writes them packed.
+
+Importing this module registers the packed format as a quantisation method. Two things go beyond transformers' hooks:
+the index's name reaches it by `config.transformers_weights` while files are looked for, and `save_pretrained` is the
+model's own attribute, since files need names that are not found without this plug-in (docs/format.md).
+
+It is imported while transformers imports itself: what stands on models is imported when it is used.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from streamprune.checkpoint.layout import LAYOUT
+from streamprune.checkpoint.packed import MANIFEST_FILE, QUANT_METHOD, check_entry, packed_layout, packed_shape
+from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint, open_file, open_index
+from streamprune.checkpoint.untrusted import read_json
+from streamprune.checkpoint.writer import canonical_json
+from streamprune.config import NMPattern, PathLike
+from streamprune.errors import CheckpointError, OutputError, SettingsError
+from streamprune.model.packed_linear import PackedLinear, is_permutation
+
+WIDE = (torch.float32, torch.float64)  # hold every value of a narrower type: values stay as they are stored
+PLAIN_STEM = "model"  # how transformers begins the names of shards
+
+
+def load(folder: PathLike, *, device: str | torch.device | None = None, dtype: Any = "auto", **more: Any) -> Any:
+    """An output of `compress` as a transformers model, its pruned layers packed in memory; ready for `generate`.
+
+    `folder` is an output's, or its name on the hub. `device` is "cuda", "cpu" and so on, by default a GPU where there
+    is one; `dtype` what all else is computed in ("auto": the source's). `more` goes to `from_pretrained`: `device_map`
+    in place of `device`, say. Returns a transformers.PreTrainedModel. Raises CheckpointError for what is no output.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if Path(folder).is_dir():
+        packed_layout(Path(folder))
+    if "device_map" not in more:
+        more["device_map"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    elif device is not None:
+        raise SettingsError("give device or device_map, not both")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+    if not isinstance(getattr(model, "hf_quantizer", None), PackedQuantizer):
+        raise CheckpointError(f"{folder}: is not an output of streamprune; load it with transformers")
+    return model
+
+
+@register_quantization_config(QUANT_METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """The entry `quantization_config` of an output's config.json (docs/format.md)."""
+
+    def __init__(self, **entry: Any) -> None:
+        self.__dict__.update({**entry, "quant_method": QUANT_METHOD})
+
+
+@register_quantizer(QUANT_METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Makes a model's pruned layers PackedLinear before their tensors are loaded.
+
+    What is loaded is refused with CheckpointError where transformers would fill a parameter with random numbers, or
+    where a layer's tensors are not what its pattern says.
+    """
+
+    requires_calibration = True  # weights come packed, or not at all
+
+    def validate_environment(self, *arguments: Any, **more: Any) -> None:
+        """Raise CheckpointError for another version of the format."""
+        version = getattr(self.quantization_config, "format_version", None)
+        if version != LAYOUT.version:
+            raise CheckpointError(
+                f"this model has packed format {version!s:.40}, and format {LAYOUT.version} is loaded here; compress it "
+                "again, or make it dense by `streamprune export`"
+            )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Tell transformers, which asks this before it looks for files, where the weights are listed."""
+        config.transformers_weights = LAYOUT.index
+        return config
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **more: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("a packed model is loaded from its folder or its name on the hub")
+        checkpoint = open_index(Path(checkpoint_files[0]).parent / LAYOUT.index)
+        layers, _ = check_entry(checkpoint, self.quantization_config.to_dict())
+        for name, pattern in layers.items():
+            model.set_submodule(name, _empty_layer(model, checkpoint, name, pattern))
+        _check_names(model, checkpoint)
+        _check_permutations(model, checkpoint, layers)
+
+    def _process_model_after_weight_loading(self, model: Any, **more: Any) -> None:
+        del model.config.transformers_weights  # what is saved names its files itself
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.requires_grad_(False)  # loading makes parameters anew
+                module.prepare()
+        model.save_pretrained = MethodType(save_pretrained, model)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+        if away := next((name for name, module in packed.items() if module.weight_values.is_meta), None):
+            raise SettingsError(f"{away}: is offloaded; load the model without offloading to make it dense")
+        for name, module in packed.items():
+            model.set_submodule(name, _dense_layer(module, dtype))
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Make it a model like any other, that transformers saves."""
+        super().remove_quantization_config(model)
+        model.__dict__.pop("save_pretrained", None)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _empty_layer(model: Any, checkpoint: Checkpoint, name: str, pattern: NMPattern) -> PackedLinear:
+    """A layer on the meta device, in place of the dense one of its name.
+
+    Values are in their stored dtype where the model's holds all of it, else in the model's, as dense ones would be.
+    """
+    where = f"{checkpoint.folder}: layer {name}"
+    try:
+        dense = model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(f"{where} is not in {type(model).__name__}") from error
+    if not isinstance(dense, nn.Linear):
+        raise CheckpointError(f"{where} is {type(dense).__name__} in {type(model).__name__}, and no linear layer")
+    shape = packed_shape(checkpoint, name, pattern)
+    if shape != (dense.out_features, dense.in_features):
+        raise CheckpointError(
+            f"{where} has {shape[0]} x {shape[1]} weights, its module in {type(model).__name__} "
+            f"{dense.out_features} x {dense.in_features}"
+        )
+    stored = checkpoint.tensors[f"{name}.weight_values"].dtype
+    kept = stored if dense.weight.dtype in WIDE and stored != torch.float64 else dense.weight.dtype
+    permuted = f"{name}.input_permutation" in checkpoint.tensors
+    return PackedLinear(
+        dense.in_features, dense.out_features, pattern, dense.bias is not None, permuted, device="meta", dtype=kept
+    )
+
+
+def _check_names(model: Any, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a parameter without tensor, which would get random numbers, or the reverse."""
+    from streamprune.model.library import tied_parameters
+
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if missing := sorted(parameters - checkpoint.tensors.keys() - tied_parameters(model).keys()):
+        raise CheckpointError(f"{checkpoint.folder}: has no tensor {missing[0]}, of {len(missing)} that are missing")
+    if unknown := sorted(checkpoint.tensors.keys() - model.state_dict().keys()):
+        raise CheckpointError(f"{checkpoint.folder}: {type(model).__name__} has no {unknown[0]}, which is stored there")
+
+
+def _check_permutations(model: Any, checkpoint: Checkpoint, layers: Mapping[str, NMPattern]) -> None:
+    """Raise CheckpointError for a stored permutation that is none: a product would read what is not there."""
+    for name in layers:
+        stored = f"{name}.input_permutation"
+        if stored not in checkpoint.tensors:
+            continue
+        with torch.device("cpu"):  # transformers makes everything on the meta device now
+            order = checkpoint.read([stored])[stored]
+        if not is_permutation(order, model.get_submodule(name).in_features):
+            raise CheckpointError(f"{checkpoint.folder}: {stored} is not a permutation; the output is damaged")
+
+
+def _dense_layer(packed: PackedLinear, dtype: torch.dtype | None) -> nn.Linear:
+    linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+    linear.weight = nn.Parameter(packed.dense_weight().to(dtype))
+    if packed.bias is not None:
+        linear.bias = nn.Parameter(packed.bias.to(dtype))
+    return linear
+
+
+def save_pretrained(model: Any, save_directory: PathLike, *arguments: Any, **more: Any) -> None:
+    """As transformers' `save_pretrained`, into files that are named as those of `streamprune compress`.
+
+    There is no manifest: `streamprune verify` checks what `compress` has written. Raises OutputError for a folder that
+    holds such an output, SettingsError for options that would name files otherwise.
+    """
+    folder = Path(save_directory)
+    if (folder / MANIFEST_FILE).exists():
+        raise OutputError(f"{folder}: holds an output of streamprune compress; save into another folder")
+    if taken := next((name for name in ("push_to_hub", "variant", "distributed_checkpoint") if more.get(name)), None):
+        raise SettingsError(f"{taken} does not go with packed weights; save to a folder, or call model.push_to_hub")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        type(model).save_pretrained(model, temporary, *arguments, **more)
+        _name_as_packed(Path(temporary))
+        for old in folder.glob(LAYOUT.shards):
+            old.unlink()
+        for path in Path(temporary).iterdir():
+            path.replace(folder / path.name)
+
+
+def _name_as_packed(folder: Path) -> None:
+    """Rename a folder's shards, and write their index, as the packed format wants them."""
+    index = folder / SAFETENSORS_INDEX
+    if index.exists():
+        content = read_json(index)
+        index.unlink()
+    else:
+        shard = f"{PLAIN_STEM}.safetensors"
+        tensors = open_file(folder / shard).tensors
+        total = sum(tensor.size_bytes for tensor in tensors.values())
+        content = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(tensors, shard)}
+    shards = sorted(set(content["weight_map"].values()))
+    names = {shard: LAYOUT.shard(number, len(shards)) for number, shard in enumerate(shards, start=1)}
+    for shard, name in names.items():
+        (folder / shard).rename(folder / name)
+    content["weight_map"] = {tensor: names[shard] for tensor, shard in content["weight_map"].items()}
+    (folder / LAYOUT.index).write_text(canonical_json(content))
