@@ -31,6 +31,7 @@ PUBLIC = {
     "export": "streamprune.runtime.export",
     "inspect": "streamprune.runtime.inspect",
     "is_finished": "streamprune.pipeline.writing.journal",
+    "load": "streamprune.integrations.huggingface",
     "plan": "streamprune.pipeline.planning.preview",
     "verify": "streamprune.runtime.verify",
 }

@@ -76,7 +76,7 @@ class PackedQuantizer(HfQuantizer):
         version = getattr(self.quantization_config, "format_version", None)
         if version != LAYOUT.version:
             raise CheckpointError(
-                f"this model has packed format {version!s:.40}, and format {LAYOUT.version} is loaded here; compress it "
+                f"the model has packed format {version!s:.40}, and format {LAYOUT.version} is loaded here; compress it "
                 "again, or make it dense by `streamprune export`"
             )
 
