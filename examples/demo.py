@@ -1,4 +1,4 @@
-"""The main job on a real model, end to end: compress SmolLM2-135M to 2:4, verify it, evaluate it, print one table.
+"""The main job on a real model: compress SmolLM2-135M to 2:4, verify it, evaluate it, print one table, let it speak.
 
     python examples/demo.py
 
@@ -29,6 +29,17 @@ import sys, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) * 1024)
+"""
+
+PROMPT = "The best thing about a long walk in the mountains is"
+# What transformers says without and with packed weights; the second needs the plug-in that `import streamprune` is.
+SPEAK = """
+import sys, streamprune
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[2:]:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    said = model.generate(**tokenizer(sys.argv[1], return_tensors="pt"), max_new_tokens=24, do_sample=False)
+    print(tokenizer.decode(said[0], skip_special_tokens=True).replace(chr(10), " "))
 """
 
 
@@ -83,6 +94,10 @@ def main() -> int:
     print(f"packed / dense: {job['packed_bytes'] / job['dense_bytes']:.2%}; perplexity over {dense['tokens']} tokens")
     if job["status"] == "already finished":
         print(f"{PRUNED} was finished before: its seconds and peak memory are that run's")
+    speaking = run("-c", SPEAK, PROMPT, str(MODEL), str(PRUNED))
+    speaking.check_returncode()
+    for name, said in zip(("dense", "2:4"), speaking.stdout.splitlines(), strict=True):
+        print(f"{name + ' says:':<12}{said}")
     faults = verified["faults"]
     print(f"{len(verified['layers'])} layers verified against the source: {'ok' if verified['ok'] else faults}")
     return 0 if verified["ok"] else 1

@@ -25,21 +25,19 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", r
 LICENCE_FILE = re.compile(r"(licen[cs]e|copying)[\w.-]{0,60}", re.ASCII | re.IGNORECASE)
 
 PACKED = """\
-The weights lie here packed, and only streamprune reads them: transformers alone ends with an error. With the folder of
-this file for FOLDER:
+The weights lie here packed, and stay so in memory. transformers loads them once streamprune is imported, and ends with
+an error without it. With the folder of this file, or its name on the hub, for FOLDER:
+
+    import streamprune
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained("FOLDER")
+
+What else there is, for the folder:
 
     streamprune verify FOLDER                       # every checksum, exactly N of M, every layer's product
     streamprune evaluate FOLDER --text TEXT.txt     # perplexity, block by block
-    streamprune export FOLDER --out DENSE           # a plain checkpoint, as large as the source
-
-From Python:
-
-    import streamprune
-
-    print(streamprune.evaluate("FOLDER", text="TEXT.txt").perplexity)
-    streamprune.export("FOLDER", out="DENSE")
-
-DENSE has zeros in the dropped places, and `AutoModelForCausalLM.from_pretrained("DENSE")` loads it."""
+    streamprune export FOLDER --out DENSE           # a plain checkpoint with zeros, as large as the source"""
 DENSE = """\
 It is a plain checkpoint with zeros in the dropped places. With the folder of this file for FOLDER:
 
