@@ -21,10 +21,10 @@ from streamprune_kernels import (
     MIN_EXPONENT,
     add_range,
     count_values,
-    cpu,
-    excess_sums,
+    hinge_sums,
     kept_sums,
     local_swaps,
+    native,
     reference,
     refine_rows,
     select_groups,
@@ -39,7 +39,7 @@ seeds = st.integers(0, 2**32)
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Without the library every comparison here would be of the plain version with itself."""
-    assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
+    assert isinstance(native.library(), ctypes.CDLL), "the package was built without its compiled kernels"
 
 
 def on_threads(count: int, compute: Callable[[], Any]) -> Any:
@@ -49,36 +49,36 @@ def on_threads(count: int, compute: Callable[[], Any]) -> Any:
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 100), seeds)
 @repeatable
-def test_excess_sums(n_s: int, n_t: int, rows: int, seed: int) -> None:
+def test_hinge_sums(n_s: int, n_t: int, rows: int, seed: int) -> None:
     """Rows that are no multiple of 16, channels that are none of the tiles' 4 and 6."""
     generator = torch.Generator().manual_seed(seed)
     s, t = (torch.randn(n, rows, generator=generator).exp() for n in (n_s, n_t))
     exact = (s.double()[None] - t.double()[:, None]).clamp(min=0).sum(dim=2)
-    one, two, three = (on_threads(count, lambda: excess_sums(s, t)) for count in (1, 2, 3))
+    one, two, three = (on_threads(count, lambda: hinge_sums(s, t)) for count in (1, 2, 3))
     assert (one.shape, one.dtype) == ((n_t, n_s), torch.float32)
     assert torch.equal(one, two)
     assert torch.equal(one, three)
     # of what is added up: both sides of max(s, t) - t
     scale = s.double().sum(dim=1)[None] + t.double().sum(dim=1)[:, None]
     assert ((one - exact).abs() <= 1e-6 * scale).all()
-    assert ((one - reference.excess_sums(s, t)).abs() <= 1e-5 * scale).all()
+    assert ((one - reference.hinge_sums(s, t)).abs() <= 1e-5 * scale).all()
 
 
 @pytest.mark.parametrize("rows", [1023, 1024, 1025, 4099])
-def test_excess_sums_of_more_rows_than_stay_in_the_cache(rows: int) -> None:
+def test_hinge_sums_of_more_rows_than_stay_in_the_cache(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     s, t = (torch.rand(n, rows, generator=generator) for n in (13, 9))
     exact = (s.double()[None] - t.double()[:, None]).clamp(min=0).sum(dim=2)
-    torch.testing.assert_close(excess_sums(s, t).double(), exact, rtol=1e-5, atol=0)
-    torch.testing.assert_close(excess_sums(s, t), reference.excess_sums(s, t), rtol=1e-5, atol=0)
+    torch.testing.assert_close(hinge_sums(s, t).double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(hinge_sums(s, t), reference.hinge_sums(s, t), rtol=1e-5, atol=0)
 
 
-def test_excess_sums_of_views_that_are_not_contiguous() -> None:
+def test_hinge_sums_of_views_that_are_not_contiguous() -> None:
     whole = torch.rand(64, 40, generator=torch.Generator().manual_seed(0))
     s, t = whole.T[:, ::2], whole.T[3:9, 1::2]
     assert not s.is_contiguous()
-    torch.testing.assert_close(excess_sums(s, t), excess_sums(s.contiguous(), t.contiguous()), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(excess_sums(s, t), reference.excess_sums(s, t), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hinge_sums(s, t), hinge_sums(s.contiguous(), t.contiguous()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hinge_sums(s, t), reference.hinge_sums(s, t), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [kept_sums, weighted_squares, squared_distances])
@@ -321,7 +321,7 @@ def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from streamprune.model import arithmetic
     from streamprune.pipeline import job
 
-    for module in (cpu, arithmetic, job):
+    for module in (native, arithmetic, job):
         if hasattr(module, "library"):
             monkeypatch.setattr(module, "library", lambda: None)
     arithmetic.warn_without_kernels.cache_clear()
@@ -374,12 +374,12 @@ def test_plain_and_compiled_agree_on_a_layer(monkeypatch: pytest.MonkeyPatch) ->
     moments, pattern = x.T @ x, NMPattern(2, 4)
     keep = select(weight.abs(), pattern)
     compiled = refine_mask(weight, keep, moments, pattern, 0.1)
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: None)
     assert torch.equal(compiled, refine_mask(weight, keep, moments, pattern, 0.1))
     assert not torch.equal(compiled, keep)
 
 
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "INTERFACE", cpu.INTERFACE + 1)
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
     with pytest.raises(ImportError, match="install streamprune again"):
-        cpu.library.__wrapped__()
+        native.library.__wrapped__()

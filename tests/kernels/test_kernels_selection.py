@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_count import threads
 
-from streamprune_kernels import all_finite, cpu, reference, select_weights, weighted_squares
+from streamprune_kernels import (
+    all_finite,
+    kept_sums,
+    native,
+    reference,
+    select_groups,
+    select_weights,
+    weighted_squares,
+)
 
 repeatable = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32)
@@ -21,7 +29,7 @@ SIZES = st.sampled_from([(2, 4), (4, 8), (1, 2), (1, 3), (8, 16), (5, 12), (30, 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Without the library every comparison here would be of the plain version with itself."""
-    assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
+    assert isinstance(native.library(), ctypes.CDLL), "the package was built without its compiled kernels"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -140,8 +148,8 @@ def test_nothing_behind_the_last_row_is_read_or_written(dtype: torch.dtype, widt
     squares = weighted_squares(at_the_end(weight), placed_keep, at_the_end(factor))
     assert torch.equal(squares[0], weighted_squares(weight, keep, factor)[0])
     assert all_finite(at_the_end(weight))
-    assert torch.equal(cpu.kept_sums(at_the_end(weight.float()), placed_keep), cpu.kept_sums(weight.float(), keep))
-    assert torch.equal(cpu.select_groups(at_the_end(weight.float()), 2, 4), cpu.select_groups(weight.float(), 2, 4))
+    assert torch.equal(kept_sums(at_the_end(weight.float()), placed_keep), kept_sums(weight.float(), keep))
+    assert torch.equal(select_groups(at_the_end(weight.float()), 2, 4), select_groups(weight.float(), 2, 4))
 
 
 def test_what_does_not_fit_is_refused() -> None:
