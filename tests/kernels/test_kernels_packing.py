@@ -1,6 +1,5 @@
 """Packing on a processor and its reverse: bit for bit the plain versions, by every path, on any number of threads."""
 
-import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,16 +18,11 @@ SIZES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # byte
 TYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 EDGES = tuple(edge + more for edge in (8, 16, 32, 64, 128, 192) for more in (-1, 0, 1))  # of bytes, vectors and words
 
+pytestmark = pytest.mark.usefixtures("compiled")
 repeatable = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 widths = st.one_of(st.integers(1, 300), st.sampled_from(EDGES))
 paths = pytest.mark.parametrize("path", PATHS)
 seeds = st.integers(0, 2**32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    """Without the library every comparison here would be of the plain version with itself."""
-    assert isinstance(native.library(), ctypes.CDLL), "the package was built without its compiled kernels"
 
 
 @pytest.fixture(autouse=True)

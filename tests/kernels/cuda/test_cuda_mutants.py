@@ -1,15 +1,14 @@
 """Broken kernels are noticed, whole ones are not (cuda_tools/mutants.py, mutation.py)."""
 
 import re
+from pathlib import Path
 
 import pytest
 from cuda_tools.mutants import MUTANTS
 from cuda_tools.mutation import CASES, noticed_by_host, noticed_by_ptx, outcome
 
-from streamprune_kernels.launch import FOLDER
-
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
-TABLE = FOLDER.parent / "docs" / "kernels.md"
+TABLE = Path(__file__).parents[3] / "docs" / "kernels.md"
 
 
 @pytest.mark.parametrize("case", CASES)
