@@ -11,7 +11,7 @@ import torch
 from streamprune import PackedLinear
 from streamprune.config import NMPattern
 from streamprune.runtime.verify import verify
-from streamprune_kernels import native
+from streamprune_kernels import native, operator
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -19,11 +19,9 @@ pytestmark = pytest.mark.usefixtures("compiled")
 @pytest.fixture
 def without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from streamprune.model import arithmetic
-    from streamprune.pipeline import job
 
-    for module in (native, arithmetic, job):
-        if hasattr(module, "library"):
-            monkeypatch.setattr(module, "library", lambda: None)
+    for module in (native, operator, arithmetic):
+        monkeypatch.setattr(module, "library", lambda: None)
     arithmetic.warn_without_kernels.cache_clear()
     yield
     arithmetic.warn_without_kernels.cache_clear()
