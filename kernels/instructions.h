@@ -14,7 +14,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-// Sets of instructions, as cpu.py numbers them. AVX512 is that with VBMI2, whose vpexpandw and vpcompressw are the very
+// Sets of instructions, as native.py numbers them. AVX512 is that with VBMI2, whose vpexpandw and vpcompressw are the very
 // expansion and packing by a mask.
 enum Path { PORTABLE, AVX2, AVX512 };
 

@@ -5,8 +5,7 @@ to runners on the CPU. CuPy, the optional extra `gpu`, is imported only when a k
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -60,17 +59,6 @@ class Launch:
 
 
 Run = Callable[[Launch], None]
-_stand_in: list[Run] = []  # the innermost last
-
-
-@contextmanager
-def standing_in(run: Run) -> Iterator[None]:
-    """While open, `run` takes the launches for tensors on the CPU, as a GPU would: for tests of whole programs."""
-    _stand_in.append(run)
-    try:
-        yield
-    finally:
-        _stand_in.pop()
 
 
 def refuse_gradients(product: str, **tensors: torch.Tensor | None) -> None:
@@ -81,9 +69,7 @@ def refuse_gradients(product: str, **tensors: torch.Tensor | None) -> None:
 
 
 def runner_for(tensor: torch.Tensor) -> Run | None:
-    """What runs CUDA kernels on a tensor: its GPU, on the CPU what stands in for one; None where nothing does."""
-    if tensor.device.type == "cpu":
-        return _stand_in[-1] if _stand_in else None
+    """What runs CUDA kernels on a tensor: its GPU; None where nothing does."""
     return on_device if _runs_kernels(tensor.device) else None
 
 

@@ -6,8 +6,7 @@ It is registered when `streamprune_kernels` is imported, has shapes for torch.co
 import torch
 from torch.nn import functional
 
-from streamprune_kernels import reference
-from streamprune_kernels.cpu import TYPES, library, squared_distances
+from streamprune_kernels import launch, reference
 from streamprune_kernels.decode import decode_unsuitable, nm_decode
 from streamprune_kernels.gemm import (
     ALIGNMENT_BYTES,
@@ -20,10 +19,12 @@ from streamprune_kernels.gemm import (
     sparse_linear,
     sparse_linear_with_error,
 )
-from streamprune_kernels.launch import Run, runner_for
+from streamprune_kernels.launch import Run
 from streamprune_kernels.metadata import SparseWeight, make_metadata, metadata_shape, sparse_unsuitable
+from streamprune_kernels.native import TYPES, library
 from streamprune_kernels.packed_product import packed_product
 from streamprune_kernels.packing import expand
+from streamprune_kernels.validation import squared_distances
 
 _INTEGERS = {"mask": (torch.uint8,), "permutation": (torch.int32,), "metadata": (torch.int32,)}
 
@@ -121,7 +122,7 @@ def packed_linear_with_error(
 def _cuda_runner(x: torch.Tensor, values: torch.Tensor, group_size: int) -> Run | None:
     """What runs CUDA kernels on tensors that these take; None where there is nothing, or for what they do not take."""
     suited = 0 < group_size <= MAX_CUDA_GROUP_SIZE and x.shape[-1] % 8 == 0 and x.dtype == values.dtype
-    return runner_for(x) if suited and x.dtype in TYPE_NAMES else None
+    return launch.runner_for(x) if suited and x.dtype in TYPE_NAMES else None
 
 
 def _kept(values: torch.Tensor, in_features: int, group_size: int) -> int:

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from streamprune_kernels.cpu import TYPES, library, path_number
+from streamprune_kernels.native import TYPES, library, path_number
 
 FEW_ROWS = 24  # up to here the kernel for few is the faster; measured: docs/benchmarks.md
 

@@ -1,4 +1,4 @@
-// Packing of N:M weights on a processor and its reverse, behind a plain C ABI; cpu.py loads and launches them, and
+// Packing of N:M weights on a processor and its reverse, behind a plain C ABI; packing.py launches them, and
 // reference.py says what they compute. Values are moved as unsigned integers, so that no bit of them changes.
 //
 // Every row goes through words of 64 bits that say which columns it keeps. They are counted before a value moves: a row

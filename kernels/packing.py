@@ -1,62 +1,111 @@
 """Packing and its reverse where the tensors lie: `pack_mask`, `unpack_mask`, `pack_values` and `expand`.
 
-On a GPU kernels of packing.cu run, on a processor those of cpu.py; all give the bits of reference.py. The functions
-`..._cuda` are the kernels alone: tensors on one device and contiguous; `run` (launch.py) is the device, tests put a CPU
-there.
+On a GPU kernels of packing.cu run, on a processor those of packing.cpp; all give the bits of reference.py. The
+functions `..._cuda` are the kernels alone: tensors on one device and contiguous; `run` (launch.py) is the device, tests
+put a CPU there.
 """
 
 import torch
 
-from streamprune_kernels import cpu
-from streamprune_kernels.launch import Argument, Launch, Run, on_device, runner_for
+from streamprune_kernels import launch, reference
+from streamprune_kernels.launch import Argument, Launch, Run, on_device
+from streamprune_kernels.native import library_for, path_number
 
 THREADS = 256
 BLOCK_ROWS = 8  # one for each warp
-VALUE_BYTES = (2, 4)
+VALUE_BYTES = (1, 2, 4, 8)  # that a processor moves
+CUDA_VALUE_BYTES = (2, 4)
 
 
-def pack_mask(keep: torch.Tensor) -> torch.Tensor:
-    """bool [out, in] to uint8 [out, ceil(in/8)], little end first; padding bits are 0."""
-    run = _runner(keep)
-    return cpu.pack_mask(keep) if run is None else pack_mask_cuda(keep.contiguous(), run=run)
+def pack_mask(keep: torch.Tensor, *, path: str | None = None) -> torch.Tensor:
+    """bool [out, in] to uint8 [out, ceil(in/8)], little end first; padding bits are 0.
+
+    `path`, here and in the functions below, is one of `native.paths()` for a processor to take instead of its best.
+    """
+    if (run := _runner(keep)) is not None:
+        return pack_mask_cuda(keep.contiguous(), run=run)
+    compiled = library_for(keep)
+    if compiled is None or keep.dim() != 2 or keep.dtype != torch.bool or not keep.numel():
+        return reference.pack_mask(keep)
+    (rows, width), keep = keep.shape, keep.contiguous()
+    mask = torch.empty(rows, -(-width // 8), dtype=torch.uint8)
+    how = path_number(compiled, path), torch.get_num_threads()
+    compiled.pack_mask(keep.data_ptr(), rows, width, mask.data_ptr(), *how)
+    return mask
 
 
-def unpack_mask(mask: torch.Tensor, in_features: int) -> torch.Tensor:
+def unpack_mask(mask: torch.Tensor, in_features: int, *, path: str | None = None) -> torch.Tensor:
     """uint8 [out, ceil(in/8)] to bool [out, in]."""
-    run = _runner(mask)
-    if run is None:
-        return cpu.unpack_mask(mask, in_features)
-    return unpack_mask_cuda(mask.contiguous(), in_features, run=run)
+    if (run := _runner(mask)) is not None:
+        return unpack_mask_cuda(mask.contiguous(), in_features, run=run)
+    compiled = library_for(mask)
+    fits = mask.dim() == 2 and mask.dtype == torch.uint8 and mask.shape[1] == -(-in_features // 8)
+    if compiled is None or not fits or not mask.numel():
+        return reference.unpack_mask(mask, in_features)
+    mask, keep = mask.contiguous(), torch.empty(len(mask), in_features, dtype=torch.bool)
+    how = path_number(compiled, path), torch.get_num_threads()
+    compiled.unpack_mask(mask.data_ptr(), *keep.shape, keep.data_ptr(), *how)
+    return keep
 
 
-def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def pack_values(weight: torch.Tensor, keep: torch.Tensor, *, path: str | None = None) -> torch.Tensor:
     """Kept values of a weight [out, in] in ascending channel, bits untouched.
 
     Raises ValueError where rows keep different numbers of them.
     """
-    run = _runner(weight) if weight.itemsize in VALUE_BYTES else None
-    if run is None:
-        return cpu.pack_values(weight, keep)
-    return pack_values_cuda(weight.contiguous(), keep.contiguous(), run=run)
+    if weight.itemsize in CUDA_VALUE_BYTES and (run := _runner(weight)) is not None:
+        return pack_values_cuda(weight.contiguous(), keep.contiguous(), run=run)
+    rows, width = weight.shape
+    if keep.shape != weight.shape or keep.dtype != torch.bool:
+        raise ValueError(f"a mask {list(keep.shape)} does not fit a weight {list(weight.shape)}")
+    kept = int(keep[0].sum()) if rows else 0
+    compiled = library_for(weight)
+    if compiled is None or not kept or weight.itemsize not in VALUE_BYTES:
+        return reference.pack_values(weight, keep)
+    weight, keep, values = weight.contiguous(), keep.contiguous(), torch.empty(rows, kept, dtype=weight.dtype)
+    sizes, how = (rows, width, kept, weight.itemsize), (path_number(compiled, path), torch.get_num_threads())
+    if compiled.pack_rows(weight.data_ptr(), keep.data_ptr(), *sizes, values.data_ptr(), *how):
+        raise ValueError(f"rows of a mask do not all keep the {kept} values that the first does")
+    return values
 
 
 def expand(
-    values: torch.Tensor, mask: torch.Tensor, in_features: int, permutation: torch.Tensor | None = None
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    in_features: int,
+    permutation: torch.Tensor | None = None,
+    *,
+    path: str | None = None,
 ) -> torch.Tensor:
     """Dense weight [out, in] in the values' dtype, dropped weights +0, columns in the order of the source.
 
     With `permutation` [in], place j holds source channel p[j]. Raises ValueError where a row of the mask does not keep
-    as many as there are values.
+    as many as there are values, and for a permutation that is none.
     """
-    run = _runner(values) if values.itemsize in VALUE_BYTES else None
-    if run is None:
-        return cpu.expand(values, mask, in_features, permutation)
-    return expand_cuda(values.contiguous(), mask.contiguous(), in_features, permutation, run=run)
+    if values.itemsize in CUDA_VALUE_BYTES and (run := _runner(values)) is not None:
+        return expand_cuda(values.contiguous(), mask.contiguous(), in_features, permutation, run=run)
+    compiled = library_for(values)
+    if compiled is None or not values.numel() or values.itemsize not in VALUE_BYTES:
+        return reference.expand(values, mask, in_features, permutation)
+    rows, kept = values.shape
+    if mask.shape != (rows, -(-in_features // 8)) or mask.dtype != torch.uint8:
+        raise ValueError(f"a mask {list(mask.shape)} does not fit {rows} rows of {in_features} channels")
+    values, mask, dense = values.contiguous(), mask.contiguous(), torch.empty(rows, in_features, dtype=values.dtype)
+    place = None if permutation is None else permutation.to(torch.int32).contiguous()
+    pointers = values.data_ptr(), mask.data_ptr(), None if place is None else place.data_ptr()
+    sizes, how = (rows, in_features, kept, values.itemsize), (path_number(compiled, path), torch.get_num_threads())
+    fits = place is None or place.shape == (in_features,)
+    wrong = compiled.expand_rows(*pointers, *sizes, dense.data_ptr(), *how) if fits else -1
+    if wrong < 0:
+        raise ValueError("the permutation of a packed layer is not one")
+    if wrong:
+        raise ValueError(f"a mask does not keep {kept} values in every row")
+    return dense
 
 
 def _runner(tensor: torch.Tensor) -> Run | None:
     """What runs the kernels on a matrix; None where nothing does, and for an empty one."""
-    return runner_for(tensor) if tensor.dim() == 2 and tensor.numel() else None
+    return launch.runner_for(tensor) if tensor.dim() == 2 and tensor.numel() else None
 
 
 def pack_mask_cuda(keep: torch.Tensor, *, run: Run = on_device) -> torch.Tensor:
@@ -126,7 +175,7 @@ def _run(kernel: str, arguments: tuple[Argument, ...], rows: int, run: Run) -> N
 
 
 def _value_bytes(tensor: torch.Tensor) -> int:
-    if tensor.itemsize not in VALUE_BYTES:
+    if tensor.itemsize not in CUDA_VALUE_BYTES:
         raise ValueError(f"packing on a GPU takes values of 16 or 32 bits, not {tensor.dtype}: use the plain functions")
     return tensor.itemsize
 

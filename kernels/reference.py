@@ -65,7 +65,7 @@ def nm_linear(
     return functional.linear(x, expand(values, mask, x.shape[-1]).to(x.dtype), bias)
 
 
-def excess_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def hinge_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Sum over rows of max(0, s_b - t_i), float32 [n_t, n_s]; s [n_s, rows] and t [n_t, rows] float32.
 
     From an L1 distance: sum |s - t| = 2 sum max(0, s - t) - sum s + sum t.
@@ -139,7 +139,7 @@ def _update_gain(gain: torch.Tensor, s: torch.Tensor, stale: torch.Tensor, kept:
     members = [s[groups * m + i] for i in range(m)]
     for i in range(m):
         t = nth_best(members[:i] + members[i + 1 :], kept)
-        gain[groups * m + i] = excess_sums(s, t)
+        gain[groups * m + i] = hinge_sums(s, t)
     stale.zero_()
 
 

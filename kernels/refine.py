@@ -1,19 +1,23 @@
 """Mask refinement where the weights lie: `refine_rows`.
 
-On a GPU the kernel of refine.cu runs, on a processor that of cpu.py; reference.py has the definition.
+On a GPU the kernel of refine.cu runs, on a processor that of refine.cpp; reference.py has the definition.
 `refine_rows_cuda` is the kernel alone: tensors on one device; `run` (launch.py) is the device, tests put a CPU there.
 """
 
+import itertools
 from functools import cache
 
 import torch
+from torch.nn import functional
 
-from streamprune_kernels import cpu
-from streamprune_kernels.launch import Launch, Run, on_device, runner_for
+from streamprune_kernels import launch, reference
+from streamprune_kernels.launch import Launch, Run, on_device
+from streamprune_kernels.native import LANES, library_for
 
 THREADS = 256  # refine.cu's own constant
 BLOCK_ROWS = 8  # one for each warp
 MAX_PLACES = 64  # of a group: a mask is a word
+MAX_PATTERNS = 256  # of a group that a processor tries one by one
 MAX_SHARED_BYTES = 48 * 1024  # of a block, on every device
 
 
@@ -30,10 +34,38 @@ def refine_rows(
 
     The tensors are those of reference.refine_rows, which is the definition, and contiguous; `places` on any device.
     """
-    run = runner_for(weight) if weight.numel() else None
-    if run is None:
-        return cpu.refine_rows(weight, keep, q, moments, places, off_diagonal, least_gain)
-    return refine_rows_cuda(weight, keep, q, moments, places, off_diagonal, least_gain, run=run)
+    run = launch.runner_for(weight) if weight.numel() else None
+    if run is not None:
+        return refine_rows_cuda(weight, keep, q, moments, places, off_diagonal, least_gain, run=run)
+    compiled = library_for(weight)
+    if compiled is None:
+        return reference.refine_rows(weight, keep, q, moments, places, off_diagonal, least_gain)
+    for tensor in (weight, keep, q, moments):
+        if not tensor.is_contiguous():
+            raise ValueError("refine_rows works in place on contiguous tensors")
+    kept_places, terms = _cost_terms(tuple(map(tuple, places.tolist())), places.shape[1])
+    tensors = (tensor.data_ptr() for tensor in (weight, keep, q, moments))
+    sizes = *weight.shape, places.shape[1], len(kept_places)
+    patterns = kept_places.data_ptr(), terms.data_ptr(), terms.shape[1]
+    changes = off_diagonal, least_gain
+    return int(compiled.refine_rows(*tensors, *sizes, *patterns, *changes, torch.get_num_threads()))
+
+
+@cache
+def _cost_terms(places: tuple[tuple[bool, ...], ...], m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patterns as uint8, and the terms that each one's cost sums, float32 [M + M(M-1)/2 + 1, patterns rounded up].
+
+    The last row is what a cost starts with: infinity in the lanes that are no pattern.
+    """
+    kept = torch.tensor(places, dtype=torch.bool).view(-1, m)
+    if len(kept) > MAX_PATTERNS:
+        raise ValueError(f"{len(kept)} patterns are too many to try one by one")
+    dropped = (~kept).to(torch.float32).T
+    pairs = [dropped[i] * dropped[j] for i, j in itertools.combinations(range(m), 2)]
+    padding = (0, -len(kept) % LANES)
+    terms = functional.pad(torch.cat([dropped, torch.stack(pairs)]), padding)
+    start = functional.pad(torch.zeros(1, len(kept)), padding, value=torch.inf)
+    return kept.to(torch.uint8), torch.cat([terms, start]).contiguous()
 
 
 def refine_rows_cuda(

@@ -1,5 +1,5 @@
 // The searches over orders of channels: sums of max(0, s_b - t_i) over rows, and the greedy swaps of channels inside
-// blocks of places that rest on them. kernels/reference.py holds the plain versions, excess_sums and local_swaps.
+// blocks of places that rest on them. kernels/reference.py holds the plain versions, hinge_sums and local_swaps.
 //
 // Both sum one tile at a time: at most 64 thresholds t by 64 candidates s. 32 rows of both lie in shared memory,
 // transposed, so that 4 neighbours of one row are a chunk. A thread has 4 x 4 sums; where a tile has fewer than 256 of
@@ -138,7 +138,7 @@ struct Share {
     }
 };
 
-DEVICE void add_excess(Sums& sums, const Share& share) {
+DEVICE void add_hinges(Sums& sums, const Share& share) {
 #pragma unroll 4
     for (u32 i = 0; i < ROWS / share.slices; i++) {
         const u32 row = share.slice + i * share.slices;
@@ -187,11 +187,11 @@ DEVICE void sum_tile(Sums& sums, const Tile& tile, const Share& share, u32 first
         if (GROUPS) make_thresholds(tile.count[THRESHOLDS], m, kept);
         if (share.slice >= share.slices) continue;
         if (!GROUPS) {
-            add_excess(sums, share);
+            add_hinges(sums, share);
             continue;
         }
         Sums part = {};
-        add_excess(part, share);
+        add_hinges(part, share);
 #pragma unroll
         for (u32 i = 0; i < CHUNK_PLACES; i++)
 #pragma unroll
@@ -208,7 +208,7 @@ DEVICE void sum_tile(Sums& sums, const Tile& tile, const Share& share, u32 first
 // s [n_s, rows] and t [n_t, rows] to out [parts, n_t, n_s], each part the sums over `part_rows` rows. The grid is
 // (parts, tiles of s, tiles of t).
 extern "C" __global__ void __launch_bounds__(256)
-    excess_sums(const float* s, const float* t, float* out, int n_s, int n_t, int rows, int part_rows) {
+    hinge_sums(const float* s, const float* t, float* out, int n_s, int n_t, int rows, int part_rows) {
     const u32 first_t = blockIdx.z * TILE, first_s = blockIdx.y * TILE, first_row = blockIdx.x * (u32)part_rows;
     Tile tile = {{t, s}, (u32)rows * 4, {}};
     tile.count[THRESHOLDS] = min((u32)n_t - first_t, TILE);

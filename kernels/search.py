@@ -1,40 +1,62 @@
-"""The searches over orders of channels where the scores lie: `excess_sums` and `local_swaps`.
+"""The searches over orders of channels where the scores lie: `hinge_sums` and `local_swaps`.
 
-On a GPU kernels of search.cu run, on a processor those of cpu.py; reference.py defines both. The functions `..._cuda`
-are the kernels alone: tensors on one device and contiguous; `run` (launch.py) is the device, tests put a CPU there.
+On a GPU kernels of search.cu run, on a processor those of search.cpp; reference.py defines both. The functions
+`..._cuda` are the kernels alone: tensors on one device and contiguous; `run` (launch.py) is the device, tests put a CPU
+there.
 """
 
 import torch
+from torch.nn import functional
 
-from streamprune_kernels import cpu
-from streamprune_kernels.launch import Launch, Run, on_device, runner_for
+from streamprune_kernels import launch, reference
+from streamprune_kernels.launch import Launch, Run, on_device
+from streamprune_kernels.native import LANES, library_for
 
 THREADS = 256  # search.cu's own constant, as are the next three
 TILE = 64  # places of a tile, each way
 ROWS = 32  # of a tile
 PITCH_BYTES = 4 * (TILE + 4)  # of a tile's row
-EXCESS_SHARED_BYTES = 2 * ROWS * PITCH_BYTES
-SWAPS_SHARED_BYTES = EXCESS_SHARED_BYTES + ROWS * TILE * 4  # and the best two of each group
+SUMS_SHARED_BYTES = 2 * ROWS * PITCH_BYTES
+SWAPS_SHARED_BYTES = SUMS_SHARED_BYTES + ROWS * TILE * 4  # and the best two of each group
 PART_ROWS = 256  # that a block of threads sums; always the same, so that the bits are
 
 
-def excess_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def hinge_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Sum over rows of max(0, s_b - t_i), float32 [n_t, n_s]; s [n_s, rows] and t [n_t, rows] float32."""
-    run = runner_for(s) if s.numel() and t.numel() else None
-    return cpu.excess_sums(s, t) if run is None else excess_sums_cuda(s.contiguous(), t.contiguous(), run=run)
+    run = launch.runner_for(s) if s.numel() and t.numel() else None
+    if run is not None:
+        return hinge_sums_cuda(s.contiguous(), t.contiguous(), run=run)
+    compiled = library_for(s)
+    if compiled is None:
+        return reference.hinge_sums(s, t)
+    # max(0, s - t) = max(s, t) - t; padding adds 0 to both sums
+    padding = -s.shape[1] % LANES
+    padded_s, padded_t = (functional.pad(x, (0, padding)) if padding else x.contiguous() for x in (s, t))
+    sums = torch.empty(len(t), len(s))
+    scores = padded_s.data_ptr(), len(s), padded_t.data_ptr(), len(t), padded_s.shape[1]
+    compiled.sum_of_maxima(*scores, sums.data_ptr(), torch.get_num_threads())
+    return sums.sub_(t.sum(dim=1)[:, None])
 
 
 def local_swaps(
     s: torch.Tensor, start: torch.Tensor, block: int, kept: int, group_size: int, rounds: int, least_gain: float
 ) -> torch.Tensor:
     """Greedy swaps of channels inside blocks of places; reference.local_swaps is the definition."""
-    run = runner_for(s) if s.numel() else None
-    if run is None:
-        return cpu.local_swaps(s, start, block, kept, group_size, rounds, least_gain)
-    return local_swaps_cuda(s.contiguous(), start, block, kept, group_size, rounds, least_gain, run=run)
+    run = launch.runner_for(s) if s.numel() else None
+    if run is not None:
+        return local_swaps_cuda(s.contiguous(), start, block, kept, group_size, rounds, least_gain, run=run)
+    compiled = library_for(s)
+    if compiled is None:
+        return reference.local_swaps(s, start, block, kept, group_size, rounds, least_gain)
+    padding = -s.shape[1] % LANES  # rows of zeros add nothing
+    padded = functional.pad(s, (0, padding)) if padding else s.contiguous()
+    order = start.clone(memory_format=torch.contiguous_format)
+    sizes = *padded.shape, block, group_size, kept, rounds
+    compiled.local_swaps(padded.data_ptr(), *sizes, least_gain, order.data_ptr(), torch.get_num_threads())
+    return order
 
 
-def excess_sums_cuda(s: torch.Tensor, t: torch.Tensor, *, run: Run = on_device) -> torch.Tensor:
+def hinge_sums_cuda(s: torch.Tensor, t: torch.Tensor, *, run: Run = on_device) -> torch.Tensor:
     """Sum over rows of max(0, s_b - t_i), float32 [n_t, n_s]; s [n_s, rows] and t [n_t, rows] float32, t maybe -inf.
 
     The bits are the same at every run. Raises ValueError for tensors that do not fit.
@@ -48,7 +70,7 @@ def excess_sums_cuda(s: torch.Tensor, t: torch.Tensor, *, run: Run = on_device) 
     sums = torch.empty(parts, n_t, n_s, device=s.device)
     grid = (parts, -(-n_s // TILE), -(-n_t // TILE))
     arguments = (s, t, sums, n_s, n_t, rows, PART_ROWS)
-    run(Launch("search", "excess_sums", grid, (THREADS, 1, 1), EXCESS_SHARED_BYTES, arguments))
+    run(Launch("search", "hinge_sums", grid, (THREADS, 1, 1), SUMS_SHARED_BYTES, arguments))
     return sums.sum(dim=0, dtype=torch.float64).to(torch.float32)
 
 

@@ -1,17 +1,14 @@
-// Choosing which weights of a group are kept, and the sums that the choice is judged by, behind a plain C ABI. cpu.py
-// loads and launches them; reference.py says what each computes. Threads take rows of their own, and a row is summed in
-// one order, so results do not depend on their number.
+// Choosing which weights of a group are kept, and the sums that the choice is judged by, behind a plain C ABI;
+// selection.py launches them, and reference.py says what they compute. Threads take rows of their own, and a row is
+// summed in one order, so results do not depend on their number.
 //
 // A weight of 16 bits becomes float32 in registers: a copy of a layer in float32 costs more than all that is done to it.
 
-#include <atomic>
 #include <vector>
 
 #include "pages.h"
 #include "parts.h"
 #include "vectors.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions alone
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
@@ -55,12 +52,6 @@ struct Halves { HalfVector low, high; };
 
 INLINE Doubles low_of(Vector values) { return __builtin_convertvector(same_bits<Halves>(values).low, Doubles); }
 INLINE Doubles high_of(Vector values) { return __builtin_convertvector(same_bits<Halves>(values).high, Doubles); }
-
-INLINE double total_of(Doubles lanes) {
-    double sum = 0;
-    for (int lane = 0; lane < DOUBLES; lane++) sum += lanes[lane];
-    return sum;
-}
 
 // LANES elements of a row from `at` on: where it ends before, they are copied to `room`, with zeros behind them.
 template <typename T>
@@ -219,15 +210,7 @@ CLONES static void weighted_squares_part(const T* x, const uint8_t* keep, const 
     }
 }
 
-// How many of values [begin, end) are NaN or infinite: those whose exponent is all ones.
-template <typename T>
-CLONES static int64_t not_finite_part(const T* values, int64_t begin, int64_t end, T exponent) {
-    int64_t count = 0;
-    for (int64_t i = begin; i < end; i++) count += (values[i] & exponent) == exponent;
-    return count;
-}
-
-// Calls work(T{}) for the type of the values, as cpu.py numbers them.
+// Calls work(T{}) for the type of the values, as native.py numbers them.
 template <typename Work>
 static void of_type(int64_t type, Work work) {
     if (type == 0) return work(Bfloat16{});
@@ -266,14 +249,5 @@ void weighted_squares(const void* x, int64_t type, const uint8_t* keep, const fl
             weighted_squares_part(values, keep, scale, begin, end, width, dropped, all);
         });
     });
-}
-
-int64_t count_not_finite(const void* values, int64_t count, int64_t bytes, int64_t exponent, int64_t threads) {
-    std::atomic<int64_t> found{0};
-    in_parts(count, 1 << 12, threads, [&](int64_t begin, int64_t end) {
-        found += bytes == 2 ? not_finite_part((const uint16_t*)values, begin, end, (uint16_t)exponent)
-                            : not_finite_part((const uint32_t*)values, begin, end, (uint32_t)exponent);
-    });
-    return found;
 }
 }

@@ -1,4 +1,4 @@
-// Vectors of 16 lanes for cpu.cpp and selection.cpp: one AVX-512 register, two of AVX2.
+// Vectors of 16 lanes, for all kernels but those of packing and products: one AVX-512 register, two of AVX2.
 
 #pragma once
 
@@ -19,3 +19,9 @@ static const int LANES = 16, DOUBLES = 8;
     ({ type narrow_; std::memcpy(&narrow_, (pointer), sizeof narrow_); __builtin_convertvector(narrow_, Doubles); })
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+INLINE double total_of(Doubles lanes) {
+    double sum = 0;
+    for (int lane = 0; lane < DOUBLES; lane++) sum += lanes[lane];
+    return sum;
+}

@@ -1,7 +1,8 @@
 """Computing on a number of threads, for tests that results do not depend on it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,3 +16,8 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(former)
+
+
+def on_threads(count: int, compute: Callable[[], Any]) -> Any:
+    with threads(count):
+        return compute()

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from streamprune import PackedLinear, StreampruneError
 from streamprune_kernels import library, packed_linear
-from streamprune_kernels.cpu import paths
+from streamprune_kernels.native import paths
 from streamprune_kernels.packed_product import has_pairs
 
 SHAPES = ("8192x8192", "22016x8192")

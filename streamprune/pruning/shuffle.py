@@ -19,7 +19,7 @@ import torch
 
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.pruning.selection import select, stable_sum
-from streamprune_kernels import excess_sums, kept_sums, local_swaps, nth_best
+from streamprune_kernels import hinge_sums, kept_sums, local_swaps, nth_best
 
 ROWS_AT_ONCE = 2048  # whose kept score is summed
 MAX_ROUNDS = 32  # of the local search; it ends by itself when no swap gains, in practice after 10 to 20
@@ -115,7 +115,7 @@ def _gain_of_place(channels_first: torch.Tensor, groups: torch.Tensor, place: in
     On the CPU, where assignments are solved.
     """
     others = [channels_first[groups[:, i]] for i in range(pattern.group_size) if i != place]
-    return excess_sums(channels_first[groups[:, place]], nth_best(others, pattern.kept)).cpu()
+    return hinge_sums(channels_first[groups[:, place]], nth_best(others, pattern.kept)).cpu()
 
 
 def local_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPattern, block: int) -> torch.Tensor:

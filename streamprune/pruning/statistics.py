@@ -13,8 +13,7 @@ from streamprune.config import PruneConfig
 from streamprune.errors import NumericsError
 from streamprune.pruning.selection import stable_product
 from streamprune_kernels import MIN_EXPONENT, add_range, count_values
-from streamprune_kernels.calibration import Windows, add_tokens_cuda, statistics_unsuitable
-from streamprune_kernels.launch import runner_for
+from streamprune_kernels.statistics import Windows, add_tokens_on_gpu
 
 FINE_BINS = 4096  # 16 KB a channel; the observed range fills 2048 or more. Errors measured: docs/method.md
 ROW_GAP = 80  # unused bins after a channel's: at a power of two apart, many channels' hot bins share few cache lines
@@ -103,11 +102,8 @@ class StatisticsAccumulator:
 
     def add(self, x: torch.Tensor) -> None:
         """Add one sequence's inputs [tokens, in]. Raises NumericsError where one is not finite."""
-        run = runner_for(x)
-        by_kernel = run is not None and statistics_unsuitable(x) is None
-        if run is not None and by_kernel:
-            windows = None if self.histogram is None else self.histogram.windows
-            add_tokens_cuda(x, self.low, self.high, self.square_sum, windows, run=run)
+        windows = None if self.histogram is None else self.histogram.windows
+        by_kernel = add_tokens_on_gpu(x, self.low, self.high, self.square_sum, windows)
         x = x.to(torch.float32)
         if not by_kernel:
             add_range(x, self.low, self.high, self.square_sum)

@@ -15,7 +15,6 @@ from cuda_tools.layers import assert_accurate, assert_error_sums, random_inputs,
 from cuda_tools.mutants import MUTANTS, Mutant
 from streamprune.config import NMPattern
 from streamprune_kernels import reference
-from streamprune_kernels.calibration import STATIC_BYTES, Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.decode import nm_decode
 from streamprune_kernels.gemm import (
     COMMON_TILE,
@@ -29,7 +28,8 @@ from streamprune_kernels.launch import FOLDER, Launch, Run
 from streamprune_kernels.metadata import SparseWeight, make_metadata, metadata_of_mask
 from streamprune_kernels.packing import expand_cuda, pack_mask_cuda, pack_values_cuda, unpack_mask_cuda
 from streamprune_kernels.refine import refine_rows_cuda
-from streamprune_kernels.search import excess_sums_cuda, local_swaps_cuda
+from streamprune_kernels.search import hinge_sums_cuda, local_swaps_cuda
+from streamprune_kernels.statistics import STATIC_BYTES, Windows, add_tokens, add_tokens_cuda
 
 SCHEDULES = (0, 1, 2)
 NOISE = r"^.*thread \d+: |^.*block \(.*?\): |^\w+: | at \d{6,}|: nearest is .*$|, at `.*`$"  # where it was
@@ -128,7 +128,7 @@ def check_search(run: Run) -> None:
     generator = torch.Generator().manual_seed(0)
     s, t = (torch.randint(0, 50, (n, 290), generator=generator).float() for n in (70, 9))
     expected = (s[None] - t[:, None]).clamp(min=0).sum(dim=2)
-    assert torch.equal(excess_sums_cuda(s, t, run=run), expected), "sums differ"
+    assert torch.equal(hinge_sums_cuda(s, t, run=run), expected), "sums differ"
     for channels, rows, block, kept, group_size in ((40, 70, 24, 2, 4), (72, 20, 72, 1, 3)):
         s = torch.randint(0, 5, (channels, rows), generator=generator).float()
         arguments = s, torch.randperm(channels, generator=generator), block, kept, group_size, 32, 1e-6

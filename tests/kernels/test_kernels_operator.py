@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from streamprune_kernels import cpu, expand, operator, pack_mask, pack_values, packed_linear, select_groups
+from streamprune_kernels import expand, native, operator, pack_mask, pack_values, packed_linear, select_groups
 
 OUT, IN = 48, 80
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,10 +35,10 @@ def exact(x: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.fixture(params=["compiled", "plain"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the compiled kernels, and as where the package was built without a compiler."""
-    assert cpu.library() is not None
+    assert native.library() is not None
     if request.param == "plain":
         monkeypatch.setattr(operator, "library", lambda: None)
-        monkeypatch.setattr(cpu, "library", lambda: None)
+        monkeypatch.setattr(native, "library", lambda: None)
     return str(request.param)
 
 

@@ -9,8 +9,8 @@ import torch
 from thread_count import threads
 from torch.nn import functional
 
-from streamprune_kernels import cpu, expand, pack_mask, pack_values, packed_product, select_groups
-from streamprune_kernels.cpu import PATHS, TYPES
+from streamprune_kernels import expand, native, pack_mask, pack_values, packed_product, select_groups
+from streamprune_kernels.native import PATHS, TYPES
 from streamprune_kernels.packed_product import FEW_ROWS
 
 PATTERNS = [(2, 4), (4, 8), (1, 4), (2, 8), (1, 2), (3, 4), (5, 16), (1, 64), (63, 64)]
@@ -22,7 +22,7 @@ product = packed_product.packed_product
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Without the library nothing here would run."""
-    assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
+    assert isinstance(native.library(), ctypes.CDLL), "the package was built without its compiled kernels"
 
 
 def packed(
@@ -54,13 +54,13 @@ kernels = pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
 @pytest.fixture(autouse=True)
 def only_paths_of_this_processor(request: pytest.FixtureRequest) -> None:
     path = request.node.callspec.params.get("path") if hasattr(request.node, "callspec") else None
-    if path is not None and path not in cpu.paths():
+    if path is not None and path not in native.paths():
         pytest.skip(f"this processor lacks {path}")
 
 
 def test_the_paths_of_a_processor_begin_with_the_portable_one() -> None:
-    assert cpu.paths() == PATHS[: len(cpu.paths())]
-    assert len(cpu.paths()) >= 1
+    assert native.paths() == PATHS[: len(native.paths())]
+    assert len(native.paths()) >= 1
 
 
 @paths
@@ -118,7 +118,7 @@ def test_results_do_not_depend_on_threads_nor_on_the_other_rows(dtype: torch.dty
 
 
 def test_many_rows_have_the_same_bits_by_avx2_and_avx512() -> None:
-    if cpu.paths() != PATHS:
+    if native.paths() != PATHS:
         pytest.skip("this processor lacks one of them")
     values, mask, weight = packed(64, 100, (2, 4), torch.bfloat16)
     x = inputs(70, weight.shape[1])
@@ -210,9 +210,9 @@ def test_paths_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -
     values, mask, _ = packed(8, 4, (2, 4), torch.float32)
     with pytest.raises(ValueError, match="no compiled path avx1024 here; there are: portable"):
         product(inputs(1, 16), values, mask, path="avx1024")
-    for module in (cpu, packed_product):
+    for module in (native, packed_product):
         monkeypatch.setattr(module, "library", lambda: None)
-    assert cpu.paths() == ()
+    assert native.paths() == ()
     with pytest.raises(ValueError, match="no compiled kernels here"):
         product(inputs(1, 16), values, mask)
 
@@ -221,7 +221,7 @@ def test_nothing_is_read_beyond_the_tensors() -> None:
     """Tensors that end where memory that may not be read begins, in a process of its own."""
     code = """
 import ctypes, mmap, torch
-from streamprune_kernels import cpu, packed_product
+from streamprune_kernels import native, packed_product
 libc = ctypes.CDLL(None, use_errno=True)
 def at_the_end(tensor):
     size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -236,7 +236,7 @@ for in_features, rows in ((4, 1), (4, 3), (36, 1), (36, 2), (64, 17), (100, 5), 
     x = at_the_end(torch.ones(11, in_features))
     words = at_the_end(torch.ones(11, in_features).to(torch.bfloat16))
     for bits in (mask, mask | 0xFF):
-        ways = [{"path": path, "many": many} for path in cpu.paths() for many in (False, True)]
+        ways = [{"path": path, "many": many} for path in native.paths() for many in (False, True)]
         for way in [*ways, *[{"pairs": True, "many": many} for many in (False, True) if packed_product.has_pairs()]]:
             try:
                 given = words if "pairs" in way else x

@@ -1,6 +1,5 @@
 """Packing on a processor and its reverse: bit for bit the plain versions, by every path, on any number of threads."""
 
-import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,29 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_count import threads
 
-from streamprune_kernels import cpu, packing, reference
+from streamprune_kernels import native, packing, reference
 
 PATHS = ("portable", "avx512")  # the others run the portable code
 SIZES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a value, and its bits as integers
 TYPES = (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 EDGES = tuple(edge + more for edge in (8, 16, 32, 64, 128, 192) for more in (-1, 0, 1))  # of bytes, vectors and words
 
+pytestmark = pytest.mark.usefixtures("compiled")
 repeatable = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 widths = st.one_of(st.integers(1, 300), st.sampled_from(EDGES))
 paths = pytest.mark.parametrize("path", PATHS)
 seeds = st.integers(0, 2**32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    """Without the library every comparison here would be of the plain version with itself."""
-    assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
-
-
 @pytest.fixture(autouse=True)
 def only_paths_of_this_processor(request: pytest.FixtureRequest) -> None:
     path = request.node.callspec.params.get("path") if hasattr(request.node, "callspec") else None
-    if path is not None and path not in cpu.paths():
+    if path is not None and path not in native.paths():
         pytest.skip(f"this processor lacks {path}")
 
 
@@ -84,10 +78,10 @@ def test_masks(path: str, rows: int, width: int, density: float, seed: int) -> N
     generator = torch.Generator().manual_seed(seed)
     keep = torch.rand(rows, width, generator=generator) < density
     expected = reference.pack_mask(keep)
-    mask = on_one_and_two_threads(lambda: cpu.pack_mask(keep, path=path))
+    mask = on_one_and_two_threads(lambda: packing.pack_mask(keep, path=path))
     assert same(mask, expected)
     set_padding(mask, width)
-    assert same(on_one_and_two_threads(lambda: cpu.unpack_mask(mask, width, path=path)), keep)
+    assert same(on_one_and_two_threads(lambda: packing.unpack_mask(mask, width, path=path)), keep)
 
 
 @paths
@@ -100,11 +94,11 @@ def test_values(
     generator = torch.Generator().manual_seed(seed)
     keep, weight = random_keep(rows, width, kept, generator), random_bits(rows, width, dtype, generator)
     order = torch.randperm(width, generator=generator).to(torch.int32) if permuted else None
-    packed = on_one_and_two_threads(lambda: cpu.pack_values(weight, keep, path=path))
+    packed = on_one_and_two_threads(lambda: packing.pack_values(weight, keep, path=path))
     assert same(bits(packed), reference.pack_values(bits(weight), keep))
     mask = reference.pack_mask(keep)
     set_padding(mask, width)
-    dense = on_one_and_two_threads(lambda: cpu.expand(packed, mask, width, order, path=path))
+    dense = on_one_and_two_threads(lambda: packing.expand(packed, mask, width, order, path=path))
     assert same(bits(dense), reference.expand(bits(packed), mask, width, order))
     assert dense.dtype == dtype
 
@@ -116,10 +110,10 @@ def test_a_byte_of_a_mask_that_is_not_0_counts_once(path: str, byte: int) -> Non
     keep = random_keep(3, 75, 31, torch.Generator().manual_seed(0))
     odd = (keep.to(torch.uint8) * byte).view(torch.bool)
     weight = torch.arange(225, dtype=torch.float32).view(3, 75)
-    assert torch.equal(cpu.pack_mask(odd, path=path), reference.pack_mask(keep))
+    assert torch.equal(packing.pack_mask(odd, path=path), reference.pack_mask(keep))
     # the first row, which is counted by torch, as it should be
     odd[0] = keep[0]
-    assert torch.equal(cpu.pack_values(weight, odd, path=path), reference.pack_values(weight, keep))
+    assert torch.equal(packing.pack_values(weight, odd, path=path), reference.pack_values(weight, keep))
 
 
 @paths
@@ -128,17 +122,17 @@ def test_a_byte_of_a_mask_that_is_not_0_counts_once(path: str, byte: int) -> Non
 def test_rows_that_keep_another_number_are_refused(path: str, row: int, more: int) -> None:
     keep = random_keep(7, 100, 50, torch.Generator().manual_seed(row))
     weight = torch.ones(7, 100)
-    values, wrong = cpu.pack_values(weight, keep, path=path), keep.clone()
+    values, wrong = packing.pack_values(weight, keep, path=path), keep.clone()
     wrong[row] = torch.arange(100) < 50 + more
     if row or more > -50:
         with pytest.raises(ValueError, match=rf"do not all keep the {50 if row else 50 + more} values that the first"):
-            cpu.pack_values(weight, wrong, path=path)
+            packing.pack_values(weight, wrong, path=path)
     for order in (None, torch.arange(100).flip(0)):
         with pytest.raises(ValueError, match="does not keep 50 values in every row"):
-            cpu.expand(values, reference.pack_mask(wrong), 100, order, path=path)
+            packing.expand(values, reference.pack_mask(wrong), 100, order, path=path)
 
 
-@pytest.mark.parametrize("module", [cpu, reference], ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("module", [packing, reference], ids=lambda module: module.__name__.rpartition(".")[2])
 def test_masks_that_do_not_fit_are_refused(module: Any) -> None:
     """Whatever a file says, no value beyond a row's own is read and none is written beyond its room."""
     keep = torch.tensor([[True, True, False, False], [True, True, True, False]])
@@ -149,21 +143,21 @@ def test_masks_that_do_not_fit_are_refused(module: Any) -> None:
         with pytest.raises(ValueError, match="does not keep 2 values in every row"):
             module.expand(torch.ones(2, 2), mask, 4)
     with pytest.raises(ValueError, match="does not fit 2 rows of 12 channels"):
-        cpu.expand(torch.ones(2, 2), torch.tensor([[3], [3]], dtype=torch.uint8), 12)
+        packing.expand(torch.ones(2, 2), torch.tensor([[3], [3]], dtype=torch.uint8), 12)
     with pytest.raises(ValueError, match="does not fit a weight"):
-        cpu.pack_values(torch.ones(2, 8), keep)
+        packing.pack_values(torch.ones(2, 8), keep)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 9], [0, 1, 2, -1], [0, 1, 1, 2], [0, 1, 2], [[0, 1, 2, 3]], []], ids=str)
 def test_what_is_no_permutation_is_refused(order: list[int]) -> None:
     with pytest.raises(ValueError, match="the permutation of a packed layer is not one"):
-        cpu.expand(torch.ones(1, 2), torch.tensor([[3]], dtype=torch.uint8), 4, torch.tensor(order))
+        packing.expand(torch.ones(1, 2), torch.tensor([[3]], dtype=torch.uint8), 4, torch.tensor(order))
 
 
 def test_a_path_that_is_not_there_is_refused() -> None:
     keep = torch.ones(1, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="no compiled path avx1024 here; there are: portable"):
-        cpu.pack_mask(keep, path="avx1024")
+        packing.pack_mask(keep, path="avx1024")
 
 
 @paths
@@ -172,10 +166,10 @@ def test_views_are_packed_by_their_values(path: str) -> None:
     keep, weight = random_keep(40, 24, 9, generator), torch.rand(24, 40, generator=generator).T
     spread = torch.zeros(40, 48, dtype=torch.bool)
     spread[:, ::2] = keep
-    assert torch.equal(cpu.pack_values(weight, spread[:, ::2], path=path), reference.pack_values(weight, keep))
-    mask = cpu.pack_mask(spread[:, ::2], path=path)
+    assert torch.equal(packing.pack_values(weight, spread[:, ::2], path=path), reference.pack_values(weight, keep))
+    mask = packing.pack_mask(spread[:, ::2], path=path)
     assert torch.equal(mask, reference.pack_mask(keep))
-    assert torch.equal(cpu.unpack_mask(mask.repeat(1, 2)[:, :3], 24, path=path), keep)
+    assert torch.equal(packing.unpack_mask(mask.repeat(1, 2)[:, :3], 24, path=path), keep)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)
@@ -208,7 +202,7 @@ def test_nothing_beyond_the_tensors_is_touched() -> None:
     """Tensors that begin or end where memory that may not be touched begins, in a process of its own."""
     code = """
 import ctypes, itertools, mmap, torch
-from streamprune_kernels import cpu, reference
+from streamprune_kernels import native, packing, reference
 libc = ctypes.CDLL(None, use_errno=True)
 PAGE = mmap.PAGESIZE
 def guarded(tensor, at_the_end):
@@ -221,7 +215,7 @@ def guarded(tensor, at_the_end):
     return torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
 def given(tensor, at_the_end):
     return guarded(tensor, at_the_end).copy_(tensor)
-compiled, empty = cpu.library(), torch.empty
+compiled, empty = native.library(), torch.empty
 sizes = (4, 1), (4, 3), (7, 2), (33, 1), (36, 2), (64, 2), (100, 5), (257, 2), (1000, 3)
 for (width, rows), end in itertools.product(sizes, (False, True)):
     torch.empty = empty
@@ -235,16 +229,16 @@ for (width, rows), end in itertools.product(sizes, (False, True)):
         torch.empty = lambda *shape, dtype: guarded(empty(*shape, dtype=dtype), end)
         arguments = [given(tensor, end) for tensor in (weight, keep, values, mask)]
         hostile = [given(bits, end) for bits in (mask | 0xFF, mask & 0)]
-        for path in cpu.paths():
+        for path in native.paths():
             weights, kept, packed, bits = arguments
-            assert torch.equal(cpu.pack_values(weights, kept, path=path), values)
-            assert torch.equal(cpu.pack_mask(kept, path=path), mask)
-            assert torch.equal(cpu.unpack_mask(bits, width, path=path), keep)
+            assert torch.equal(packing.pack_values(weights, kept, path=path), values)
+            assert torch.equal(packing.pack_mask(kept, path=path), mask)
+            assert torch.equal(packing.unpack_mask(bits, width, path=path), keep)
             for places, expected in zip((None, order), dense, strict=True):
-                assert torch.equal(cpu.expand(packed, bits, width, places, path=path), expected)
+                assert torch.equal(packing.expand(packed, bits, width, places, path=path), expected)
                 for wrong in hostile:
                     try:
-                        cpu.expand(packed, wrong, width, places, path=path)
+                        packing.expand(packed, wrong, width, places, path=path)
                         raise SystemExit("a mask that is wrong was taken")
                     except ValueError:
                         pass
@@ -252,7 +246,7 @@ for (width, rows), end in itertools.product(sizes, (False, True)):
             more[-1] = True
             if rows > 1:
                 try:
-                    cpu.pack_values(weights, given(more, end), path=path)
+                    packing.pack_values(weights, given(more, end), path=path)
                     raise SystemExit("a row that keeps more was taken")
                 except ValueError:
                     pass

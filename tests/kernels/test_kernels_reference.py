@@ -140,7 +140,7 @@ def test_nm_linear_by_hand() -> None:
 def test_the_package_exports_its_kernels() -> None:
     types = "KernelUnavailable NMWeight SparseWeight"
     functions = (
-        "add_range all_finite count_values excess_sums expand kept_sums library local_swaps nm_linear nm_linear_cuda "
+        "add_range all_finite count_values expand hinge_sums kept_sums library local_swaps nm_linear nm_linear_cuda "
         "nm_linear_with_error nm_weight nth_best pack_mask pack_values packed_linear packed_linear_with_error "
         "packed_metadata refine_rows select_groups select_weights sparse_linear sparse_linear_with_error "
         "sparse_unsuitable sparse_weight squared_distances unpack_mask unsupported_reason weighted_squares"

@@ -1,27 +1,31 @@
-"""Selection straight from stored weights, against its plain version: the same masks bit for bit."""
+"""Selection, and the sums that it is judged by, compiled, against plain versions: the same masks bit for bit."""
 
 import ctypes
 import mmap
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thread_count import threads
+from thread_count import on_threads, threads
 
-from streamprune_kernels import all_finite, cpu, reference, select_weights, weighted_squares
+from streamprune_kernels import (
+    all_finite,
+    kept_sums,
+    reference,
+    select_groups,
+    select_weights,
+    weighted_squares,
+)
 
+pytestmark = pytest.mark.usefixtures("compiled")
 repeatable = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32)
 PROT_NONE = 0
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = st.sampled_from([(2, 4), (4, 8), (1, 2), (1, 3), (8, 16), (5, 12), (30, 64)])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    """Without the library every comparison here would be of the plain version with itself."""
-    assert isinstance(cpu.library(), ctypes.CDLL), "the package was built without its compiled kernels"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -93,26 +97,40 @@ def test_weighted_squares(dtype: torch.dtype, rows: int, width: int, seed: int) 
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
-@given(count=st.integers(1, 20_000), place=st.floats(0, 1), seed=seeds)
+@pytest.mark.parametrize("kernel", [kept_sums, weighted_squares])
+@given(rows=st.integers(1, 40), width=st.integers(1, 70), seed=seeds)
 @repeatable
-def test_all_finite(dtype: torch.dtype, count: int, place: float, seed: int) -> None:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    values[::3] = torch.finfo(dtype).max
-    assert all_finite(values)
-    for fault in (torch.nan, torch.inf, -torch.inf):
-        broken = values.clone()
-        broken[int(place * (count - 1))] = fault
-        assert not all_finite(broken)
-        assert not reference.all_finite(broken)
+def test_sums_of_rows(kernel: Callable[..., Any], rows: int, width: int, seed: int) -> None:
+    """Columns that are no multiple of a vector; in float64, on any number of threads, each row by itself."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator)
+    keep = torch.rand(rows, width, generator=generator) < 0.5
+    scale = torch.rand(width, generator=generator)
+    rest = {"kept_sums": (keep,), "weighted_squares": (keep, scale)}[kernel.__name__]
+
+    def sums(function: Callable[..., Any], *arguments: torch.Tensor) -> torch.Tensor:
+        found = function(*arguments)
+        return torch.stack(found) if isinstance(found, tuple) else found[None]
+
+    one, three = (on_threads(count, lambda: sums(kernel, x, *rest)) for count in (1, 3))
+    last = sums(kernel, *(tensor[-1:] if tensor.ndim == 2 else tensor for tensor in (x, *rest)))
+    assert one.dtype == torch.float64
+    assert torch.equal(one, three)
+    assert torch.equal(one[:, -1:], last)
+    torch.testing.assert_close(one, sums(getattr(reference, kernel.__name__), x, *rest), rtol=1e-12, atol=1e-12)
 
 
-def test_all_finite_of_what_is_empty_or_strided() -> None:
-    assert all_finite(torch.empty(0, 3))
-    values = torch.zeros(4, 4)
-    values[:, 1] = torch.inf
-    assert all_finite(values[:, ::2])
-    assert not all_finite(values[:, 1::2])
+@given(st.sampled_from([(2, 4), (4, 8), (1, 3), (8, 16)]), st.integers(1, 20), st.integers(1, 9), seeds)
+@repeatable
+def test_select_groups(sizes: tuple[int, int], rows: int, groups: int, seed: int) -> None:
+    """Bit for bit, ties among few values included."""
+    kept, m = sizes
+    scores = torch.randint(0, 4, (rows, groups * m), generator=torch.Generator().manual_seed(seed)).float() - 1.5
+    expected = reference.select_groups(scores, kept, m)
+    for count in (1, 2):
+        assert torch.equal(on_threads(count, lambda: select_groups(scores, kept, m)), expected)
+    assert torch.equal(select_groups(scores.T.contiguous().T, kept, m), expected)
+    assert (expected.view(rows, groups, m).sum(dim=2) == kept).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -140,8 +158,8 @@ def test_nothing_behind_the_last_row_is_read_or_written(dtype: torch.dtype, widt
     squares = weighted_squares(at_the_end(weight), placed_keep, at_the_end(factor))
     assert torch.equal(squares[0], weighted_squares(weight, keep, factor)[0])
     assert all_finite(at_the_end(weight))
-    assert torch.equal(cpu.kept_sums(at_the_end(weight.float()), placed_keep), cpu.kept_sums(weight.float(), keep))
-    assert torch.equal(cpu.select_groups(at_the_end(weight.float()), 2, 4), cpu.select_groups(weight.float(), 2, 4))
+    assert torch.equal(kept_sums(at_the_end(weight.float()), placed_keep), kept_sums(weight.float(), keep))
+    assert torch.equal(select_groups(at_the_end(weight.float()), 2, 4), select_groups(weight.float(), 2, 4))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_tools import host
 from cuda_tools.layers import random_layer
+from cuda_tools.stand_in import standing_in
 
 from streamprune.checkpoint.packed import PackedLayer
 from streamprune.config import NMPattern
@@ -16,7 +17,7 @@ from streamprune.runtime import products as checks
 from streamprune.runtime.products import ROWS, products
 from streamprune.runtime.verify import verify
 from streamprune_kernels import FEW_ROWS, library
-from streamprune_kernels.launch import Launch, standing_in
+from streamprune_kernels.launch import Launch
 from streamprune_kernels.packed_product import has_pairs
 
 CPU = torch.device("cpu")

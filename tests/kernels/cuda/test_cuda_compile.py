@@ -14,7 +14,7 @@ from cuda_tools.sass import Machine, disassemble, main_loop, mix, products
 
 from streamprune_kernels.gemm import COMMON_TILE, NARROW_TILE, NM_SHARED_BYTES, WIDE_TILE, sparse_shared_bytes
 from streamprune_kernels.launch import FOLDER, cuda_source
-from streamprune_kernels.search import EXCESS_SHARED_BYTES, SWAPS_SHARED_BYTES
+from streamprune_kernels.search import SUMS_SHARED_BYTES, SWAPS_SHARED_BYTES
 
 ARCHITECTURES = (80, 86, 89, 90)
 REGISTERS = 65536  # of a multiprocessor
@@ -57,7 +57,7 @@ GATES = {
         Gate(r"decode24_b?f16_[48]", 256, 2),
     ],
     "statistics": [Gate(r"add_tokens_(b?f16|f32)", 256, 2)],
-    "search": [Gate("excess_sums", 256, 4, EXCESS_SHARED_BYTES), Gate("local_swaps", 256, 2, SWAPS_SHARED_BYTES)],
+    "search": [Gate("hinge_sums", 256, 4, SUMS_SHARED_BYTES), Gate("local_swaps", 256, 2, SWAPS_SHARED_BYTES)],
     "refine": [Gate("refine_rows", 256, 4, 8 * 192 * 4)],
     "packing": [Gate(r"(un)?pack_mask", 256, 8), Gate(r"(pack_values|expand)_(16|32)", 256, 6)],
 }

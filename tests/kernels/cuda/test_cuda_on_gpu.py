@@ -11,13 +11,13 @@ from refinement_problems import whole_problem
 
 from streamprune import PackedLinear
 from streamprune.config import NMPattern
-from streamprune_kernels import MIN_EXPONENT, cpu, excess_sums, local_swaps, reference, refine_rows
-from streamprune_kernels.calibration import Windows, add_tokens, add_tokens_cuda
+from streamprune_kernels import MIN_EXPONENT, hinge_sums, local_swaps, reference, refine_rows
 from streamprune_kernels.decode import nm_decode
 from streamprune_kernels.gemm import nm_linear_with_error, nm_weight, sparse_linear, sparse_linear_with_error
 from streamprune_kernels.launch import Launch, on_device
 from streamprune_kernels.metadata import sparse_weight
 from streamprune_kernels.packing import expand_cuda, pack_mask_cuda, pack_values_cuda, unpack_mask_cuda
+from streamprune_kernels.statistics import Windows, add_tokens, add_tokens_cuda
 
 pytestmark = pytest.mark.gpu
 
@@ -100,7 +100,7 @@ def test_sums_of_the_search(sizes: tuple[int, int, int]) -> None:
     n_s, n_t, rows = sizes
     generator = torch.Generator().manual_seed(0)
     s, t = (torch.randn(n, rows, generator=generator).exp() for n in (n_s, n_t))
-    results = [excess_sums(s.cuda(), t.cuda()).cpu() for _ in range(3)]
+    results = [hinge_sums(s.cuda(), t.cuda()).cpu() for _ in range(3)]
     for i in range(n_t):
         exact = (s.double() - t[i].double()).clamp(min=0).sum(dim=1)
         assert ((results[0][i] - exact).abs() <= 1e-6 * exact).all()
@@ -116,16 +116,14 @@ def test_swaps_of_the_search(pattern: tuple[int, int]) -> None:
     start, order = torch.randperm(4096, generator=generator), torch.arange(4096)
     whole = torch.randint(0, 100, (4096, 4096), generator=generator).float()
     arguments = 64, kept, m, 32, 1e-6
-    assert torch.equal(
-        local_swaps(whole.cuda(), start.cuda(), *arguments).cpu(), cpu.local_swaps(whole, start, *arguments)
-    )
+    assert torch.equal(local_swaps(whole.cuda(), start.cuda(), *arguments).cpu(), local_swaps(whole, start, *arguments))
     scores = torch.randn(4096, 4096, generator=generator).exp() * torch.randn(4096, 1, generator=generator).exp()
 
     def kept_score(order: torch.Tensor) -> float:
         return float(scores[order].view(4096 // m, m, -1).topk(kept, dim=1).values.sum(dtype=torch.float64))
 
     found = [local_swaps(scores.cuda(), order.cuda(), *arguments).cpu() for _ in range(3)]
-    before, plain = kept_score(order), kept_score(cpu.local_swaps(scores, order, *arguments))
+    before, plain = kept_score(order), kept_score(local_swaps(scores, order, *arguments))
     assert kept_score(found[0]) - before == pytest.approx(plain - before, rel=0.01)
     assert torch.equal(found[1], found[0])
     assert torch.equal(found[2], found[0])

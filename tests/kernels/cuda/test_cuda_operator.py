@@ -10,10 +10,11 @@ import pytest
 import torch
 from cuda_tools import host
 from cuda_tools.layers import Layer, assert_accurate, assert_error_sums, random_inputs, random_layer
+from cuda_tools.stand_in import standing_in
 
 from streamprune import PackedLinear
 from streamprune_kernels import gemm, operator, packed_linear, packed_linear_with_error, packed_metadata
-from streamprune_kernels.launch import Launch, standing_in
+from streamprune_kernels.launch import Launch
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the host shim needs a C++ compiler")
 PATTERNS = ((2, 4), (4, 8), (1, 4), (2, 8), (1, 2), (3, 8))

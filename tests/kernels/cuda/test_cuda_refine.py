@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from cuda_tools import runners
+from cuda_tools.stand_in import standing_in
 from refinement_problems import Problem, clone, random_problem, whole_problem
 
 from streamprune.config import NMPattern
 from streamprune_kernels import reference, refine_rows
-from streamprune_kernels.launch import Run, standing_in
+from streamprune_kernels.launch import Run
 from streamprune_kernels.refine import refine_rows_cuda
 
 # 8:16 has too many patterns and goes by exchanges, as does 32:64, whose places fill a word; rows fill no block.

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from cuda_tools import runners
+from cuda_tools.stand_in import standing_in
 
 import streamprune_kernels
-from streamprune_kernels import cpu, reference
-from streamprune_kernels.launch import Launch, Run, standing_in
-from streamprune_kernels.search import PART_ROWS, excess_sums_cuda, local_swaps_cuda
+from streamprune_kernels import reference
+from streamprune_kernels.launch import Launch, Run
+from streamprune_kernels.search import PART_ROWS, hinge_sums_cuda, local_swaps_cuda
 
 # n_s, n_t, rows: less than a chunk, a tile or a part, and somewhat more
 SIZES = ((1, 1, 1), (5, 7, 33), (64, 64, 32), (96, 96, 300), (3, 130, 257), (70, 2, 513))
@@ -38,7 +39,7 @@ def plain_sums(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def test_sums_of_whole_numbers_are_exact(sizes: tuple[int, int, int], run: Run) -> None:
     n_s, n_t, rows = sizes
     s, t = scores(n_s, rows), scores(n_t, rows, seed=1)
-    sums = excess_sums_cuda(s, t, run=run)
+    sums = hinge_sums_cuda(s, t, run=run)
     assert (sums.dtype, sums.shape) == (torch.float32, (n_t, n_s))
     assert torch.equal(sums.double(), plain_sums(s, t))
 
@@ -50,7 +51,7 @@ def test_sums_of_any_scores(sizes: tuple[int, int, int]) -> None:
     generator = torch.Generator().manual_seed(2)
     s, t = (torch.randn(n, 40 * rows, generator=generator).exp() for n in (n_s, n_t))
     exact = plain_sums(s, t)
-    host = [excess_sums_cuda(s, t, run=run) for name, run in runners.ALL.items() if name.startswith("host")]
+    host = [hinge_sums_cuda(s, t, run=run) for name, run in runners.ALL.items() if name.startswith("host")]
     assert ((host[0] - exact).abs() <= 1e-6 * exact).all()
     assert all(torch.equal(sums, host[0]) for sums in host)
 
@@ -59,7 +60,7 @@ def test_sums_of_any_scores(sizes: tuple[int, int, int]) -> None:
 def test_sums_have_the_same_bits_in_both_tools(sizes: tuple[int, int, int]) -> None:
     n_s, n_t, rows = sizes
     s, t = (torch.randn(n, rows, generator=torch.Generator().manual_seed(n)).exp() for n in (n_s, n_t))
-    first, *others = (excess_sums_cuda(s, t, run=run) for run in runners.ALL.values())
+    first, *others = (hinge_sums_cuda(s, t, run=run) for run in runners.ALL.values())
     assert all(torch.equal(sums, first) for sums in others)
 
 
@@ -69,7 +70,7 @@ def test_thresholds_that_are_not_there(run: Run) -> None:
     s, t = scores(6, PART_ROWS + 9), scores(9, PART_ROWS + 9, seed=1)
     t[2] = BELOW
     t[7, PART_ROWS + 3] = BELOW
-    sums = excess_sums_cuda(s, t, run=run)
+    sums = hinge_sums_cuda(s, t, run=run)
     assert torch.equal(sums.double(), plain_sums(s, t))
     assert sums.isinf().sum(dim=1).tolist() == [0, 0, 6, 0, 0, 0, 0, 6, 0]
 
@@ -144,13 +145,13 @@ def test_what_the_package_exports_chooses_the_kernels() -> None:
 
     s, start = scores(30, 16).T, torch.arange(16)
     swaps = 16, 2, 4, 32, 1e-6
-    expected = cpu.excess_sums(s, s[:3]), cpu.local_swaps(s, start, *swaps)
+    expected = [streamprune_kernels.hinge_sums(s, s[:3]), streamprune_kernels.local_swaps(s, start, *swaps)]
     assert torch.equal(streamprune_kernels.local_swaps(s, start, *swaps), expected[1])
     assert launched == []
     with standing_in(run):
-        assert torch.equal(streamprune_kernels.excess_sums(s, s[:3]), expected[0])
+        assert torch.equal(streamprune_kernels.hinge_sums(s, s[:3]), expected[0])
         assert torch.equal(streamprune_kernels.local_swaps(s, start, *swaps), expected[1])
-    assert launched == ["excess_sums", "local_swaps"]
+    assert launched == ["hinge_sums", "local_swaps"]
 
 
 def test_nothing_to_do_is_not_launched() -> None:
@@ -158,7 +159,7 @@ def test_nothing_to_do_is_not_launched() -> None:
     with standing_in(nothing):
         assert torch.equal(streamprune_kernels.local_swaps(s[:4], start[:4], 8, 2, 4, 32, 0.0), start[:4])
         assert torch.equal(streamprune_kernels.local_swaps(s, start, 4, 2, 4, 32, 0.0), start)
-        assert streamprune_kernels.excess_sums(s[:0], s).shape == (16, 0)
+        assert streamprune_kernels.hinge_sums(s[:0], s).shape == (16, 0)
 
 
 def nothing(launch: Launch) -> None:
@@ -168,10 +169,10 @@ def nothing(launch: Launch) -> None:
 def test_tensors_that_do_not_fit_are_refused() -> None:
     s, start = scores(16, 6), torch.arange(16)
     for function, arguments, message in [
-        (excess_sums_cuda, (s.double(), s), "s is torch.float64"),
-        (excess_sums_cuda, (s, s[0]), r"t is torch.float32 \[6\]"),
-        (excess_sums_cuda, (s, s.T), "t is not contiguous: pass t.contiguous"),
-        (excess_sums_cuda, (s, scores(16, 5)), "does not fit s"),
+        (hinge_sums_cuda, (s.double(), s), "s is torch.float64"),
+        (hinge_sums_cuda, (s, s[0]), r"t is torch.float32 \[6\]"),
+        (hinge_sums_cuda, (s, s.T), "t is not contiguous: pass t.contiguous"),
+        (hinge_sums_cuda, (s, scores(16, 5)), "does not fit s"),
         (local_swaps_cuda, (s[:0], start, 16, 2, 4, 1, 0.0), r"\[0, 6\]"),
         (local_swaps_cuda, (s, start[:8], 16, 2, 4, 1, 0.0), "does not fit s"),
         (local_swaps_cuda, (s, start.int(), 16, 2, 4, 1, 0.0), "start torch.int32"),

@@ -8,8 +8,8 @@ import torch
 from cuda_tools import runners
 
 from streamprune_kernels import MIN_EXPONENT
-from streamprune_kernels.calibration import STATIC_BYTES, Windows, add_tokens, add_tokens_cuda
 from streamprune_kernels.launch import Launch, Run
+from streamprune_kernels.statistics import STATIC_BYTES, Windows, add_tokens, add_tokens_cuda
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROW_GAP = 8  # unused counts between channels, as the accumulator has

@@ -1,15 +1,17 @@
-"""Calibration statistics on a GPU, in one pass over a layer's inputs.
+"""Calibration statistics of a layer's inputs.
 
-`add_tokens_cuda` does what `add_range` and then `count_values` of reference.py do, for activations in their own type:
-`add_tokens` is that, in plain torch.
+On a processor `add_range` and then `count_values` run kernels of statistics.cpp; reference.py defines both. On a GPU
+`add_tokens_cuda` does both in one pass by statistics.cu, for activations in their own type: `add_tokens` is that, in
+plain torch.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from streamprune_kernels import reference
+from streamprune_kernels import launch, reference
 from streamprune_kernels.launch import Launch, Run, on_device
+from streamprune_kernels.native import library_for
 
 TYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 ALIGNMENT_BYTES = 16
@@ -33,6 +35,34 @@ class Windows:
     counts: torch.Tensor
 
 
+def add_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum: torch.Tensor) -> None:
+    """Update float32 `low` and `high` and float64 `square_sum`, all [channels], by x float32 [tokens, channels]."""
+    compiled = library_for(x)
+    if compiled is None:
+        reference.add_range(x, low, high, square_sum)
+        return
+    x, state = x.contiguous(), (tensor.data_ptr() for tensor in (low, high, square_sum))
+    compiled.channel_range(x.data_ptr(), *x.shape, *state, torch.get_num_threads())
+
+
+def count_values(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    exponent: torch.Tensor,
+    first_bin: torch.Tensor,
+    counts: torch.Tensor,
+) -> None:
+    """Count values in windows of bins that widen as values need it; reference.count_values is the definition."""
+    compiled = library_for(x)
+    if compiled is None:
+        reference.count_values(x, low, high, exponent, first_bin, counts)
+        return
+    x = x.contiguous()
+    windows = (tensor.data_ptr() for tensor in (low, high, exponent, first_bin, counts))
+    compiled.count_values(x.data_ptr(), *x.shape, *windows, counts.shape[1], counts.stride(0), torch.get_num_threads())
+
+
 def add_tokens(
     x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum: torch.Tensor, windows: Windows | None = None
 ) -> None:
@@ -52,6 +82,17 @@ def statistics_unsuitable(x: torch.Tensor) -> str | None:
     if x.shape[1] * x.itemsize % ALIGNMENT_BYTES:
         return f"rows of {x.shape[1]} channels are no multiple of {ALIGNMENT_BYTES} bytes: use add_tokens"
     return None
+
+
+def add_tokens_on_gpu(
+    x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, square_sum: torch.Tensor, windows: Windows | None = None
+) -> bool:
+    """`add_tokens_cuda` where a GPU runs it and it takes x; returns whether, and leaves all as it was if not."""
+    run = launch.runner_for(x)
+    if run is None or statistics_unsuitable(x) is not None:
+        return False
+    add_tokens_cuda(x, low, high, square_sum, windows, run=run)
+    return True
 
 
 def add_tokens_cuda(
@@ -82,10 +123,8 @@ def add_tokens_cuda(
     bins, stride = (0, 0) if windows is None else (windows.counts.shape[1], windows.counts.stride(0))
     arguments = (x, low, high, square_sum, *histogram, tokens, channels, bins, stride, resident)
     grid = (-(-channels * x.itemsize // ROW_BYTES), 1, 1)
-    launch = Launch(
-        "statistics", f"add_tokens_{TYPE_NAMES[x.dtype]}", grid, (THREADS, 1, 1), resident * ROW_BYTES, arguments
-    )
-    run(launch)
+    kernel = f"add_tokens_{TYPE_NAMES[x.dtype]}"
+    run(Launch("statistics", kernel, grid, (THREADS, 1, 1), resident * ROW_BYTES, arguments))
 
 
 def _shared_bytes(device: torch.device) -> int:
