@@ -181,6 +181,10 @@ class PruneConfig:
     on_excess       what to do with a block above the budget
     validate        run the calibration text through the model: the method and all error figures need it. Without it no
                     forward pass is made, which works only for a method that needs nothing but weights
+
+    >>> config = streamprune.PruneConfig(pattern="4:8", metric="wanda", refine=False)
+    >>> config.pattern, config.correction
+    (NMPattern(kept=4, group_size=8), 0.0)
     """
 
     pattern: NMPattern = NMPattern(2, 4)

@@ -38,6 +38,10 @@ def load(folder: PathLike, *, device: str | torch.device | None = None, dtype: A
     `folder` is an output's, or its name on the hub. `device` is "cuda", "cpu" and so on, by default a GPU where there
     is one; `dtype` what all else is computed in ("auto": the source's). `more` goes to `from_pretrained`: `device_map`
     in place of `device`, say. Returns a transformers.PreTrainedModel. Raises CheckpointError for what is no output.
+
+    >>> loaded = streamprune.load(pruned)
+    >>> loaded.get_submodule("model.layers.0.mlp.down_proj")
+    PackedLinear(in_features=160, out_features=64, pattern=2:4, bias=True, dtype=bfloat16)
     """
     from transformers import AutoModelForCausalLM
 

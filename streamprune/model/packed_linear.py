@@ -37,6 +37,13 @@ class PackedLinear(nn.Module):
 
     Made like this it is empty until `load_state_dict`, and its product raises ValueError; see `from_dense` and
     `from_packed`. Raises SettingsError for what is no pattern, ValueError where it does not divide `in_features`.
+
+    >>> layer = streamprune.PackedLinear.from_dense(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), "2:4")
+    >>> layer.weight_values, layer.weight_mask[0, 0].item() == 0b0110
+    (Parameter containing:
+    tensor([[-3.,  2.]]), True)
+    >>> layer(torch.ones(1, 4))
+    tensor([[-1.]])
     """
 
     weight_values: torch.Tensor

@@ -81,6 +81,10 @@ def evaluate(
     until it gives that many. In a file of JSON or .parquet `text_column` holds the texts. `scratch` is a folder for
     hidden states (default: the system's temporary folder). Raises NumericsError where a block's output or a loss is
     not finite.
+
+    >>> dense, packed = (streamprune.evaluate(folder, text=text, max_tokens=2000) for folder in (model, pruned))
+    >>> dense.perplexity < packed.perplexity
+    True
     """
     start = time.perf_counter()
     check_settings(sequence_length=sequence_length, max_tokens=max_tokens, text_column=text_column)

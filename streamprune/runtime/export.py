@@ -49,6 +49,9 @@ def export(folder: PathLike, *, out: PathLike, to: ExportFormat = "dense", progr
     """Write a packed output as a dense checkpoint with zeros in the dropped places.
 
     The function of the model is unchanged and needs nothing of streamprune. `out` must not exist; it appears whole.
+
+    >>> streamprune.export(pruned, out=out).out == str(out)
+    True
     """
     check_settings(to=to, progress=progress)
     folder, out = path_of("folder", folder), path_of("out", out)

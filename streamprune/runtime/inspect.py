@@ -42,7 +42,12 @@ class InspectResult:
 
 
 def inspect(folder: PathLike) -> InspectResult:
-    """List the layers of an output folder. Raises CheckpointError where it is not a finished one."""
+    """List the layers of an output folder. Raises CheckpointError where it is not a finished one.
+
+    >>> layer = streamprune.inspect(pruned).layers[0]
+    >>> layer.name, layer.pattern
+    ('model.layers.0.self_attn.q_proj', '2:4')
+    """
     folder = path_of("folder", folder)
     checkpoint, layers, _ = open_packed(folder)
     manifest = read_manifest(folder / MANIFEST_FILE)

@@ -117,6 +117,9 @@ def verify(
     dense tensor equals the source's bits, position by position through the stored permutations, and that the weighted
     error recomputed from the bytes is the recorded one.
     `quick` looks at the manifest's digest, sizes and headers alone: it sees what is missing, not what is damaged.
+
+    >>> streamprune.verify(pruned, source=model).ok
+    True
     """
     check_settings(quick=quick, device=device, progress=progress)
     if quick and source is not None:

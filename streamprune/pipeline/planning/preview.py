@@ -81,6 +81,10 @@ def plan(
 
     No text is read and nothing is looked for in `out` or `scratch`. Raises the errors that `compress` would:
     SettingsError where the job does not fit `max_memory`, for one.
+
+    >>> foretold = streamprune.plan(model, pattern="4:8")
+    >>> foretold.blocks, foretold.layers
+    (3, 21)
     """
     check_settings(restart=restart)
     config = config_of(config, settings)

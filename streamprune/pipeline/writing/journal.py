@@ -159,7 +159,11 @@ def as_recorded(recorded: Any, asked: Any) -> Any:
 
 
 def is_finished(out: PathLike) -> bool:
-    """Whether a folder holds a finished output: the digest of the manifest is written last."""
+    """Whether a folder holds a finished output: the digest of the manifest is written last.
+
+    >>> streamprune.is_finished(pruned), streamprune.is_finished(out)
+    (True, False)
+    """
     out = path_of("out", out)
     return (out / MANIFEST_DIGEST_FILE).exists() and (out / MANIFEST_FILE).exists()
 
