@@ -228,6 +228,24 @@ class PruneConfig:
             )
         if self.correction is None:
             self._set("correction", DEFAULT_CORRECTION if self.needs_moments else 0.0)
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Raise SettingsError for a setting that is not the default and that the others leave without effect."""
+        entropies = ("alpha", "entropy_bins", "entropy_range", "amplitude", "relative")
+        idle = {
+            **dict.fromkeys(entropies, f"with metric {self.metric}" if self.metric != "esparse" else None),
+            "objective": None if self.search_stages or self.residual else "without a shuffle",
+            "fold": None if self.search_stages else "without a shuffle",
+            "shuffle_block": None if "local" in self.search_stages else "without the local shuffle",
+            "shrinkage": None if self.needs_moments else "without refinement or reconstruction",
+            "correction_stride": None if self.correction else "without correction",
+            "on_excess": None if self.max_block_error is not None else "without a budget (max_block_error)",
+        }
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and (reason := idle.get(field.name)):
+                raise SettingsError(f"{field.name} {value} has no effect {reason}; leave it out")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

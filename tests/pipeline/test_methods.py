@@ -179,7 +179,8 @@ def test_moments_and_cross_moments_are_numpys(
 def test_correction_leaves_the_first_block_alone(outputs: Callable[..., Path]) -> None:
     """Its inputs are the dense model's: the first thing that correction may change is block 1."""
     with_it, without = (
-        packed_reader.PackedFolder(outputs("llama", correction=c, correction_stride=1)) for c in (1.0, 0.0)
+        packed_reader.PackedFolder(outputs("llama", **settings))
+        for settings in ({"correction": 1.0, "correction_stride": 1}, {"correction": 0.0})
     )
     differ = {
         name: bool((with_it.source_order(name)[1] != without.source_order(name)[1]).any()) for name in with_it.patterns

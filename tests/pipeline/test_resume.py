@@ -247,7 +247,7 @@ OTHER_SETTINGS = [
     ("alpha", {"alpha": 2.0}),
     ("entropy_bins", {"entropy_bins": 99}),
     ("amplitude", {"amplitude": "rms"}),
-    ("shuffle_block", {"shuffle_block": 32}),
+    ("shuffle_block", {"shuffle": "local", "shuffle_block": 32}),
     ("fold", {"fold": "across-heads"}),
     ("objective", {"objective": "energy"}),
     ("entropy_range", {"entropy_range": "layer"}),

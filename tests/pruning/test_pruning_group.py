@@ -46,7 +46,8 @@ def statistics(config: PruneConfig, layers: dict[str, torch.Tensor]) -> ChannelS
 
 
 def pruned(layers: dict[str, torch.Tensor], **settings: Any) -> PrunedGroup:
-    config = PruneConfig(**{"correction_stride": 1, **settings})
+    corrects = settings.get("correction", 1.0) and settings.get("refine", True)
+    config = PruneConfig(**({"correction_stride": 1} if corrects else {}), **settings)
     return prune_group(layers, statistics(config, layers), config, heads=None, fixed=False, timed=untimed)
 
 

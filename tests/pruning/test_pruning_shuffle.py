@@ -33,6 +33,11 @@ def random_scores(rows: int, channels: int, seed: int, levels: int = 0) -> torch
     return torch.randn(rows, channels, generator=generator).abs() * spread
 
 
+def config_of(stages: str, block: int, pattern: NMPattern = TWO_FOUR) -> PruneConfig:
+    """A search's settings; blocks are the local one's."""
+    return PruneConfig(pattern, shuffle=stages, **({"shuffle_block": block} if "local" in stages else {}))
+
+
 def retained(scores: torch.Tensor, permutation: torch.Tensor, pattern: NMPattern) -> float:
     permuted = scores[:, permutation]
     return stable_sum(kept_sums(permuted, select(permuted, pattern)))
@@ -78,7 +83,7 @@ def test_search_returns_a_valid_permutation_that_retains_no_less(
     channels = groups * pattern.group_size
     scores = random_scores(rows, channels, seed, levels)
     before = scores.clone()
-    config = PruneConfig(pattern=pattern, shuffle=stages, shuffle_block=block_groups * pattern.group_size)
+    config = config_of(stages, block_groups * pattern.group_size, pattern)
     permutation = search_permutation(scores, config)
     assert torch.equal(scores, before)
     assert_valid(permutation, channels, pattern)
@@ -92,7 +97,7 @@ def test_search_returns_a_valid_permutation_that_retains_no_less(
 def test_each_stage_retains_more_than_the_one_before(pattern: NMPattern) -> None:
     scores = random_scores(24, 96, 7)
     stages = [
-        retained(scores, search_permutation(scores, PruneConfig(pattern=pattern, shuffle=s, shuffle_block=48)), pattern)
+        retained(scores, search_permutation(scores, config_of(s, 48, pattern)), pattern)
         for s in ("none", "global", "global+local")
     ]
     assert stages[0] <= stages[1] < stages[2]
@@ -263,7 +268,7 @@ def test_scale_of_the_scores_does_not_change_the_permutation() -> None:
 @pytest.mark.parametrize("stages", ["global+local", "global+assignment", "stride+local+assignment"])
 def test_result_does_not_depend_on_threads(stages: str) -> None:
     scores = random_scores(32, 160, 41)
-    config = PruneConfig(shuffle=stages, shuffle_block=32)
+    config = config_of(stages, 32)
     threads = torch.get_num_threads()
     found = []
     try:
@@ -385,6 +390,6 @@ def test_stages_in_any_order_never_retain_less(order: list[str], count: int, see
     scores = random_scores(5, 40, seed)
     levels = []
     for length in range(count + 1):
-        config = PruneConfig(shuffle="+".join(order[:length]) or "none", shuffle_block=16)
+        config = config_of("+".join(order[:length]) or "none", 16)
         levels.append(retained(scores, search_permutation(scores, config), TWO_FOUR))
     assert levels == sorted(levels)
