@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,11 +28,16 @@ from streamprune.config import NMPattern, PathLike
 from streamprune.errors import CheckpointError, OutputError, SettingsError
 from streamprune.model.packed_linear import PackedLinear, is_permutation
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WIDE = (torch.float32, torch.float64)  # hold every value of a narrower type: values stay as they are stored
 PLAIN_STEM = "model"  # how transformers begins the names of shards
 
 
-def load(folder: PathLike, *, device: str | torch.device | None = None, dtype: Any = "auto", **more: Any) -> Any:
+def load(
+    folder: PathLike, *, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto", **more: Any
+) -> "PreTrainedModel":
     """An output of `compress` as a transformers model, its pruned layers packed in memory; ready for `generate`.
 
     `folder` is an output's, or its name on the hub. `device` is "cuda", "cpu" and so on, by default a GPU where there
@@ -51,7 +56,7 @@ def load(folder: PathLike, *, device: str | torch.device | None = None, dtype: A
         more["device_map"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
     elif device is not None:
         raise SettingsError("give device or device_map, not both")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
     if not isinstance(getattr(model, "hf_quantizer", None), PackedQuantizer):
         raise CheckpointError(f"{folder}: is not an output of streamprune; load it with transformers")
     return model

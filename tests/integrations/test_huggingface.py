@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,6 +157,24 @@ def test_saving_refuses_what_it_would_spoil(outputs: Outputs, copy_of: Outputs, 
     with pytest.raises(SettingsError, match="push_to_hub does not go with packed weights"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_pushed_is_what_is_saved(outputs: Outputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By transformers' own `push_to_hub`, with nothing at the other end."""
+    model, pushed = load(outputs("llama")), set()
+    nothing = SimpleNamespace(repo_id="a/b", save=lambda path: None)
+    hub = SimpleNamespace(create_repo=lambda *_, **__: nothing)
+    for name, stand_in in (("hf_api", lambda: hub), ("create_repo", hub.create_repo),
+                           ("create_and_tag_model_card", lambda *_, **__: nothing)):  # fmt: skip
+        monkeypatch.setattr(f"transformers.utils.hub.{name}", stand_in, raising=False)
+    monkeypatch.setattr(
+        model,
+        "_upload_modified_files",
+        lambda folder, *_, **__: pushed.update(path.name for path in Path(folder).iterdir()),
+    )
+    model.push_to_hub("a/b")
+    assert {"config.json", tiny.INDEX, "streamprune-00001-of-00001.safetensors"} <= pushed
+    assert not any(name.startswith("model") for name in pushed)
 
 
 def test_a_model_made_dense_is_the_export_and_is_saved_as_any_other(
