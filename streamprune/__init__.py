@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from streamprune.pipeline.preview import PlanResult, plan
     from streamprune.runtime.evaluate import EvaluateResult, evaluate
     from streamprune.runtime.export import ExportResult, export
+    from streamprune.runtime.generate import GenerateResult, generate
     from streamprune.runtime.inspect import InspectResult, inspect
     from streamprune.runtime.verify import VerifyResult, verify
 
@@ -29,6 +30,7 @@ __all__ = [
     "CompressResult",
     "EvaluateResult",
     "ExportResult",
+    "GenerateResult",
     "InspectResult",
     "PackedLinear",
     "PlanResult",
@@ -38,6 +40,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "is_finished",
     "plan",
@@ -48,6 +51,7 @@ _HOMES = {
     "CompressResult": "streamprune.pipeline.compress",
     "EvaluateResult": "streamprune.runtime.evaluate",
     "ExportResult": "streamprune.runtime.export",
+    "GenerateResult": "streamprune.runtime.generate",
     "InspectResult": "streamprune.runtime.inspect",
     "PackedLinear": "streamprune.model.packed_linear",
     "PlanResult": "streamprune.pipeline.preview",
@@ -56,6 +60,7 @@ _HOMES = {
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
+    "generate": "streamprune.runtime.generate",
     "inspect": "streamprune.runtime.inspect",
     "is_finished": "streamprune.pipeline.journal",
     "plan": "streamprune.pipeline.preview",

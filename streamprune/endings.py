@@ -93,6 +93,8 @@ def one_line_errors() -> Iterator[None]:
         _end("interrupted", 130)
     except _Ended as ended:
         _end(f"ended by {ended.kind.name}", 128 + ended.kind)
+    except BrokenPipeError:  # the reader of standard output has gone: click ends quietly
+        raise
     except Exception as error:
         if context.find_root().obj:  # --debug
             raise
