@@ -439,9 +439,7 @@ def evaluate(quiet: bool, **settings: Any) -> Any:
     "--prompt", multiple=True, help="Text to continue. Given several times, one reading of the blocks serves all."
 )
 @click.option("--prompt-file", type=click.Path(), help="A text file with a prompt on each line.")
-@click.option(
-    "--max-new-tokens", type=integer, default=64, show_default=True, help="Most tokens after each prompt."
-)
+@click.option("--max-new-tokens", type=integer, default=64, show_default=True, help="Most tokens after each prompt.")
 @click.option(
     "--temperature",
     type=number,

@@ -20,6 +20,7 @@ from streamprune.model.arithmetic import (
     name_of,
     peak_memory_bytes,
     resolve_arithmetic,
+    threads_left,
     warn_without_kernels,
 )
 from streamprune.model.residency import BlockStream, StreamedBlock, load_resident, place_blocks, stored_blocks
@@ -101,8 +102,9 @@ def generate(
     working = working_bytes(source, arithmetic, len(ids), max(map(len, ids)), max(map(len, ids)) + max_new_tokens)
     follower = TextFollower(tokenizer, ids[0], on_text) if on_text and len(ids) == 1 else None
     watch, settings = _Watch(follower), _sampling(source, max_new_tokens, temperature, top_p)
-    with _placed(source, arithmetic, working, limits) as (ready, stream), torch.random.fork_rng():
+    with _placed(source, arithmetic, working, limits) as (ready, stream), torch.random.fork_rng(), threads_left(0):
         torch.manual_seed(seed)
+        watch.threads = max(1, torch.get_num_threads() - bool(stream))  # reading needs a processor, too
         watch.times.append(time.perf_counter())
         tokens = _run(ready, ids, settings, watch, arithmetic)
         rate = stream.bytes_per_second() if stream else None
@@ -209,7 +211,10 @@ def _placed(
         for block, stays in zip(blocks, resident, strict=True):
             if stays:
                 model.set_submodule(block.block.name, load_resident(source, block, reader, device))
-        stream = BlockStream(source, streamed, slots, reader, device) if streamed else None
+        if not streamed:
+            yield model, None
+            return
+        stream = BlockStream(source, streamed, slots, reader, device)
         for number, block in enumerate(streamed):
             model.set_submodule(block.block.name, StreamedBlock(stream, number))
         yield model, stream
@@ -257,14 +262,19 @@ def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
 
 
 class _Watch:
-    """Hears of each pass, as a streamer of transformers: notes the time, and lets a follower hear of the tokens."""
+    """Hears of each pass, as a streamer of transformers: notes the time, and lets a follower hear of the tokens.
+
+    After the first pass, which has most to compute, `threads` compute.
+    """
 
     def __init__(self, follower: TextFollower | None) -> None:
         self.follower, self.times, self._prompted = follower, list[float](), False
+        self.threads = torch.get_num_threads()
 
     def put(self, tokens: torch.Tensor) -> None:
         if self._prompted:
             self.times.append(time.perf_counter())
+            torch.set_num_threads(self.threads)
             if self.follower:
                 self.follower.put(tokens.tolist())
         self._prompted = True
