@@ -21,10 +21,11 @@ from streamprune.summaries import (
     show_compression,
     show_evaluation,
     show_export,
-    show_generation,
     show_inspection,
+    show_pace,
     show_plan,
     show_text,
+    show_texts,
     show_verification,
 )
 
@@ -429,8 +430,14 @@ def evaluate(quiet: bool, **settings: Any) -> Any:
     return streamprune.evaluate(progress=not quiet, **settings)
 
 
+def _show_generation(result: Any) -> None:
+    show_texts(result)
+    if not click.get_current_context().params["quiet"]:
+        show_pace(result)
+
+
 @command(
-    show_generation,
+    _show_generation,
     'generate ./pruned --prompt "The capital of France is"',
     "generate /models/llama-65b --prompt-file questions.txt --max-memory 12GiB --max-new-tokens 32 --json",
 )

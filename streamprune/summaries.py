@@ -111,13 +111,17 @@ def show_text(text: str) -> None:
     click.echo(shown, nl=False)
 
 
-def show_generation(result: Any) -> None:
-    """The texts of several prompts, on standard output (a single one is there already); figures, on the other one."""
+def show_texts(result: Any) -> None:
+    """Several prompts, each with its text; a single one's is there already, but for the end of its line."""
     if len(result.prompts) == 1:
         show_text("\n")
     else:
         for prompt, text in zip(result.prompts, result.texts, strict=True):
             show_text(f"{prompt}{text}\n\n")
+
+
+def show_pace(result: Any) -> None:
+    """Figures of what was generated, on standard error: standard output has its text."""
     pace = "" if result.tokens_per_second is None else f", then {result.tokens_per_second:.2f} tokens/s"
     say(
         f"{sum(map(len, result.tokens))} tokens: the first after {result.first_token_seconds:.2f} s{pace}; "

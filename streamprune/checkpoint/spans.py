@@ -103,7 +103,7 @@ def lay_out(checkpoint: Checkpoint, names: Iterable[str]) -> Layout:
 
 
 def aligned_memory(size_bytes: int) -> torch.Tensor:
-    """uint8 [size_bytes] as direct I/O wants it, in huge pages where there are any: it is 1.4 times as fast with them."""
+    """uint8 [size_bytes] as direct I/O wants it, in huge pages where there are any: reading is 1.4 times as fast."""
     pages = mmap.mmap(-1, _up(max(size_bytes, 1)))
     with suppress(AttributeError, OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)

@@ -25,7 +25,7 @@ def default_limit(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(SHARE * free)
-    return held_bytes() + int(SHARE * min(_free_on_host(), *_free_in_groups()))
+    return held_bytes() + int(SHARE * min([_free_on_host(), *_free_in_groups()]))
 
 
 def held_bytes() -> int:

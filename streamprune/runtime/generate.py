@@ -90,6 +90,8 @@ def generate(
     start = time.perf_counter()
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     check_settings(device=device, dtype=dtype)
+    if on_text is not None and not callable(on_text):
+        raise SettingsError(f"on_text {on_text!r:.40} is no function")
     folder, prompts = path_of("model", model), _prompts(prompt, prompt_file)
     limits = parse_bytes(max_memory), parse_bytes(max_device_memory)
     warn_without_kernels()

@@ -7,6 +7,8 @@ import pytest
 import tiny
 import torch
 from transformers import (
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -32,6 +34,13 @@ def mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=8))
 
 
+def ministral() -> PreTrainedModel:
+    """Its blocks attend to a window and to everything in turn."""
+    kinds = ["sliding_attention", "full_attention"]
+    windows = {"sliding_window": 8, "layer_types": kinds}
+    return MinistralForCausalLM(MinistralConfig(**SIZES, num_hidden_layers=2, head_dim=8, **windows))
+
+
 def qwen2() -> PreTrainedModel:
     """Blocks 0 and 1 attend to everything, 2 and 3 to a window: their masks differ."""
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
@@ -47,7 +56,7 @@ def qwen3() -> PreTrainedModel:
 def models(sources: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Tiny source checkpoints by name; never changed."""
     folder = tmp_path_factory.mktemp("models")
-    makers = {"mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+    makers = {"mistral": mistral, "ministral": ministral, "qwen2": qwen2, "qwen3": qwen3}
 
     def model(name: str) -> Path:
         if name not in makers:
