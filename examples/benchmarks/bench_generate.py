@@ -58,9 +58,9 @@ def forget(folder: Path) -> None:
 
 
 def result_of(*command: object) -> dict[str, Any]:
-    """The JSON object on the last lines of what a command prints."""
+    """The JSON object that ends what a command prints."""
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
-    return dict(json.loads(done.stdout[done.stdout.index("{") :]))
+    return dict(json.loads(done.stdout[("\n" + done.stdout).rindex("\n{") :]))
 
 
 def ours(folder: Path, max_memory: str, tokens: int) -> dict[str, Any]:
@@ -78,6 +78,7 @@ def measure(dense: Path, packed: Path, max_memory: str, tokens: int, airllm: str
         forget(own)
         few = max(3, tokens // 4)  # a token takes it long
         found["airllm"] = result_of(airllm, "-c", AIRLLM, dense, own, PROMPT, few)
+    click.echo(", ".join(f"{name} {one['tokens_per_second']:.3f} tokens/s" for name, one in found.items()), err=True)
     return found
 
 
