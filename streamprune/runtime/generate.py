@@ -179,7 +179,7 @@ def _sampling(source: Source, max_new_tokens: int, temperature: float, top_p: fl
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
+        pad_token_id=0,  # any token: what follows the end of a text is cut off
         use_cache=True,
         **(drawn if temperature else {"do_sample": False}),
     )

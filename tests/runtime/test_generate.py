@@ -134,7 +134,8 @@ def test_the_least_memory_is_what_the_message_says(
 def test_logits_that_are_not_finite(sources: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sources("llama"), tmp_path / "model"))
     tensors = {name: tensor.float() for name, tensor in tiny.read_tensors(folder).items()}
-    tensors["model.norm.weight"] *= 1e38
+    tensors["model.norm.weight"] *= 1e37
+    tensors["model.embed_tokens.weight"] *= 100  # the head's, too
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for dtype, advice in (("float32", "mend the weights"), ("bfloat16", "try --dtype float32")):
         with pytest.raises(NumericsError, match=rf"logits of new token 1 are NaN or infinite; {advice}"):
