@@ -478,7 +478,7 @@ def generate(quiet: bool, **settings: Any) -> Any:
     standard error: tokens per second, bytes read for each pass, what the disk allows.
     """
     as_json = click.get_current_context().params["as_json"]
-    return streamprune.generate(on_text=None if as_json else show_text, **settings)
+    return streamprune.generate(on_text=None if as_json else show_text, progress=not quiet, **settings)
 
 
 @command(show_export, "export ./pruned --to dense --out ./pruned-dense")

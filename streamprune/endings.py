@@ -121,7 +121,7 @@ def _memory_ran_out(error: BaseException, options: set[str | None]) -> str | Non
     wanted = (LIMITS[place], "micro_batch") if LIMITS[place] in options else ("sequence_length",)
     lower = " or ".join(f"--{name.replace('_', '-')}" for name in wanted if name in options)
     advice = f"give a lower {lower}, or free some" if lower else "free some and run again"
-    return f"{place} ran out; {advice}{' (streamprune plan shows what a job takes)' * (LIMITS[place] in options)}"
+    return f"{place} ran out; {advice}{' (streamprune plan shows what a job takes)' * ('micro_batch' in options)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from streamprune.checkpoint.spans import Reader
@@ -23,12 +24,22 @@ from streamprune.model.arithmetic import (
     threads_left,
     warn_without_kernels,
 )
-from streamprune.model.residency import BlockStream, StreamedBlock, load_resident, place_blocks, stored_blocks
-from streamprune.model.room import LATER_BYTES, default_limit, held_bytes, working_bytes
+from streamprune.model.residency import (
+    BlockStream,
+    StoredBlock,
+    StreamedBlock,
+    load_resident,
+    needed_bytes,
+    place_blocks,
+    stored_blocks,
+)
 from streamprune.model.source import Source, open_source
 from streamprune.model.text import TextFollower, load_tokenizer, prompt_ids, text_after
+from streamprune.runtime.room import LATER_BYTES, default_limit, held_bytes, working_bytes
 
 OnText = Callable[[str], object]
+Limits = tuple[int | None, int | None]  # bytes of the host's memory and of a GPU's
+MEMORY = ("memory", "--max-memory")  # and the option that limits it
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     on_text: OnText | None = None,
+    progress: bool = False,
 ) -> GenerateResult:
     """Continue one prompt or several, by a dense model or a packed output.
 
@@ -89,25 +101,23 @@ def generate(
     """
     start = time.perf_counter()
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    check_settings(device=device, dtype=dtype)
+    check_settings(device=device, dtype=dtype, progress=progress)
     if on_text is not None and not callable(on_text):
         raise SettingsError(f"on_text {on_text!r:.40} is no function")
     folder, prompts = path_of("model", model), _prompts(prompt, prompt_file)
     limits = parse_bytes(max_memory), parse_bytes(max_device_memory)
     warn_without_kernels()
-    source = open_source(folder)
+    source, tokenizer = open_source(folder), load_tokenizer(folder)
     source.check_tied()
-    tokenizer = load_tokenizer(folder)
     ids = [prompt_ids(tokenizer, text) for text in prompts]
     _check_lengths(source, prompts, ids, max_new_tokens)
     arithmetic = resolve_arithmetic(device, dtype, source.dtype)
-    working = working_bytes(source, arithmetic, len(ids), max(map(len, ids)), max(map(len, ids)) + max_new_tokens)
+    working = working_bytes(source, arithmetic, len(ids), max(map(len, ids)), max_new_tokens)
     follower = TextFollower(tokenizer, ids[0], on_text) if on_text and len(ids) == 1 else None
     watch, settings = _Watch(follower), _sampling(source, max_new_tokens, temperature, top_p)
-    with _placed(source, arithmetic, working, limits) as (ready, stream), torch.random.fork_rng(), threads_left(0):
+    with _placed(source, arithmetic, working, limits, progress) as (ready, stream), torch.random.fork_rng():
         torch.manual_seed(seed)
-        watch.threads = max(1, torch.get_num_threads() - bool(stream))  # reading needs a processor, too
-        watch.times.append(time.perf_counter())
+        watch.others = int(stream is not None)
         tokens = _run(ready, ids, settings, watch, arithmetic)
         rate = stream.bytes_per_second() if stream else None
     first, *others = [late - early for early, late in itertools.pairwise(watch.times)]
@@ -185,34 +195,47 @@ def _sampling(source: Source, max_new_tokens: int, temperature: float, top_p: fl
     )
 
 
+def placement(
+    blocks: Sequence[StoredBlock], working: int, limits: Limits, on_gpu: bool = False
+) -> tuple[list[bool], int]:
+    """Which blocks stay in memory, and how many others it holds at once.
+
+    `working` are bytes that a run takes beside them. Raises SettingsError where not even one block fits.
+    """
+    host, of_device = limits
+    others, largest = held_bytes() + LATER_BYTES, max(block.layout.size_bytes for block in blocks)
+    limit = (of_device if on_gpu else host) or default_limit(on_gpu)
+    taken = working + (0 if on_gpu else others)
+    resident, slots = place_blocks(blocks, limit - taken)
+    if not all(resident) and not slots:
+        least = taken + max(needed_bytes([block], [False], 1) for block in blocks)
+        raise _too_little(least, limit, *(("GPU memory", "--max-device-memory") if on_gpu else MEMORY))
+    if on_gpu and host is not None and others + slots * largest > host:
+        raise _too_little(others + slots * largest, host, *MEMORY)
+    return resident, slots
+
+
+def _too_little(least: int, limit: int, what: str, option: str) -> SettingsError:
+    return SettingsError(
+        f"one block and what is beside the blocks need about {least / 2**30:.2f} GiB of {what}, the limit is "
+        f"{limit / 2**30:.2f} GiB; raise {option}"
+    )
+
+
 @contextmanager
 def _placed(
-    source: Source, arithmetic: Arithmetic, working: int, limits: tuple[int | None, int | None]
+    source: Source, arithmetic: Arithmetic, working: int, limits: Limits, progress: bool
 ) -> Iterator[tuple[PreTrainedModel, BlockStream | None]]:
-    """The model, ready to be called, for as long as the context lasts, and what reads its blocks that are not there.
-
-    `limits` are bytes of the host's memory and a GPU's, `working` what a run takes beside the blocks.
-    """
+    """The model, ready to be called, for as long as the context lasts, and what reads its blocks that are not there."""
     device, model = arithmetic.device, source.skeleton.model
     blocks = stored_blocks(source, arithmetic)
-    on_gpu = device.type == "cuda"
-    host, of_device = limits
-    limit = (of_device if on_gpu else host) or default_limit(device)
-    taken = working + (0 if on_gpu else held_bytes() + LATER_BYTES)
-    resident, slots = place_blocks(blocks, limit - taken)
+    resident, slots = placement(blocks, working, limits, device.type == "cuda")
+    staying = [block for block, stays in zip(blocks, resident, strict=True) if stays]
     streamed = [block for block, stays in zip(blocks, resident, strict=True) if not stays]
-    if streamed and not slots:
-        least = taken + max(block.layout.size_bytes + block.converted_bytes for block in blocks)
-        raise SettingsError(
-            f"one block and what is beside the blocks need about {least / 2**30:.2f} GiB of "
-            f"{'GPU ' * on_gpu}memory, the limit is {limit / 2**30:.2f} GiB; raise "
-            f"--max-{'device-' * on_gpu}memory"
-        )
     _load_outside(source, arithmetic)
     with Reader() as reader:
-        for block, stays in zip(blocks, resident, strict=True):
-            if stays:
-                model.set_submodule(block.block.name, load_resident(source, block, reader, device))
+        for block in tqdm(staying, unit="block", desc="load", disable=None if progress else True, leave=False):
+            model.set_submodule(block.block.name, load_resident(source, block, reader, device))
         if not streamed:
             yield model, None
             return
@@ -252,7 +275,8 @@ def _run(
         return logits
 
     generator: Any = model
-    with torch.inference_mode():
+    watch.times.append(time.perf_counter())
+    with torch.inference_mode(), threads_left(0):
         made = generator.generate(rows, attention_mask=mask, generation_config=settings, streamer=watch,
                                   logits_processor=[check])  # fmt: skip
     return [_up_to_end(new, settings.eos_token_id or []) for new in made[:, longest:].tolist()]
@@ -266,17 +290,18 @@ def _up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
 class _Watch:
     """Hears of each pass, as a streamer of transformers: notes the time, and lets a follower hear of the tokens.
 
-    After the first pass, which has most to compute, `threads` compute.
+    After the first pass, which has most to compute, `others` than those that compute have a processor left: reading.
     """
 
     def __init__(self, follower: TextFollower | None) -> None:
         self.follower, self.times, self._prompted = follower, list[float](), False
-        self.threads = torch.get_num_threads()
+        self.others = 0
 
     def put(self, tokens: torch.Tensor) -> None:
         if self._prompted:
+            if len(self.times) == 1:
+                torch.set_num_threads(max(1, torch.get_num_threads() - self.others))
             self.times.append(time.perf_counter())
-            torch.set_num_threads(self.threads)
             if self.follower:
                 self.follower.put(tokens.tolist())
         self._prompted = True

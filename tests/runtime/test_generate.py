@@ -20,9 +20,12 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from streamprune.errors import CalibrationError, CheckpointError, NumericsError, SettingsError
+from streamprune.model.arithmetic import resolve_arithmetic
+from streamprune.model.residency import stored_blocks
+from streamprune.model.source import open_source
 from streamprune.model.text import TextFollower, prompt_ids, text_after
 from streamprune.runtime import generate as generation
-from streamprune.runtime.generate import generate
+from streamprune.runtime.generate import generate, placement
 
 PROMPT = "The quick brown fox"
 
@@ -129,6 +132,24 @@ def test_the_least_memory_is_what_the_message_says(
     assert 1.14 <= least <= 1.2  # 150 MB for the libraries, less than 10 for what a tiny model does
     result = generate(sources("llama"), prompt=PROMPT, max_new_tokens=2, max_memory=f"{least + 0.01}GiB")
     assert result.resident_blocks == 3
+
+
+def test_memory_beside_a_gpu(sources: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There blocks stay in its memory; the host's holds those that are read, beside what the process has."""
+    source = open_source(sources("llama"))
+    blocks = stored_blocks(source, resolve_arithmetic("cpu", "bfloat16", source.dtype))
+    size = max(block.layout.size_bytes for block in blocks)
+    monkeypatch.setattr(generation, "held_bytes", lambda: 0)
+    monkeypatch.setattr(generation, "LATER_BYTES", 10)
+    monkeypatch.setattr(generation, "default_limit", lambda on_gpu: 100 + (3 if on_gpu else 2) * size)
+    assert placement(blocks, 100, (None, None), on_gpu=True) == ([True] * 3, 0)
+    assert placement(blocks, 100, (10 + 2 * size, 100 + 2 * size), on_gpu=True) == ([False] * 3, 2)
+    assert placement(blocks, 90, (None, None)) == ([False] * 3, 2)
+    refused = {(9 + 2 * size, 100 + 2 * size): "of memory, .* raise --max-memory$",
+               (None, 99 + size): "of GPU memory, .* raise --max-device-memory$"}  # fmt: skip
+    for limits, message in refused.items():
+        with pytest.raises(SettingsError, match=message):
+            placement(blocks, 100, limits, on_gpu=True)
 
 
 def test_logits_that_are_not_finite(sources: Callable[[str], Path], tmp_path: Path) -> None:

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from streamprune.model import room
 from streamprune.model.arithmetic import peak_memory_bytes
+from streamprune.runtime import room
 
 MANY = 2**63 // 4096 * 4096 - 4096  # how version 1 says that there is no limit
 
@@ -39,7 +38,7 @@ def test_the_default_is_nine_tenths_of_the_least(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(room, "_free_on_host", lambda: 5000)
     for groups, limit in (([], 5500), ([7000, 2000], 2800)):
         monkeypatch.setattr(room, "_free_in_groups", lambda groups=groups: groups)
-        assert room.default_limit(torch.device("cpu")) == limit
+        assert room.default_limit(on_gpu=False) == limit
 
 
 def test_this_machine() -> None:

@@ -17,14 +17,13 @@ CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
 
 
-def default_limit(device: torch.device) -> int:
+def default_limit(on_gpu: bool) -> int:
     """Bytes that this process may take: what it has, and most of what is left to it, of a GPU's memory or the host's.
 
     On the host: by the kernel's estimate and the limits of its control groups.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(SHARE * free)
+    if on_gpu:
+        return int(SHARE * torch.cuda.mem_get_info()[0])
     return held_bytes() + int(SHARE * min([_free_on_host(), *_free_in_groups()]))
 
 
@@ -59,15 +58,15 @@ def _free_in_groups(groups: Path = CGROUPS, membership: Path = Path("/proc/self/
                 break
 
 
-def working_bytes(source: Source, arithmetic: Arithmetic, sequences: int, prompt: int, total: int) -> int:
+def working_bytes(source: Source, arithmetic: Arithmetic, sequences: int, prompt: int, new: int) -> int:
     """What a run takes beside its blocks: parameters outside them, keys and values of all tokens, activations.
 
-    Of `sequences` with at most `prompt` tokens at first and `total` in the end.
+    Of `sequences` with at most `prompt` tokens at first and `new` ones after them.
     """
     skeleton, itemsize = source.skeleton, arithmetic.dtype.itemsize
     outer = [source.stored(name) for name in skeleton.outer_parameters]
     parameters = sum(math.prod(stored.shape) for stored in outer) * itemsize + PIECE_BYTES
-    cache = 2 * skeleton.heads.key_values * skeleton.heads.size * itemsize * total * sequences
+    cache = 2 * skeleton.heads.key_values * skeleton.heads.size * itemsize * (prompt + new) * sequences
     shapes = [layer.shape for layer in source.blocks[0].layers.values()]
     widest, largest = max(max(shape) for shape in shapes), max(math.prod(shape) for shape in shapes)
     activations = 4 * sequences * prompt * (16 * skeleton.hidden_size + 10 * widest + prompt)
