@@ -3,10 +3,10 @@
     python examples/make_checkpoint.py /data/llama-65b-2 --like llama-65b --blocks 2
     python examples/make_checkpoint.py /data/opt-66b-2 --like opt-66b --blocks 2 --format bin
 
-Shapes are the published models' (hidden, intermediate, heads, vocabulary); weights are fp16, normal with a standard
-deviation of 0.02, norms 1 and biases 0, so nothing that is measured on them says anything of perplexity. Files are
-sharded at --shard-bytes as the originals are (10 GB), safetensors or pickled .bin, with an index. One tensor at a time
-is in memory with safetensors, one shard with .bin. The tokenizer has one token for each byte.
+Shapes are the published models' (hidden, intermediate, heads, vocabulary); weights are fp16 or bf16 (--dtype), normal
+with a standard deviation of 0.02, norms 1 and biases 0, so nothing that is measured on them says anything of
+perplexity. Files are sharded at --shard-bytes as the originals are (10 GB), safetensors or pickled .bin, with an index.
+One tensor at a time is in memory with safetensors, one shard with .bin. The tokenizer has one token for each byte.
 """
 
 import argparse
@@ -35,6 +35,7 @@ LLAMA = {  # LLaMA, arXiv 2302.13971, table 2: hidden, intermediate, heads, bloc
 }
 OPT = {"opt-66b": (9216, 36864, 72, 64)}  # OPT, arXiv 2205.01068, table 1
 DEVIATION = 0.02
+DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16")}  # and the format's names
 TILE = 1 << 24  # random numbers that are drawn once and repeated: drawing billions would take minutes
 
 
@@ -75,11 +76,11 @@ def shards_of(shapes: dict[str, torch.Size], shard_bytes: int) -> list[list[str]
 
 
 def values(shapes: dict[str, torch.Size], names: list[str], tile: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each named tensor, fp16."""
+    """Each named tensor, in the tile's dtype."""
     for name in names:
         count = math.prod(shapes[name])
         if len(shapes[name]) == 1:
-            flat = torch.full((count,), 1.0 if "norm" in name and name.endswith("weight") else 0.0, dtype=torch.float16)
+            flat = torch.full((count,), 1.0 if "norm" in name and name.endswith("weight") else 0.0, dtype=tile.dtype)
         else:
             start = hash_of(name) % len(tile)
             flat = tile.roll(-start).repeat(-(-count // len(tile)))[:count]
@@ -96,14 +97,18 @@ def write_safetensors(path: Path, shapes: dict[str, torch.Size], names: list[str
     header, offset = {}, 0
     for name in names:
         end = offset + 2 * math.prod(shapes[name])
-        header[name] = {"dtype": "F16", "shape": list(shapes[name]), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": dict(DTYPES.values())[tile.dtype],
+            "shape": list(shapes[name]),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in values(shapes, names, tile):
-            tensor.numpy().tofile(file)
+            tensor.contiguous().view(torch.int16).numpy().tofile(file)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -115,16 +120,18 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-def make_checkpoint(folder: Path, like: str, blocks: int | None, form: str, shard_bytes: int) -> None:
+def make_checkpoint(
+    folder: Path, like: str, blocks: int | None, form: str, shard_bytes: int, dtype: str = "float16"
+) -> None:
     """Write the checkpoint; the folder must not exist."""
     config = config_like(like, blocks)
     shapes = shapes_of(config)
     folder.mkdir(parents=True)
     config.architectures = ["OPTForCausalLM" if like in OPT else "LlamaForCausalLM"]
-    config.dtype = torch.float16
+    config.dtype = DTYPES[dtype][0]
     config.save_pretrained(folder)
     write_tokenizer(folder)
-    tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0)).mul_(DEVIATION).to(torch.float16)
+    tile = torch.randn(TILE, generator=torch.Generator().manual_seed(0)).mul_(DEVIATION).to(config.dtype)
     shards = shards_of(shapes, shard_bytes)
     stem, suffix = ("model", "safetensors") if form == "safetensors" else ("pytorch_model", "bin")
     weight_map = {}
@@ -149,10 +156,11 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="default: as many as the model has")
     parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
     parser.add_argument("--shard-bytes", type=parse_bytes, default=10_000_000_000, help="such as 2GB (default: 10 GB)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16")
     given = parser.parse_args()
     if given.folder.exists():
         sys.exit(f"{given.folder} exists; name a new folder")
-    make_checkpoint(given.folder, given.like, given.blocks, given.format, given.shard_bytes)
+    make_checkpoint(given.folder, given.like, given.blocks, given.format, given.shard_bytes, given.dtype)
 
 
 if __name__ == "__main__":

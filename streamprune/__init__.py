@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from streamprune.pipeline.writing.journal import is_finished
     from streamprune.runtime.evaluate import EvaluateResult, evaluate
     from streamprune.runtime.export import ExportResult, export
+    from streamprune.runtime.generate import GenerateResult, generate
     from streamprune.runtime.inspect import InspectResult, inspect
     from streamprune.runtime.verify import VerifyResult, verify
 
@@ -32,6 +33,7 @@ __all__ = [
     "CompressResult",
     "EvaluateResult",
     "ExportResult",
+    "GenerateResult",
     "InspectResult",
     "PackedLinear",
     "PlanResult",
@@ -41,6 +43,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "is_finished",
     "load",
@@ -52,6 +55,7 @@ _HOMES = {
     "CompressResult": "streamprune.pipeline.compress",
     "EvaluateResult": "streamprune.runtime.evaluate",
     "ExportResult": "streamprune.runtime.export",
+    "GenerateResult": "streamprune.runtime.generate",
     "InspectResult": "streamprune.runtime.inspect",
     "PackedLinear": "streamprune.model.packed_linear",
     "PlanResult": "streamprune.pipeline.planning.preview",
@@ -60,6 +64,7 @@ _HOMES = {
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
+    "generate": "streamprune.runtime.generate",
     "inspect": "streamprune.runtime.inspect",
     "is_finished": "streamprune.pipeline.writing.journal",
     "load": "streamprune.integrations.huggingface",

@@ -22,7 +22,10 @@ from streamprune.summaries import (
     show_evaluation,
     show_export,
     show_inspection,
+    show_pace,
     show_plan,
+    show_text,
+    show_texts,
     show_verification,
 )
 
@@ -428,6 +431,57 @@ def evaluate(quiet: bool, **settings: Any) -> Any:
     MODEL is a dense checkpoint or an output folder; it runs block by block. docs/method.md defines the figure.
     """
     return streamprune.evaluate(progress=not quiet, **settings)
+
+
+def _show_generation(result: Any) -> None:
+    show_texts(result)
+    if not click.get_current_context().params["quiet"]:
+        show_pace(result)
+
+
+@command(
+    _show_generation,
+    'generate ./pruned --prompt "The capital of France is"',
+    "generate /models/llama-65b --prompt-file questions.txt --max-memory 12GiB --max-new-tokens 32 --json",
+)
+@click.argument("model", type=click.Path())
+@click.option(
+    "--prompt", multiple=True, help="Text to continue. Given several times, one reading of the blocks serves all."
+)
+@click.option("--prompt-file", type=click.Path(), help="A text file with a prompt on each line.")
+@click.option("--max-new-tokens", type=integer, default=64, show_default=True, help="Most tokens after each prompt.")
+@click.option(
+    "--temperature",
+    type=number,
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token; above, tokens are drawn, the more freely the higher it is.",
+)
+@click.option(
+    "--top-p",
+    type=number,
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens that have this share together.",
+)
+@click.option("--seed", type=integer, default=0, show_default=True, help="Seed by which tokens are drawn.")
+@click.option(
+    "--max-memory",
+    help="Limit on host memory, such as 12GiB, by an estimate: as many blocks as it holds stay in memory. Default: "
+    "nine tenths of what is available.",
+)
+@click.option("--max-device-memory", help="Limit on the GPU's memory, in the same way; there blocks stay in it.")
+@DEVICE
+@DTYPE
+def generate(quiet: bool, **settings: Any) -> Any:
+    """Continue a prompt.
+
+    MODEL is a dense checkpoint or an output folder. Blocks that memory does not hold are read from disk for each token.
+    The text of a single prompt is printed as it comes, that of several at the end, each after its prompt. Figures go to
+    standard error: tokens per second, bytes read for each pass, what the disk allows.
+    """
+    as_json = click.get_current_context().params["as_json"]
+    return streamprune.generate(on_text=None if as_json else show_text, progress=not quiet, **settings)
 
 
 @command(show_export, "export ./pruned --to dense --out ./pruned-dense")

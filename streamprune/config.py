@@ -60,6 +60,9 @@ NUMBERS = {
     "samples": Bounds(1, MAX_COUNT),
     "sequence_length": Bounds(2, MAX_COUNT, optional=True),  # the first token of a sequence has no prediction
     "max_tokens": Bounds(2, MAX_COUNT, optional=True),
+    "max_new_tokens": Bounds(1, MAX_COUNT),
+    "temperature": Bounds(0, 100, whole=False),
+    "top_p": Bounds(0, 1, whole=False),
     "seed": Bounds(0, 2**63 - 1),
     "micro_batch": Bounds(1, MAX_COUNT, optional=True),
     "prefetch": Bounds(0, 1000),
@@ -216,8 +219,8 @@ class PruneConfig:
         self._check_shuffle()
         self._set("refine", self.validate if self.refine is None else self.refine)
         check_settings(refine=self.refine)
-        for name, bounds in NUMBERS.items():  # 1 and 1.0 are one setting, and the same bytes in the manifest
-            if not bounds.whole and getattr(self, name) is not None:
+        for name in FIELDS:  # 1 and 1.0 are one setting, and the same bytes in the manifest
+            if name in NUMBERS and not NUMBERS[name].whole and getattr(self, name) is not None:
                 self._set(name, float(getattr(self, name)))
         if not self.validate:
             self._check_needs_no_text()

@@ -93,6 +93,8 @@ def one_line_errors() -> Iterator[None]:
         _end("interrupted", 130)
     except _Ended as ended:
         _end(f"ended by {ended.kind.name}", 128 + ended.kind)
+    except BrokenPipeError:  # the reader of standard output has gone: click ends quietly
+        raise
     except Exception as error:
         if context.find_root().obj:  # --debug
             raise
@@ -119,7 +121,7 @@ def _memory_ran_out(error: BaseException, options: set[str | None]) -> str | Non
     wanted = (LIMITS[place], "micro_batch") if LIMITS[place] in options else ("sequence_length",)
     lower = " or ".join(f"--{name.replace('_', '-')}" for name in wanted if name in options)
     advice = f"give a lower {lower}, or free some" if lower else "free some and run again"
-    return f"{place} ran out; {advice}{' (streamprune plan shows what a job takes)' * (LIMITS[place] in options)}"
+    return f"{place} ran out; {advice}{' (streamprune plan shows what a job takes)' * ('micro_batch' in options)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

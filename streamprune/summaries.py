@@ -105,6 +105,37 @@ def show_evaluation(result: Any) -> None:
     )
 
 
+def show_text(text: str) -> None:
+    """A piece of a text on standard output, at once; but for the ends of lines its control characters are escaped."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    click.echo(shown, nl=False)
+
+
+def show_texts(result: Any) -> None:
+    """Several prompts, each with its text; a single one's is there already, but for the end of its line."""
+    if len(result.prompts) == 1:
+        show_text("\n")
+    else:
+        for prompt, text in zip(result.prompts, result.texts, strict=True):
+            show_text(f"{prompt}{text}\n\n")
+
+
+def show_pace(result: Any) -> None:
+    """Figures of what was generated, on standard error: standard output has its text."""
+    pace = "" if result.tokens_per_second is None else f", then {result.tokens_per_second:.2f} tokens/s"
+    say(
+        f"{sum(map(len, result.tokens))} tokens: the first after {result.first_token_seconds:.2f} s{pace}; "
+        f"{result.resident_blocks} of {result.blocks} blocks in memory, peak memory {_size(result.peak_memory_bytes)}",
+        err=True,
+    )
+    if result.disk_bytes_per_second is not None:
+        say(
+            f"{_size(result.pass_bytes)} read for each pass; the disk's {_size(result.disk_bytes_per_second)}/s allow "
+            f"{result.ceiling_tokens_per_second:.2f} tokens/s",
+            err=True,
+        )
+
+
 def show_export(result: Any) -> None:
     """What was written, and how many layers are N:M as they lie in the file."""
     in_order, regathered = len(result.in_memory_order), result.regathered

@@ -24,6 +24,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "llama": tiny.write_llama,  # grouped KV heads, biases, tied, bf16
         "llama-plain": lambda path: tiny.write_llama(path, kv_heads=4, biases=False, tied=False),
         "llama-sharded": lambda path: tiny.write_as_safetensors_shards(source("llama"), path),
+        "ministral": tiny.write_ministral,
         "mistral": tiny.write_mistral,
         "opt": tiny.write_opt,  # biases, tied, fp16
         "opt-bin": lambda path: tiny.write_as_bin_shards(source("opt"), path),

@@ -26,7 +26,7 @@ from streamprune.config import CHOICES
 from streamprune.errors import CheckpointError, OutputError, SettingsError
 from streamprune.model.arithmetic import DTYPES
 
-COMMANDS = ["compress", "plan", "verify", "evaluate", "export", "inspect"]
+COMMANDS = ["compress", "plan", "verify", "evaluate", "generate", "export", "inspect"]
 
 
 def strict_json(text: str) -> Any:
@@ -71,7 +71,8 @@ def test_options_are_the_functions_parameters(name: str) -> None:
     line = ["x" if isinstance(part, click.Argument) else f"--{part.name}=x" for part in command.params if part.required]
     options = command.make_context(name, line).params
     parameters = inspect.signature(getattr(streamprune, name)).parameters
-    assert options.keys() - {"quiet", "as_json", "yes"} == parameters.keys() - {"progress", "should_stop", "config"}
+    in_python_alone = {"progress", "should_stop", "config", "on_text"}
+    assert options.keys() - {"quiet", "as_json", "yes"} == parameters.keys() - in_python_alone
     for key, parameter in parameters.items():
         if key in options and parameter.default is not parameter.empty:
             assert options[key] == parameter.default, key
@@ -95,8 +96,8 @@ def test_choices_are_listed_and_others_refused(command: str, option: click.Optio
     """By --help all that the library takes; another one is one line, before the model is looked for."""
     choices = get_args(CHOICES[option.name])
     assert f"--{option.name.replace('_', '-')} [{'|'.join(choices)}]" in run(command, "--help").stdout
-    needed = {"compress": ["--out=o"], "evaluate": ["--text=t"], "export": ["--out=o"]}.get(command, [])
-    result = run(command, tmp_path / "nowhere", *needed, option.opts[0], "best")
+    needed = {"compress": ["--out=o"], "evaluate": ["--text=t"], "export": ["--out=o"], "generate": ["--prompt=a"]}
+    result = run(command, tmp_path / "nowhere", *needed.get(command, []), option.opts[0], "best")
     line = f"streamprune: {option.name} 'best' is none of {', '.join(choices)}\n"
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", line)
 
@@ -178,6 +179,7 @@ def test_quiet_is_quiet(job: list[str], held_out: Path, tmp_path: Path) -> None:
         [*job, "--json"],
         ["verify", tmp_path / "out", "--json"],
         ["evaluate", tmp_path / "out", "--text", held_out, "--sequence-length", 100],
+        ["generate", tmp_path / "out", "--prompt", "a", "--max-new-tokens", 2],
         ["export", tmp_path / "out", "--out", tmp_path / "dense"],
         ["inspect", tmp_path / "out"],
         ["plan", *job[1:], "--samples", 4, "--restart", "--yes"],
@@ -292,12 +294,13 @@ def test_errors_are_one_line_with_the_right_exit_code(
 # Options that take a number: those of which 0 makes no sense, and the others. All others with a value take a text.
 FROM_ONE = {
     "samples", "sequence_length", "max_tokens", "micro_batch", "shuffle_block", "entropy_bins", "correction_stride",
-    "moments_width", "max_memory", "max_device_memory",
+    "moments_width", "max_memory", "max_device_memory", "max_new_tokens",
 }  # fmt: skip
-FROM_ZERO = {"seed", "prefetch", "alpha", "shrinkage", "correction", "max_block_error"}
+FROM_ZERO = {"temperature", "top_p", "seed", "prefetch", "alpha", "shrinkage", "correction", "max_block_error"}
 TEXTS = {
     "out", "calibration", "pattern", "metric", "shuffle", "fold", "objective", "entropy_range", "amplitude",
     "on_excess", "device", "dtype", "scratch", "source", "text", "text_column", "to",
+    "prompt", "prompt_file",
 }  # fmt: skip
 NUMERIC = [
     (name, option.name)
@@ -310,13 +313,14 @@ SENSELESS: list[Any] = [-1, 10**20, math.nan, math.inf, -math.inf, "x", ""]
 
 def test_every_option_that_takes_a_number_is_in_the_table_below() -> None:
     assert {option for _, option in NUMERIC} == FROM_ONE | FROM_ZERO
-    assert {command for command, _ in NUMERIC} == {"compress", "plan", "evaluate"}
+    assert {command for command, _ in NUMERIC} == {"compress", "plan", "evaluate", "generate"}
 
 
 @pytest.mark.parametrize(("command", "option"), NUMERIC)
 def test_numbers_that_make_no_sense(command: str, option: str, tmp_path: Path) -> None:
     """Exit code 2 and one line, before the model is looked for; the same of the library's function."""
-    needed = {"compress": {"out": tmp_path / "out"}, "plan": {}, "evaluate": {"text": tmp_path / "x.txt"}}[command]
+    needed: dict[str, Any] = {"compress": {"out": tmp_path / "out"}, "evaluate": {"text": tmp_path / "x.txt"},
+                              "plan": {}, "generate": {"prompt": "a"}}[command]  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in needed.items()] + ["--quiet"] * (command != "plan")
     in_bytes = option.endswith("memory")
     senseless = [*SENSELESS, *([0] if option in FROM_ONE else [])]

@@ -20,6 +20,7 @@ PUBLIC = {
     "CompressResult": "streamprune.pipeline.compress",
     "EvaluateResult": "streamprune.runtime.evaluate",
     "ExportResult": "streamprune.runtime.export",
+    "GenerateResult": "streamprune.runtime.generate",
     "InspectResult": "streamprune.runtime.inspect",
     "PackedLinear": "streamprune.model.packed_linear",
     "PlanResult": "streamprune.pipeline.planning.preview",
@@ -29,13 +30,14 @@ PUBLIC = {
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
     "export": "streamprune.runtime.export",
+    "generate": "streamprune.runtime.generate",
     "inspect": "streamprune.runtime.inspect",
     "is_finished": "streamprune.pipeline.writing.journal",
     "load": "streamprune.integrations.huggingface",
     "plan": "streamprune.pipeline.planning.preview",
     "verify": "streamprune.runtime.verify",
 }
-COMMANDS = ["compress", "evaluate", "export", "inspect", "plan", "verify"]
+COMMANDS = ["compress", "evaluate", "export", "generate", "inspect", "plan", "verify"]
 
 
 def test_public_names_are_this_list() -> None:
@@ -140,6 +142,13 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], line: str) -> Non
         ("evaluate", {"text": "t", "scratch": 5}, "scratch 5 is no path"),
         ("export", {"out": 5}, "out 5 is no path"),
         ("export", {"out": "out", "to": "gguf"}, "to 'gguf' is none of dense"),
+        ("generate", {"prompt": 5}, "prompt 5 is neither a string nor a list of strings"),
+        ("generate", {"prompt": ["a", 5]}, r"prompt \['a', 5\] is neither a string nor a list"),
+        ("generate", {"prompt": "a", "prompt_file": 5}, "prompt_file 5 is no path"),
+        ("generate", {}, "no prompt; give --prompt TEXT or --prompt-file FILE"),
+        ("generate", {"prompt": ["a", ""]}, "prompt 2 is empty"),
+        ("generate", {"prompt": "a", "max_memory": "much"}, "'much' is not a number of bytes"),
+        ("generate", {"prompt": "a", "on_text": 5}, "on_text 5 is no function"),
         ("verify", {"quick": "no"}, "quick 'no' is neither true nor false"),
         ("verify", {"source": 5}, "source 5 is no path"),
     ],

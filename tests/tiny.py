@@ -18,6 +18,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -76,6 +78,13 @@ SIZES = {
 def write_mistral(folder: Path) -> Path:
     config = MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=8)
     return write_model(folder, MistralForCausalLM(config), torch.float32)
+
+
+def write_ministral(folder: Path) -> Path:
+    """Its blocks attend to a window and to everything in turn."""
+    windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    config = MinistralConfig(**SIZES, num_hidden_layers=2, head_dim=8, **windows)
+    return write_model(folder, MinistralForCausalLM(config), torch.float32)
 
 
 def write_qwen2(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ COMPLETE_FILES = ("tokenizer.json", "tekken.json")  # that say themselves how a 
 # the class that tokenizer_config.json names; chat templates play no part.
 HARMLESS = ("is ByteLevel; loading `TokenizersBackend`", "generate chat template")
 MISTRAL_FIX = "fix_mistral_regex"  # transformers' name of the option, which its warning also holds
+CONTEXT_TOKENS = 8  # before new ones, with which they are written
+HALF_CHARACTER = "\ufffd"  # how the bytes of one that is not complete are written
 MISTRALS_INST = 3  # the id of "[INST]" in each of Mistral's large vocabularies
 CONVERTERS_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -48,15 +50,17 @@ class SentencePiece:
     transformers, without a tokenizer.json, has rules of its own in place of the file's. Called as its tokenizers are.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises CheckpointError where the file is no sentencepiece model, or the package is not there."""
+    def __init__(self, path: Path, begins: bool = True) -> None:
+        """`begins`: whether a text with special tokens begins with one. Raises CheckpointError where the file is no
+        sentencepiece model, or the package is not there.
+        """
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise CheckpointError(
                 f"{path}: needs the package sentencepiece, which is not installed; pip install sentencepiece"
             ) from error
-        self.name_or_path = str(path.parent)
+        self.name_or_path, self.begins = str(path.parent), begins
         self.processor = SentencePieceProcessor()
         content = read_bounded(path, MAX_TOKENIZER_BYTES)
         try:
@@ -66,9 +70,14 @@ class SentencePiece:
                 f"{path}: is no whole sentencepiece model ({one_line(error)}); give one, or a tokenizer.json beside it"
             ) from error
 
-    def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
-        """Ids of a text; special tokens are never added."""
-        return {"input_ids": self.processor.encode(text, add_bos=False, add_eos=False)}
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: bool) -> dict[str, list[int]]:
+        """Ids of a text."""
+        return {"input_ids": self.processor.encode(text, add_bos=add_special_tokens and self.begins, add_eos=False)}
+
+    def decode(self, ids: list[int], **_: bool) -> str:
+        """The text of ids, special tokens left out."""
+        text: str = self.processor.decode(ids)
+        return text
 
 
 def tokenizer_digests(model: Path) -> dict[str, str]:
@@ -134,6 +143,46 @@ def tokenize(tokenizer: Any, text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text with the special tokens that a model wants before it. Raises the errors of `tokenize`."""
+    with _tokenizer_errors(f"{tokenizer.name_or_path}: its tokenizer fails on the prompt"):
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def text_after(tokenizer: Any, before: list[int], ids: list[int]) -> str:
+    """The text of ids that follow others: how a word is written may depend on what is before it."""
+    return _decoded(tokenizer, before + ids)[len(_decoded(tokenizer, before)) :]
+
+
+class TextFollower:
+    """Tells the text of tokens that come one by one, as soon as they make whole characters."""
+
+    def __init__(self, tokenizer: Any, before: list[int], tell: Callable[[str], object]) -> None:
+        self.tokenizer, self.tell = tokenizer, tell
+        self._before, self._new = before[-CONTEXT_TOKENS:], list[int]()
+
+    def put(self, ids: list[int]) -> None:
+        """Tokens that follow the former ones."""
+        self._new += ids
+        text = text_after(self.tokenizer, self._before, self._new)
+        if text and not text.endswith(HALF_CHARACTER):
+            self._tell(text)
+
+    def end(self) -> None:
+        """No more follow: what is left is told as it is."""
+        self._tell(text_after(self.tokenizer, self._before, self._new))
+
+    def _tell(self, text: str) -> None:
+        self.tell(text)
+        self._before, self._new = (self._before + self._new)[-CONTEXT_TOKENS:], []
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    with _tokenizer_errors(f"{tokenizer.name_or_path}: its tokenizer fails on what the model says"):
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
 def _files(model: Path) -> list[Path]:
     return sorted({path for pattern in TOKENIZER_FILES for path in model.glob(pattern) if not path.is_dir()})
 
@@ -152,7 +201,7 @@ def _sentencepiece(path: Path, config: dict[str, Any], coded: bool) -> SentenceP
         )
     if coded:
         logger.warning("%s: its Python code (auto_map) is not run; sentencepiece alone tokenises", path)
-    return SentencePiece(path)
+    return SentencePiece(path, begins=config.get("add_bos_token") is not False)
 
 
 def _judged(model: Path, tokenizer: Any, mended: Any, warnings: list[str]) -> tuple[Any, list[str]]:

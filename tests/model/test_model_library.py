@@ -25,7 +25,7 @@ from streamprune.model.library import (
     warnings_heard,
 )
 
-DOCUMENTED = {"AutoTokenizer", "PreTrainedModel"}  # of transformers, imported from its top
+DOCUMENTED = {"AutoTokenizer", "GenerationConfig", "PreTrainedModel"}  # of transformers, imported from its top
 SMALL: dict[str, Any] = {"vocab_size": 8, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 

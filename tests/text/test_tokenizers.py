@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from streamprune.errors import CheckpointError
 from streamprune.model.library import warnings_heard
 from streamprune.text.calibration import Calibration, calibration_tokens
-from streamprune.text.tokenizers import CONVERTERS_PATTERN, load_tokenizer, tokenize
+from streamprune.text.tokenizers import CONVERTERS_PATTERN, load_tokenizer, prompt_ids, text_after, tokenize
 
 # What mistral-common splits the text of large vocabularies by.
 MISTRALS_PATTERN = (
@@ -89,6 +89,24 @@ def test_tokenizer_model_alone_gives_the_ids_of_sentencepiece(
         folder, Calibration(str(tmp_path / "text.txt"), samples=len(expected) // 50, sequence_length=50)
     ).tolist()
     assert sorted(windows) == sorted(expected[start : start + 50] for start in range(0, len(expected) - 49, 50))
+
+
+def test_prompts_of_a_tokenizer_model_begin_as_its_config_says(
+    sentencepiece_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    content = sentencepiece_files["bpe"]
+    processor = SentencePieceProcessor(model_proto=content)
+    cases: list[tuple[dict[str, Any] | None, list[int]]] = [
+        (None, [processor.bos_id()]),
+        (LLAMA_2, [processor.bos_id()]),
+        ({**LLAMA_2, "add_bos_token": False}, []),
+    ]
+    for config, first in cases:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        tokenizer = load_tokenizer(only_sentencepiece(tmp_path / "model", content, config))
+        ids = prompt_ids(tokenizer, "an apple")
+        assert ids == first + processor.encode("an apple")
+        assert text_after(tokenizer, ids[:2], ids[2:]) == processor.decode(ids)[len(processor.decode(ids[:2])) :]
 
 
 def test_tokenizer_json_goes_before_tokenizer_model(sources: Callable[[str], Path], tmp_path: Path) -> None:
