@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,12 @@ class BlockStream:
             if time.perf_counter() - begin > RATE_SECONDS:
                 break
         return count / (time.perf_counter() - begin)
+
+    def end(self) -> None:
+        """Read no more, and leave the memory to the system."""
+        for _, reading in self._coming:
+            wait([piece for piece in reading.pieces if not piece.cancel()])
+        self._coming.clear()
 
     def _skip(self) -> int:
         number, reading = self._coming.popleft()

@@ -3,11 +3,12 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -232,13 +233,15 @@ def _placed(
     staying = [block for block, stays in zip(blocks, resident, strict=True) if stays]
     streamed = [block for block, stays in zip(blocks, resident, strict=True) if not stays]
     _load_outside(source, arithmetic)
-    with Reader() as reader:
+    with Reader() as reader, ExitStack() as leaving:
+        leaving.callback(nn.Module.to, model, "meta")  # the weights would stay until garbage is collected
         for block in tqdm(staying, unit="block", desc="load", disable=None if progress else True, leave=False):
             model.set_submodule(block.block.name, load_resident(source, block, reader, device))
         if not streamed:
             yield model, None
             return
         stream = BlockStream(source, streamed, slots, reader, device)
+        leaving.callback(stream.end)
         for number, block in enumerate(streamed):
             model.set_submodule(block.block.name, StreamedBlock(stream, number))
         yield model, stream

@@ -13,7 +13,7 @@ from streamprune.model.source import Source
 from streamprune.process import peak_memory_bytes
 
 SHARE = 0.9  # of what is available: others need some too
-LATER_BYTES = 150_000_000  # of libraries, that they take when they first compute
+LATER_BYTES = 50_000_000  # of libraries, that they take when they first compute
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
 
