@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "instructions.h"
@@ -203,6 +204,7 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     weight[0] = _mm256_blendv_ps(taken, _mm256_setzero_ps(), _mm256_castsi256_ps(places));  // by the top bit
 }
 #include "packed_rows.h"
+#include "packed_kept.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace avx2
@@ -322,7 +324,11 @@ int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int6
         Inputs<float> inputs = {x, place, count, columns};
         return in_steps(matrix, inputs, y, panels ? ON_PATH(path, PANEL_TOKENS) : MAX_VECTORS, threads,
                         [=](auto... some) {
-                            return panels ? ON_PATH(path, panel(some...)) : ON_PATH(path, few(some...));
+                            if (panels) return ON_PATH(path, panel(some...));
+#if HAS_X86
+                            if (path == AVX2) return avx2::few_or_kept(some...);
+#endif
+                            return ON_PATH(path, few(some...));
                         });
     });
 }
