@@ -49,6 +49,14 @@ TARGET INLINE void widen(const float* values, Vector (&weight)[2]) {
                                             _mm_loadu_ps(values + 8 + 4 * half), 1);
 }
 
+// The bytes of a step's mask, in registers.
+template <int BYTES>
+struct Bytes {
+    uint32_t words[BYTES / 4];
+    explicit Bytes(const uint8_t* mask) { std::memcpy(words, mask, BYTES); }
+    uint32_t operator[](int byte) const { return words[byte / 4] >> byte % 4 * 8 & 255; }
+};
+
 // x as bfloat16: a step's chunks lie as lanes take them, chunk q beside chunk q + 2 * PARTS.
 template <int PER_BYTE>
 struct PickedWords {
@@ -56,7 +64,8 @@ struct PickedWords {
     static const int PARTS = 4 / PER_BYTE, CHUNKS = 4 * PARTS;
     __m256i picks[2 * PARTS];
     static int place(int chunk) { return chunk % (2 * PARTS) * 2 + chunk / (2 * PARTS); }
-    TARGET INLINE void read(PickedWords& self, const uint8_t* mask) {
+    TARGET INLINE void read(PickedWords& self, const uint8_t* from) {
+        Bytes<CHUNKS> mask(from);
 #pragma GCC unroll 8
         for (int q = 0; q < 2 * PARTS; q++) {
             const uint8_t(*table)[16] = PICKS.of_words[q % PARTS * PER_BYTE];
@@ -233,25 +242,30 @@ INLINE void hold(float value, Bfloat16& held) {
 
 // Inputs as [steps][VECTORS][8 * CHUNKS], zero beyond the last column and vector.
 template <typename Picked, int VECTORS>
-static std::vector<typename Picked::Held> picked_from(const Inputs<float>& x, int64_t columns) {
+static std::vector<Line> picked_from(const Inputs<float>& x, int64_t columns) {
+    typedef typename Picked::Held Held;
     const int CHUNKS = Picked::CHUNKS;
-    int64_t steps = (columns / 8 + CHUNKS - 1) / CHUNKS;
-    std::vector<typename Picked::Held> held(steps * VECTORS * CHUNKS * 8);
-    for (int64_t vector = 0; vector < x.count; vector++)
-        for (int64_t chunk = 0; chunk < columns / 8; chunk++) {
-            auto* to = &held[((chunk / CHUNKS * VECTORS + vector) * CHUNKS + Picked::place(chunk % CHUNKS)) * 8];
-            for (int column = 0; column < 8; column++) hold(x.at(vector, 8 * chunk + column), to[column]);
+    int64_t chunks = columns / 8, steps = (chunks + CHUNKS - 1) / CHUNKS;
+    std::vector<Line> lines(steps * VECTORS * CHUNKS * 8 * sizeof(Held) / sizeof(Line));
+    Held* held = (Held*)lines.data();
+    for (int64_t chunk = 0; chunk < chunks; chunk++, held += chunk % CHUNKS ? 0 : VECTORS * CHUNKS * 8)
+        for (int64_t vector = 0; vector < x.count; vector++) {
+            Held* to = held + (vector * CHUNKS + Picked::place(chunk % CHUNKS)) * 8;
+            float eight[8];
+            for (int column = 0; column < 8; column++) eight[column] = x.at(vector, 8 * chunk + column);
+            for (int column = 0; column < 8; column++) hold(eight[column], to[column]);
         }
-    return held;
+    return lines;
 }
 
 // y [vectors, rows] of up to VECTORS vectors. False where a mask byte does not keep PER_BYTE.
 template <int PER_BYTE, typename Picked, int VECTORS, typename T>
 static bool kept_product(const Matrix<T>& matrix, const Inputs<float>& x, float* y, int64_t threads) {
-    auto held = picked_from<Picked, VECTORS>(x, matrix.columns);
+    std::vector<Line> lines = picked_from<Picked, VECTORS>(x, matrix.columns);
+    auto* held = (const typename Picked::Held*)lines.data();
     std::atomic<bool> alike{true};
     in_parts(matrix.rows, 1, threads, [&](int64_t begin, int64_t end) {
-        if (!kept_part<PER_BYTE, Picked, T, VECTORS>(matrix, held.data(), x.count, y, begin, end)) alike = false;
+        if (!kept_part<PER_BYTE, Picked, T, VECTORS>(matrix, held, x.count, y, begin, end)) alike = false;
     });
     return alike;
 }
