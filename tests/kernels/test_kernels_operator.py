@@ -75,7 +75,7 @@ def test_compiles_into_one_graph(backend: str, rows: int) -> None:
 def test_torch_finds_the_operator_sound(names: tuple[str, ...]) -> None:
     tensors = {name: tensor for name, tensor in layer().items() if name in ("values", "mask", *names)}
     for x in (inputs(3), inputs(2, 40)):
-        found = torch.library.opcheck(packed_linear, (x,), tensors)
+        found = torch.library.opcheck(torch.ops.streamprune.packed_linear.default, (x,), tensors)
         assert set(found.values()) == {"SUCCESS"}
 
 
