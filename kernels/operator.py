@@ -98,8 +98,8 @@ def _no_gradient(*_: object) -> None:
     raise RuntimeError("streamprune::packed_linear has no autograd formula: packed weights are for inference")
 
 
-# Not by `torch.library.custom_op`, nor with a kernel for gradients where nothing wants one: either takes a call about as
-# long as a small product (docs/benchmarks.md). The library must stay referenced: what it defines goes when it goes.
+# Not by `torch.library.custom_op`, nor with a kernel for gradients where nothing wants one: either takes a call about
+# as long as a small product (docs/benchmarks.md). The library must stay referenced: what it defines goes with it.
 _LIBRARY = torch.library.Library("streamprune", "FRAGMENT")
 _SCHEMA = torch.library.infer_schema(_product, mutates_args=())
 for _name in ("packed_linear", "packed_linear_no_grad"):
@@ -235,7 +235,7 @@ def _check(
     named = ("values", values), ("mask", mask), ("bias", bias), ("permutation", permutation), ("metadata", metadata)
     given = [(name, tensor) for name, tensor in named if tensor is not None]
     device = x.device
-    if device.type not in _DEVICES or any([tensor.device != device for _, tensor in given]):
+    if device.type not in _DEVICES or any(tensor.device != device for _, tensor in given):
         devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in [("x", x), *given])
         raise ValueError(f"packed_linear wants its tensors on one cpu or cuda device; it got {devices}")
     for name, tensor in [("x", x), *given]:

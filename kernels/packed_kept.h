@@ -181,7 +181,7 @@ TARGET static void add_rows(const Matrix<T>& matrix, const Row<T>* rows, int64_t
     int64_t whole = matrix.columns / (8 * CHUNKS), values_left = matrix.kept - whole * STEP_VALUES;
     int64_t block = count == ROWS ? whole : CACHED_BYTES / (step_size * sizeof(*x));
     int64_t values_ahead = count == ROWS ? BYTES_AHEAD : matrix.kept * sizeof(T);
-    int64_t mask_ahead = count == ROWS ? BYTES_AHEAD / 4 : matrix.columns / 8;
+    int64_t mask_ahead = matrix.columns / 8;
     for (int64_t first = 0; first < whole; first += block)
         for (int64_t row = 0; row < count; row += ROWS) {
             Row<T> some[ROWS];
