@@ -232,13 +232,13 @@ def _check(
     metadata: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError, in one line, for what no kernel computes."""
-    named = ("values", values), ("mask", mask), ("bias", bias), ("permutation", permutation), ("metadata", metadata)
-    given = [(name, tensor) for name, tensor in named if tensor is not None]
     device = x.device
-    if device.type not in _DEVICES or any(tensor.device != device for _, tensor in given):
-        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in [("x", x), *given])
-        raise ValueError(f"packed_linear wants its tensors on one cpu or cuda device; it got {devices}")
-    for name, tensor in [("x", x), *given]:
+    named = ("values", values), ("mask", mask), ("bias", bias), ("permutation", permutation), ("metadata", metadata)
+    given = [("x", x), *[(name, tensor) for name, tensor in named if tensor is not None]]
+    for name, tensor in given:
+        if tensor.device != device or device.type not in _DEVICES:
+            devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in given)
+            raise ValueError(f"packed_linear wants its tensors on one cpu or cuda device; it got {devices}")
         expected = _INTEGERS.get(name, TYPES)
         if tensor.dtype not in expected:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in expected)
@@ -252,7 +252,7 @@ def _check(
     (out_features, kept), in_features = values.shape, x.shape[-1]
     shapes = {"mask": (out_features, -(-in_features // 8)), "bias": (out_features,), "permutation": (in_features,)}
     for name, tensor in given:
-        if tensor.shape != shapes.get(name, tensor.shape):
+        if name in shapes and tensor.shape != shapes[name]:
             raise ValueError(f"packed_linear: {name} {_sizes(tensor)} does not fit {out_features} x {in_features}")
     if not 0 < kept <= in_features:
         raise ValueError(f"packed_linear: {kept} values a row do not fit {in_features} input channels")
