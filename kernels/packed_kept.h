@@ -57,7 +57,10 @@ struct Bytes {
     uint32_t operator[](int byte) const { return words[byte / 4] >> byte % 4 * 8 & 255; }
 };
 
-// x as bfloat16: a step's chunks lie as lanes take them, chunk q beside chunk q + 2 * PARTS.
+// What picks from x for a step's two products, by what x is held as: `read` from the step's mask, then `picked` for each
+// half and vector. `place` is where in a step a chunk lies. (Static, as INLINE makes all.)
+//
+// x as bfloat16: chunks lie as lanes take them, chunk q beside chunk q + 2 * PARTS.
 template <int PER_BYTE>
 struct PickedWords {
     typedef Bfloat16 Held;
@@ -165,7 +168,7 @@ TARGET static bool keeps_alike(const uint8_t* mask, int64_t bytes) {
     return alike;
 }
 
-// The last `chunks` chunks of a row, with zeros behind them up to a step.
+// The last chunks of a row, fewer than a step's, with zeros behind them.
 template <typename T, int CHUNKS>
 struct Tail {
     T values[STEP_VALUES];
@@ -281,6 +284,7 @@ CLONES static bool are_words(const float* x, int64_t count) {
     return (low & 0xffff) == 0;
 }
 
+// As kept_product, in the narrowest that holds the vectors.
 template <int PER_BYTE, int VECTORS = 1, typename T>
 static bool kept_alike(const Matrix<T>& matrix, const Inputs<float>& x, float* y, int64_t threads) {
     if constexpr (VECTORS < MAX_VECTORS)
