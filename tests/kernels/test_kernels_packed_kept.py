@@ -5,10 +5,13 @@ import torch
 from thread_count import threads
 from torch.nn import functional
 
-from streamprune_kernels import cpu, pack_mask, pack_values, packed_product, select_groups
-from streamprune_kernels.cpu import TYPES
+from streamprune_kernels import library, pack_mask, pack_values, packed_product, select_groups
+from streamprune_kernels.packed_product import TYPES, path_number
 
-pytestmark = pytest.mark.skipif("avx2" not in cpu.paths(), reason="this processor lacks AVX2")
+compiled = library()
+assert compiled is not None, "the package was built without its compiled kernels"
+AVX2 = 1  # as instructions.h numbers paths
+pytestmark = pytest.mark.skipif(path_number(compiled, None) < AVX2, reason="this processor lacks AVX2")
 
 PATTERNS = [(2, 4), (4, 8), (1, 2), (1, 4), (2, 8), (1, 8)]  # 4, 2 and 1 of each byte
 COLUMNS = [8, 16, 24, 32, 40, 64, 72, 96, 128, 136, 200, 1032]  # whole steps of 32, 64 and 128, and not
