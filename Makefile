@@ -35,7 +35,7 @@ test: setup inputs  ## run the tests
 # The suite's core: all that touches a library whose lower bound it is. torch's wheels for 2.9 to 2.12 are built for CUDA
 # and bring gigabytes of its libraries, so the lowest that is installed here is 2.13; 2.9 was tried by hand.
 LOWEST := .venv-lowest
-CORE := tests/model tests/text tests/checkpoint tests/pruning tests/runtime tests/pipeline tests/kernels tests/test_command_line.py \
+CORE := tests/model tests/text tests/integrations tests/checkpoint tests/pruning tests/runtime tests/pipeline tests/kernels tests/test_command_line.py \
   tests/test_endings.py tests/test_public_names.py
 test-lowest:  ## run the suite's core on the lowest versions of everything that pyproject.toml allows
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv --clear $(LOWEST)

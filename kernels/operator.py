@@ -1,6 +1,7 @@
 """The torch operator `streamprune::packed_linear`: one product of packed N:M weights, whatever device computes it.
 
-It is registered when `streamprune_kernels` is imported, has shapes for torch.compile, and no gradient.
+It is registered when `streamprune_kernels` is imported, has shapes for torch.compile, and no gradient. Where nothing
+wants one, the function calls `streamprune::packed_linear_no_grad`, the same with less to do for torch.
 """
 
 import torch
@@ -26,10 +27,10 @@ from streamprune_kernels.packed_product import packed_product
 from streamprune_kernels.packing import expand
 from streamprune_kernels.validation import squared_distances
 
+_DEVICES = ("cpu", "cuda", "meta")
 _INTEGERS = {"mask": (torch.uint8,), "permutation": (torch.int32,), "metadata": (torch.int32,)}
 
 
-@torch.library.custom_op("streamprune::packed_linear", mutates_args=())
 def packed_linear(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -48,24 +49,12 @@ def packed_linear(
     Raises ValueError for tensors that do not fit together, of another dtype or device, or that want a gradient, and
     where a row of the mask does not keep as many weights as there are values.
     """
-    _check(x, values, mask, bias, permutation, group_size, metadata)
-    if x.numel() and (run := _cuda_runner(x, values, group_size)) is not None:
-        return _by_cuda_kernels(x, values, mask, bias, permutation, group_size, metadata, run)
-    if x.device.type == "cuda":
-        return _expanded_on_gpu(x, values, mask, bias, permutation)
-    rows = x.reshape(-1, x.shape[-1])
-    if library() is not None:
-        y = packed_product(rows, values, mask, permutation, dtype=x.dtype if bias is None else torch.float32)
-    else:
-        rows = rows if permutation is None else rows[:, permutation]
-        y = reference.nm_linear(rows.to(torch.float32), values, mask)
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], len(values))
+    operator = _operator if x.requires_grad and torch.is_grad_enabled() else _operator_no_grad
+    y: torch.Tensor = operator(x, values, mask, bias, permutation, group_size, metadata)
+    return y
 
 
-@packed_linear.register_fake
-def _(
+def _product(
     x: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor,
@@ -74,8 +63,53 @@ def _(
     group_size: int = 0,
     metadata: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """What `packed_linear` is on every device."""
+    _check(x, values, mask, bias, permutation, group_size, metadata)
+    if x.numel() and (run := _cuda_runner(x, values, group_size)) is not None:
+        return _by_cuda_kernels(x, values, mask, bias, permutation, group_size, metadata, run)
+    if x.device.type == "cuda":
+        return _expanded_on_gpu(x, values, mask, bias, permutation)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if library() is not None:
+        y = packed_product(rows, values, mask, permutation, dtype=x.dtype if bias is None else torch.float32)
+    else:
+        rows = rows if permutation is None else rows[:, permutation]
+        y = reference.nm_linear(rows.to(torch.float32), values, mask)
+    if bias is not None:
+        y += bias
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], -1 if len(rows) else len(values))
+
+
+def _empty_product(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    permutation: torch.Tensor | None = None,
+    group_size: int = 0,
+    metadata: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Shape and dtype alone."""
     _check(x, values, mask, bias, permutation, group_size, metadata)
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _no_gradient(*_: object) -> None:
+    raise RuntimeError("streamprune::packed_linear has no autograd formula: packed weights are for inference")
+
+
+# Not by `torch.library.custom_op`, nor with a kernel for gradients where nothing wants one: either takes a call about
+# as long as a small product (docs/benchmarks.md). The library must stay referenced: what it defines goes with it.
+_LIBRARY = torch.library.Library("streamprune", "FRAGMENT")
+_SCHEMA = torch.library.infer_schema(_product, mutates_args=())
+for _name in ("packed_linear", "packed_linear_no_grad"):
+    _LIBRARY.define(_name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _product, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"streamprune::{_name}", _empty_product, lib=_LIBRARY)
+torch.library.register_autograd("streamprune::packed_linear", _no_gradient, lib=_LIBRARY)
+_operator = torch.ops.streamprune.packed_linear.default
+_operator_no_grad = torch.ops.streamprune.packed_linear_no_grad.default
 
 
 def packed_metadata(values: torch.Tensor, mask: torch.Tensor, in_features: int, group_size: int) -> torch.Tensor | None:
@@ -199,13 +233,14 @@ def _check(
     metadata: torch.Tensor | None = None,
 ) -> None:
     """Raise ValueError, in one line, for what no kernel computes."""
-    weights = {"values": values, "mask": mask, "bias": bias, "permutation": permutation, "metadata": metadata}
-    given = {name: tensor for name, tensor in weights.items() if tensor is not None}
-    if x.device.type not in ("cpu", "cuda", "meta") or any(tensor.device != x.device for tensor in given.values()):
-        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in {"x": x, **given}.items())
-        raise ValueError(f"packed_linear wants its tensors on one cpu or cuda device; it got {devices}")
-    for name, tensor in {"x": x, **given}.items():
-        expected = _INTEGERS.get(name, tuple(TYPES))
+    device = x.device
+    named = ("values", values), ("mask", mask), ("bias", bias), ("permutation", permutation), ("metadata", metadata)
+    given = [("x", x), *[(name, tensor) for name, tensor in named if tensor is not None]]
+    for name, tensor in given:
+        if tensor.device != device or device.type not in _DEVICES:
+            devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in given)
+            raise ValueError(f"packed_linear wants its tensors on one cpu or cuda device; it got {devices}")
+        expected = _INTEGERS.get(name, TYPES)
         if tensor.dtype not in expected:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in expected)
             raise ValueError(f"packed_linear wants {name} of {names}, not {str(tensor.dtype).removeprefix('torch.')}")
@@ -215,17 +250,15 @@ def _check(
         raise ValueError(
             f"packed_linear wants x [..., in] and values [out, kept], not {_sizes(x)} and {_sizes(values)}"
         )
-    out_features, in_features = values.shape[0], x.shape[-1]
+    (out_features, kept), in_features = values.shape, x.shape[-1]
     shapes = {"mask": (out_features, -(-in_features // 8)), "bias": (out_features,), "permutation": (in_features,)}
-    for name, shape in shapes.items():
-        if name in given and tuple(given[name].shape) != shape:
-            raise ValueError(f"packed_linear: {name} {_sizes(given[name])} does not fit {out_features} x {in_features}")
-    if not 0 < values.shape[1] <= in_features:
-        raise ValueError(f"packed_linear: {values.shape[1]} values a row do not fit {in_features} input channels")
-    if group_size < 0 or (group_size and (in_features % group_size or values.shape[1] * group_size % in_features)):
-        raise ValueError(
-            f"packed_linear: {values.shape[1]} values a row of {in_features} are no N of every {group_size}"
-        )
+    for name, tensor in given:
+        if name in shapes and tensor.shape != shapes[name]:
+            raise ValueError(f"packed_linear: {name} {_sizes(tensor)} does not fit {out_features} x {in_features}")
+    if not 0 < kept <= in_features:
+        raise ValueError(f"packed_linear: {kept} values a row do not fit {in_features} input channels")
+    if group_size < 0 or (group_size and (in_features % group_size or kept * group_size % in_features)):
+        raise ValueError(f"packed_linear: {kept} values a row of {in_features} are no N of every {group_size}")
     if metadata is not None:
         needed = group_size and _needs_metadata(values, in_features, group_size)
         shape = metadata_shape(out_features, in_features) if needed else (0,)

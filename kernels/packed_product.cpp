@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "instructions.h"
@@ -110,6 +111,12 @@ INLINE float float_of(Float16 value) {
     return result;
 }
 
+INLINE Bfloat16 rounded_to_even(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return {(uint16_t)(value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors of 8 floats are passed between inlined functions alone
 namespace portable {
 #define TARGET
@@ -203,6 +210,7 @@ TARGET INLINE void expand(const float* values, uint32_t bits, Vector (&weight)[P
     weight[0] = _mm256_blendv_ps(taken, _mm256_setzero_ps(), _mm256_castsi256_ps(places));  // by the top bit
 }
 #include "packed_rows.h"
+#include "packed_kept.h"
 #include "packed_panels.h"
 #undef TARGET
 }  // namespace avx2
@@ -322,7 +330,11 @@ int64_t product_rows(const void* values, const uint8_t* mask, int64_t type, int6
         Inputs<float> inputs = {x, place, count, columns};
         return in_steps(matrix, inputs, y, panels ? ON_PATH(path, PANEL_TOKENS) : MAX_VECTORS, threads,
                         [=](auto... some) {
-                            return panels ? ON_PATH(path, panel(some...)) : ON_PATH(path, few(some...));
+                            if (panels) return ON_PATH(path, panel(some...));
+#if HAS_X86
+                            if (path == AVX2) return avx2::few_or_kept(some...);
+#endif
+                            return ON_PATH(path, few(some...));
                         });
     });
 }
@@ -337,8 +349,8 @@ int64_t has_product_pairs() {
 #endif
 }
 
-// As product_rows, of bfloat16 values and x. `strips`: by packed_strips.h, which writes y as bfloat16 if it is to be
-// `rounded`; else by packed_rows.h.
+// As product_rows, of bfloat16 values and x. `strips`: by packed_strips.h, else by packed_rows.h. y is float32, or bfloat16
+// if it is to be `rounded`.
 int64_t product_pairs(const void* values, const uint8_t* mask, int64_t rows, int64_t columns, int64_t kept,
                       const void* x, const int32_t* place, int64_t count, void* y, int64_t strips, int64_t rounded,
                       int64_t threads) {
@@ -348,6 +360,12 @@ int64_t product_pairs(const void* values, const uint8_t* mask, int64_t rows, int
     Inputs<Bfloat16> inputs = {(const Bfloat16*)x, place, count, columns};
     auto few = [](auto... some) { return path::few(some...); };
     auto many = [](auto... some) { return path::strips(some...); };
+    if (!strips && rounded) {
+        std::vector<float> sums(count * rows);
+        int64_t wrong = in_steps(matrix, inputs, sums.data(), MAX_VECTORS, threads, few);
+        for (int64_t i = 0; i < count * rows; i++) ((Bfloat16*)y)[i] = rounded_to_even(sums[i]);
+        return wrong;
+    }
     if (!strips) return in_steps(matrix, inputs, (float*)y, MAX_VECTORS, threads, few);
     if (rounded) return in_steps(matrix, inputs, (Bfloat16*)y, path::MAX_TOKENS, threads, many);
     return in_steps(matrix, inputs, (float*)y, path::MAX_TOKENS, threads, many);

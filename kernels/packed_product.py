@@ -36,7 +36,7 @@ def packed_product(
 
     values bfloat16, float16 or float32 [out, kept]; mask uint8 [out, ceil(in/8)]; permutation int32 [in], the column of
     x that each place of the mask belongs to. Where x and values are bfloat16 and the processor has instructions for it,
-    columns are multiplied in pairs, and subnormal numbers are taken for zero. `path`, one of `cpu.paths()`, `many` and
+    columns are multiplied in pairs, and subnormal numbers are taken for zero. `path`, of `native.paths()`, `many` and
     `pairs` choose what runs instead. Raises ValueError where a row of the mask does not keep as many as there are
     values, for a path or pairs that are not there, and where nothing was compiled.
     """
@@ -53,7 +53,7 @@ def packed_product(
     x, values, mask = (x if pairs else x.to(torch.float32)).contiguous(), values.contiguous(), mask.contiguous()
     place = None if permutation is None else permutation.contiguous()
     (rows, in_features), (out_features, kept) = x.shape, values.shape
-    rounded = pairs and many and dtype == torch.bfloat16
+    rounded = pairs and dtype == torch.bfloat16
     y = torch.empty(rows, out_features, dtype=torch.bfloat16 if rounded else torch.float32)
     packed, sizes = (values.data_ptr(), mask.data_ptr()), (out_features, in_features, kept)
     inputs = x.data_ptr(), None if place is None else place.data_ptr(), rows, y.data_ptr()
@@ -64,4 +64,4 @@ def packed_product(
         wrong = compiled.product_rows(*packed, TYPES[values.dtype], *sizes, *inputs, *how)
     if wrong:
         raise ValueError(f"a mask does not keep {kept} values in every row")
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)

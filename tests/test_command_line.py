@@ -440,10 +440,10 @@ def test_a_finished_job_is_thrown_away_only_when_that_is_said(
     monkeypatch.setattr("streamprune.cli.on_terminal", lambda: answer is not None)
     result = run(*job[:2], "--out", out, *job[4:], "--quiet", "--restart", *more, input=answer)
     assert result.exit_code == code, result.stderr
-    if said is None:
-        assert result.stdout.startswith("finished: ")
+    if said is None:  # click's runner echoes the answer, older ones into standard output
+        assert f"finished: {out}" in result.stdout
     else:
-        assert result.stderr.splitlines()[-1] == said.format(out=out)
+        assert result.stderr.splitlines()[-1].endswith(said.format(out=out))
     assert ((out / tiny.MANIFEST).stat().st_ino == made) == bool(code)
     assert ("Throw it away and start over? [y/N]" in result.stderr) == (answer is not None)
 

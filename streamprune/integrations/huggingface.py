@@ -94,6 +94,10 @@ class PackedQuantizer(HfQuantizer):
         config.transformers_weights = LAYOUT.index
         return config
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same for transformers 5.16 to 5.18, which ask this at that place."""
+        return self.update_attn_implementation(config)
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **more: Any
     ) -> None:

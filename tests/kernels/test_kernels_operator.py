@@ -74,9 +74,10 @@ def test_compiles_into_one_graph(backend: str, rows: int) -> None:
 @pytest.mark.parametrize("names", [(), ("bias",), ("bias", "permutation")], ids=str)
 def test_torch_finds_the_operator_sound(names: tuple[str, ...]) -> None:
     tensors = {name: tensor for name, tensor in layer().items() if name in ("values", "mask", *names)}
-    for x in (inputs(3), inputs(2, 40)):
-        found = torch.library.opcheck(packed_linear, (x,), tensors)
-        assert set(found.values()) == {"SUCCESS"}
+    for operators in (torch.ops.streamprune.packed_linear, torch.ops.streamprune.packed_linear_no_grad):
+        for x in (inputs(3), inputs(2, 40)):
+            found = torch.library.opcheck(operators.default, (x,), tensors)
+            assert set(found.values()) == {"SUCCESS"}
 
 
 def test_shapes_without_numbers() -> None:

@@ -116,3 +116,19 @@ def test_they_run_for_bfloat16_alone(many: bool) -> None:
     assert torch.equal(product(x.float(), values, mask), floats)
     assert torch.equal(product(x, values.float(), mask), product(x.float(), values.float(), mask))
     assert torch.equal(packed_linear(x, values, mask), pairs.bfloat16())
+
+
+def test_few_rows_are_rounded_as_torch_rounds() -> None:
+    """Ties to even either way, infinity from what is too large, and NaN."""
+    columns = {
+        "tie down": [1, 2**-8],
+        "tie up": [1 + 2**-7, 2**-8],
+        "above": [1, 2**-8 + 2**-12],
+        "nan": [float("nan"), 0],
+    }
+    columns |= {"large": [3.3895e38, 1.2e36], "infinite": [float("inf"), 1], "negative": [-1, -(2**-8) - 2**-12]}
+    values = torch.tensor(list(columns.values())).bfloat16()
+    mask, x = torch.full((len(values), 1), 0b0011, dtype=torch.uint8), torch.ones(1, 4).bfloat16()
+    rounded, exact = (product(x, values, mask, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    torch.testing.assert_close(rounded, exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    assert rounded[0, :3].tolist() == [1, 1 + 2**-6, 1 + 2**-7]

@@ -233,15 +233,15 @@ def at_the_end(tensor):
 for in_features, rows in ((4, 1), (4, 3), (36, 1), (36, 2), (64, 17), (100, 5), (1000, 3)):
     values = at_the_end(torch.ones(rows, in_features // 2).to(torch.bfloat16))
     mask = torch.full((rows, -(-in_features // 8)), 0b00110011, dtype=torch.uint8)
-    x = at_the_end(torch.ones(11, in_features))
     words = at_the_end(torch.ones(11, in_features).to(torch.bfloat16))
-    for bits in (mask, mask | 0xFF):
+    for bits, number in ((mask, 1), (mask, 1 + 2**-12), (mask | 0xFF, 1)):
+        x = at_the_end(torch.full((11, in_features), float(number)))
         ways = [{"path": path, "many": many} for path in native.paths() for many in (False, True)]
         for way in [*ways, *[{"pairs": True, "many": many} for many in (False, True) if packed_product.has_pairs()]]:
             try:
                 given = words if "pairs" in way else x
                 y = packed_product.packed_product(given, values, at_the_end(bits), **way)
-                assert (y == in_features // 2).all()
+                assert (y == in_features // 2 * (1 if "pairs" in way else number)).all()
             except ValueError:
                 assert bits is not mask
 print("read nothing else")

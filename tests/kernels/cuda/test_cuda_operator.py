@@ -126,7 +126,9 @@ def test_a_layer_compiles_with_its_metadata(launched: Counter[str]) -> None:
     assert launched == {"sparse_metadata": 1, "sparse_gemm_f16_128x32": 4}
     metadata = packed_metadata(layer.values, layer.mask, 64, 4)
     tensors = (layer.values, layer.mask, layer.bias, None, 4, metadata)
-    assert set(torch.library.opcheck(packed_linear, (x, *tensors)).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(torch.ops.streamprune.packed_linear.default, (x, *tensors)).values()) == {
+        "SUCCESS"
+    }
     on_meta = [one.to("meta") if isinstance(one, torch.Tensor) else one for one in (x, *tensors)]
     assert packed_linear(*on_meta).shape == (20, 72)
 
