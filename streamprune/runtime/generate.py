@@ -98,6 +98,10 @@ def generate(
     the blocks stay in its memory, limited by `max_device_memory`. `on_text` is called with each piece of a single
     prompt's text. The model is transformers' own, and so are masks, caches and sampling. Raises SettingsError for
     prompts that are empty or too long, and where the memory does not hold one block.
+
+    >>> result = streamprune.generate(pruned, prompt="The hills", max_new_tokens=8)
+    >>> len(result.tokens[0]), result.resident_blocks == result.blocks
+    (8, True)
     """
     start = time.perf_counter()
     check_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
