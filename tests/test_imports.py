@@ -16,7 +16,7 @@ EVERYWHERE = {"errors", "config"}
 MAY_IMPORT = {
     "streamprune": {"pipeline", "runtime", "model", "integrations"},  # the public names, imported on first use
     "__main__": {"cli"},
-    "cli": {"streamprune", "summaries", "endings", "process"},
+    "cli": {"streamprune", "summaries", "endings", "options", "process"},
     "endings": {"summaries"},
     "summaries": set(),
     "pipeline": {"text", "model", "pruning", "checkpoint", "process", "streamprune_kernels"},
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "pruning": {"streamprune_kernels"},
     "checkpoint": {"streamprune_kernels"},
     "data": set(),
+    "options": set(),
     "process": set(),
     "config": set(),
     "errors": set(),
