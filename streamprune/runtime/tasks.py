@@ -44,7 +44,10 @@ def run_tasks(source: Source, file: Path, arithmetic: Arithmetic) -> dict[str, d
         tasks = TaskManager(include_defaults=False).load(str(file.absolute()))["tasks"]
     except Exception as error:
         raise SettingsError(f"{file}: lm-evaluation-harness does not take it ({one_line(error)})") from error
-    model = HFLM(_loaded(source, arithmetic), tokenizer=load_tokenizer(source.folder), batch_size=BATCH)
+    tokenizer = load_tokenizer(source.folder)
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise SettingsError(f"{source.folder}: its tokenizer has no bos_token and no eos_token, and tasks need one")
+    model = HFLM(_loaded(source, arithmetic), tokenizer=tokenizer, batch_size=BATCH)
     results = lm_eval.simple_evaluate(model, tasks=[*tasks.values()])
     answers = (answer for samples in results["samples"].values() for one in samples for answer in one["filtered_resps"])
     if any(isinstance(answer, tuple) and math.isnan(answer[0]) for answer in answers):

