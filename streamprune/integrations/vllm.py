@@ -6,7 +6,7 @@ packed weight, and the permutation that each of them stores is the same. vLLM's 
 parallelism, by the shapes that are given to them here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from streamprune.model.packed_linear import is_permutation
 from streamprune.model.source import open_output
 from streamprune_kernels import all_finite, packed_linear, packed_metadata
 
-Loader = Callable[..., None]
 NOT_LOADED = -1  # no channel
 
 
@@ -146,7 +145,10 @@ class PackedLinearMethod(LinearMethodBase):
             )
         pattern = self.packed.pattern
         in_features = values.shape[1] // pattern.kept * pattern.group_size
-        metadata = packed_metadata(values.data, mask.data, in_features, pattern.group_size)
+        try:
+            metadata = packed_metadata(values.data, mask.data, in_features, pattern.group_size)
+        except ValueError as error:
+            raise CheckpointError(f"layer {self.name}: its weight_mask is damaged ({error})") from error
         layer.register_buffer("weight_metadata", metadata, persistent=False)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
