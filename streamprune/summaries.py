@@ -96,13 +96,27 @@ def show_verification(result: Any) -> None:
 
 
 def show_evaluation(result: Any) -> None:
-    """One line."""
-    beyond = f"beyond 1.8e308 (loss {_figure(result.loss, '.4f')} nats a token)"
-    perplexity = beyond if result.perplexity is None else f"{result.perplexity:.4f}"
-    say(
-        f"perplexity {perplexity} over {result.tokens} tokens in windows of {result.sequence_length} "
-        f"({result.seconds:.1f} s, peak memory {_size(result.peak_memory_bytes)})"
-    )
+    """A line for the text, and one for each task and metric."""
+    cost = f"({result.seconds:.1f} s, peak memory {_size(result.peak_memory_bytes)})"
+    if result.loss is not None:
+        beyond = f"beyond 1.8e308 (loss {_figure(result.loss, '.4f')} nats a token)"
+        perplexity = beyond if result.perplexity is None else f"{result.perplexity:.4f}"
+        windows = f"{result.tokens} tokens in windows of {result.sequence_length}"
+        say(f"perplexity {perplexity} over {windows}{'' if result.tasks else f' {cost}'}")
+    for task, metrics in result.tasks.items():
+        for metric, value in metrics.items():
+            if error := metrics.get(_error_of(metric)):
+                say(f"{task:24} {metric:16} {value:.4f} +- {error:.4f}")
+            elif not metric.partition(",")[0].endswith("_stderr"):
+                say(f"{task:24} {metric:16} {value:.4f}")
+    if result.tasks:
+        say(cost)
+
+
+def _error_of(metric: str) -> str:
+    """The name of a metric's standard error: "acc_stderr", or "exact_match_stderr,strict" of what a filter passed."""
+    name, comma, passed = metric.partition(",")
+    return f"{name}_stderr{comma}{passed}"
 
 
 def show_text(text: str) -> None:

@@ -299,7 +299,7 @@ FROM_ONE = {
 FROM_ZERO = {"temperature", "top_p", "seed", "prefetch", "alpha", "shrinkage", "correction", "max_block_error"}
 TEXTS = {
     "out", "calibration", "pattern", "metric", "shuffle", "fold", "objective", "entropy_range", "amplitude",
-    "on_excess", "device", "dtype", "scratch", "source", "text", "text_column", "to",
+    "on_excess", "device", "dtype", "scratch", "source", "tasks", "text", "text_column", "to",
     "prompt", "prompt_file",
 }  # fmt: skip
 NUMERIC = [

@@ -41,22 +41,24 @@ PERMUTATIONS, STATISTICS = "streamprune_permutations.st", "streamprune_statistic
 INDEX = "streamprune.safetensors.index.json"  # of an output
 
 
-def write_llama(folder: Path, *, kv_heads: int = 2, biases: bool = True, tied: bool = True, blocks: int = 3) -> Path:
+def write_llama(
+    folder: Path, *, heads: int = 4, kv_heads: int = 2, biases: bool = True, tied: bool = True, blocks: int = 3
+) -> Path:
     """A LLaMA in bf16, hidden 64, four heads of 16, intermediate 160."""
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=blocks, num_attention_heads=4,
-        num_key_value_heads=kv_heads, max_position_embeddings=POSITIONS, tie_word_embeddings=tied,
-        attention_bias=biases,        mlp_bias=biases, bos_token_id=None, eos_token_id=None,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=POSITIONS,
+        tie_word_embeddings=tied, attention_bias=biases, mlp_bias=biases, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return write_model(folder, LlamaForCausalLM(config), torch.bfloat16)
 
 
-def write_opt(folder: Path, *, blocks: int = 3) -> Path:
+def write_opt(folder: Path, *, heads: int = 4, blocks: int = 3) -> Path:
     """An OPT with biases in fp16, hidden 64, four heads of 16; its 156 ffn channels leave padding bits in the masks."""
     torch.manual_seed(2)
     config = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=156, num_hidden_layers=blocks, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=156, num_hidden_layers=blocks, num_attention_heads=heads,
         max_position_embeddings=POSITIONS, word_embed_proj_dim=64, bos_token_id=None, eos_token_id=None,
         pad_token_id=None,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Perplexity of a dense checkpoint or a packed output, streamed block by block."""
+"""Perplexity of a dense checkpoint or a packed output, streamed block by block; and its scores in tasks."""
 
 import math
 import sys
@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.model.source import Source, open_source
 from streamprune.model.streaming import advance, embed, text_inputs
 from streamprune.process import peak_memory_bytes
+from streamprune.runtime.tasks import check_harness, run_tasks
 from streamprune.text.documents import (
     BATCH_CHARACTERS,
     CHARACTERS_PER_TOKEN,
@@ -49,38 +50,44 @@ LOGIT_POSITIONS = 256  # logits computed at once: 50 MB in float32 at a vocabula
 class EvaluateResult:
     """Perplexity over `tokens` = windows x sequence length; `loss` is the mean negative log-likelihood in nats.
 
-    The perplexity is e^loss; None if that is beyond a float (1.8e308, a loss of more than 709.78).
+    The perplexity is e^loss; None if that is beyond a float (1.8e308, a loss of more than 709.78). Without a text both
+    are None, over 0 tokens. `tasks`: metrics by task, as lm-evaluation-harness names them; none where none was given.
     """
 
     perplexity: float | None
-    loss: float
+    loss: float | None
     tokens: int
     sequence_length: int
     packed: bool
     seconds: float
     peak_memory_bytes: int
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def evaluate(
     model: PathLike,
     *,
-    text: PathLike,
+    text: PathLike | None = None,
     text_column: str = TEXT_COLUMN,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     scratch: PathLike | None = None,
+    tasks: PathLike | None = None,
     progress: bool = False,
 ) -> EvaluateResult:
-    """Perplexity of a text under a dense model or a packed output.
+    """Perplexity of a text under a dense model or a packed output, its scores in tasks, or both.
 
     The whole text is tokenised without special tokens and cut into windows of `sequence_length` (default: 2048, or the
     model's positions where they are fewer) without overlap, the remainder dropped; the mean negative log-likelihood is
     over the sequence_length - 1 targets of each window (docs/method.md). With `max_tokens` a long text is read only
     until it gives that many. In a file of JSON or .parquet `text_column` holds the texts. `scratch` is a folder for
-    hidden states (default: the system's temporary folder). Raises NumericsError where a block's output or a loss is
-    not finite.
+    hidden states (default: the system's temporary folder).
+
+    `tasks` is a .yaml file of lm-evaluation-harness, which must be installed ("streamprune[eval]"); it may name Python
+    functions, which run. For tasks the whole model is held in memory, its pruned layers packed. Raises NumericsError
+    where a block's output, a loss or a score is not finite.
 
     >>> dense, packed = (streamprune.evaluate(folder, text=text, max_tokens=2000) for folder in (model, pruned))
     >>> dense.perplexity < packed.perplexity
@@ -89,26 +96,39 @@ def evaluate(
     start = time.perf_counter()
     check_settings(sequence_length=sequence_length, max_tokens=max_tokens, text_column=text_column)
     check_settings(device=device, dtype=dtype, progress=progress)
-    folder, text = path_of("model", model), path_of("text", text)
+    folder, text = path_of("model", model), None if text is None else path_of("text", text)
+    if text is None and tasks is None:
+        raise SettingsError("give text, tasks, or both")
     if scratch is not None and not path_of("scratch", scratch).is_dir():
         raise SettingsError(f"scratch {scratch}: no such folder")
+    file = None if tasks is None else check_harness(tasks)
     warn_without_kernels()
     source = open_source(folder)
     source.check_tied()
-    sequence_length = fitting_length(sequence_length, source.skeleton.positions)
-    windows = _windows(folder, text, text_column, sequence_length, max_tokens)
+    arithmetic = resolve_arithmetic(device, dtype, source.dtype)
+    measured: tuple[float | None, float | None, int, int] = (None, None, 0, 0)
+    if text is not None:
+        sequence_length = fitting_length(sequence_length, source.skeleton.positions)
+        windows = _windows(folder, text, text_column, sequence_length, max_tokens)
+        loss = _mean_loss(source, windows, arithmetic, scratch, progress)
+        measured = math.exp(loss) if loss < MAX_LOSS else None, loss, windows.numel(), sequence_length
+    scores = {} if file is None else run_tasks(source, file, arithmetic)
+    seconds, packed = time.perf_counter() - start, bool(source.packed)
+    return EvaluateResult(*measured, packed, seconds, peak_memory_bytes(), scores)
+
+
+def _mean_loss(
+    source: Source, windows: torch.Tensor, arithmetic: Arithmetic, scratch: PathLike | None, progress: bool
+) -> float:
+    """The mean negative log-likelihood, in nats, of windows [count, sequence_length] of tokens."""
     vocabulary, _ = source.skeleton.embedding_shape
     if int(windows.max()) >= vocabulary:
         raise CheckpointError(f"the tokenizer makes ids up to {int(windows.max())}, the model has {vocabulary}")
-    arithmetic = resolve_arithmetic(device, dtype, source.dtype)
     count = (len(source.blocks) + 2) * len(windows)
     bar = tqdm(total=count, unit="sample", desc="evaluate", disable=None if progress else True)
     with tempfile.TemporaryDirectory(prefix="streamprune-", dir=scratch) as work, bar:
         losses = _losses(source, windows, arithmetic, Path(work), bar.update)
-    loss = math.fsum(losses) / (len(windows) * (sequence_length - 1))
-    perplexity = math.exp(loss) if loss < MAX_LOSS else None
-    seconds, packed = time.perf_counter() - start, bool(source.packed)
-    return EvaluateResult(perplexity, loss, windows.numel(), sequence_length, packed, seconds, peak_memory_bytes())
+    return math.fsum(losses) / (windows.numel() - len(windows))
 
 
 def _losses(
