@@ -121,17 +121,15 @@ def compress(
 
     The method's settings are the fields of streamprune.PruneConfig, each by keyword or all in `config`. `calibration`
     is a file's path, the name of a data set, or an iterable of strings (default: the text that ships with the package);
-    `text_column` holds the texts in a file of JSON or .parquet, or in a data set. `sequence_length` is 2048 tokens by
-    default, or the model's positions where they are fewer. With `validate=False` no text passes the model and no error
-    is known. `max_memory` ("12GiB") limits host memory by an estimate, `max_device_memory` a GPU's: fewer sequences go
-    through a block at once than `micro_batch` (default: as make up 1024 tokens), fewer blocks are read ahead than
-    `prefetch`, then second moments are cut into blocks; a job that cannot fit is refused.
+    `text_column` holds the texts in JSON, .parquet or a data set. `sequence_length` is by default 2048 tokens, or the
+    model's positions where they are fewer. `max_memory` ("12GiB") limits host memory by an estimate,
+    `max_device_memory` a GPU's: fewer sequences go through a block at once than `micro_batch` (default: as make up 1024
+    tokens), fewer blocks are read ahead than `prefetch`, then second moments are cut; what cannot fit is refused. A
+    program that calls streamprune.process.map_large_pieces first takes the memory that `plan` foretells.
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
-    holds. `scratch` is a folder for hidden states (default: inside `out`). `should_stop` is asked after every sequence;
-    when true, Interrupted is raised and nothing finished is lost. A program that calls
-    streamprune.process.map_large_pieces first, as the command does, takes the memory that `plan` foretells. Raises the
-    errors of streamprune.errors.
+    holds, `scratch` is a folder for hidden states. `should_stop` is asked after every sequence; when true, Interrupted
+    is raised, and nothing finished is lost. Raises the errors of streamprune.errors.
 
     >>> result = streamprune.compress(model, out, pattern="4:8", samples=4, sequence_length=48)
     >>> result.status, result.packed_bytes / result.dense_bytes
@@ -139,8 +137,7 @@ def compress(
     """
     start = time.perf_counter()
     check_settings(restart=restart, progress=progress)
-    config = config_of(config, settings)
-    text = Calibration(calibration, text_column, samples, sequence_length, seed)
+    config, text = config_of(config, settings), Calibration(calibration, text_column, samples, sequence_length, seed)
     resources = Resources(device, dtype, Limits.parse(max_memory, max_device_memory), micro_batch, prefetch)
     model, out = path_of("model", model), path_of("out", out)
     scratch = None if scratch is None else path_of("scratch", scratch)
