@@ -11,30 +11,52 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.configuration_utils import get_configuration_file
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import warning_once
 
 __all__ = [
     "CONFIG_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "Memory",
     "PretrainedConfig",
+    "buffer_bytes",
     "config_fields",
     "empty_model",
     "get_configuration_file",
+    "memory_of",
     "pass_on",
+    "tensors_without_numbers",
     "tied_parameters",
     "tree_flatten",
     "tree_map",
     "warnings_heard",
 ]
 logger = logging.getLogger("streamprune")
+Memory = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 
 
 def config_fields(config_class: type) -> set[str]:
     """Names of the settings of a config class, its bases' among them; transformers' own are dataclasses."""
     return {field.name for field in dataclasses.fields(config_class)}
+
+
+def buffer_bytes(config: PretrainedConfig) -> int:
+    """Bytes of a causal LM's buffers, found without making them."""
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -46,7 +68,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model
 
@@ -55,6 +77,25 @@ def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that share another's tensor: name to the name that is stored."""
     tied: dict[str, Any] = model.all_tied_weights_keys
     return dict(tied)
+
+
+@contextmanager
+def tensors_without_numbers() -> Iterator[None]:
+    """While open, tensors that are made have a shape, a dtype and a device, but no numbers and no memory."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints where shapes do not fit; the exception says so too
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def memory_of(tensor: torch.Tensor) -> Memory:
+    """What two tensors that are alive have in common where they hold the same numbers at the same place, now."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor._version
 
 
 # What transformers warns of is heard whatever its verbosity is, and passed on through our own logger, in one line each.

@@ -116,7 +116,7 @@ def _without_predicting_blocks(skeleton: Skeleton, checkpoint: Checkpoint, unkno
 
 def _number_of_block(skeleton: Skeleton, name: str) -> int:
     """The number in a tensor's name that it would have in the list of blocks; -1 where it has none."""
-    path = skeleton.architecture.blocks
+    path = skeleton.path
     for start in (f"{path}.", f"{path}.".removeprefix(skeleton.base_prefix)):
         number = name.removeprefix(start).partition(".")[0]
         if name.startswith(start) and number.isdecimal():

@@ -3,7 +3,6 @@
 The modules are transformers' own, on the meta device (real buffers: rotary frequencies are computed, not loaded).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +13,13 @@ from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import Architecture
+from streamprune.model.architectures import Architecture, Fold, architecture_of
 from streamprune.model.configuration import model_config, one_line
-from streamprune.model.library import empty_model, pass_on, tied_parameters, warnings_heard
+from streamprune.model.discovery import FoundBlock, discover
+from streamprune.model.library import buffer_bytes, empty_model, pass_on, tied_parameters, warnings_heard
 from streamprune.model.weights import WeightView
+
+MAX_BUFFER_BYTES = 1 << 30  # such as rotary frequencies; a config may ask for any number
 
 
 class Heads(NamedTuple):
@@ -30,11 +32,14 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of a block that read one and the same input. The other fields are InputGroup's, by full names."""
+    """Layers of a block that read one and the same input. The other fields are Fold's, by full names: empty producers
+    are where no permutation folds, and it is stored.
+    """
 
     layers: tuple[WeightView, ...]
     producers: tuple[str, ...]
     per_head: bool
+    times: int = 1
 
     @property
     def name(self) -> str:
@@ -48,16 +53,18 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block: its module's name, its parameters by full name, its input groups, and other linear layers.
+    """A transformer block: its module's name, its parameters by full name, and its input groups.
 
-    No weight that is pruned lies outside `groups`; the table of architectures names none of the `ungrouped`.
+    No weight that is pruned lies outside `groups`. `ungrouped` are linear layers that cannot be replaced by packed
+    ones, with reasons; `returns` how many values the block returns in a tuple, or None: hidden states alone.
     """
 
     index: int
     name: str
     parameters: tuple[str, ...]
     groups: tuple[LayerGroup, ...]
-    ungrouped: tuple[str, ...]
+    ungrouped: dict[str, str]
+    returns: int | None = None
 
     @property
     def layers(self) -> dict[str, WeightView]:
@@ -71,21 +78,22 @@ class Block:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A causal LM on the meta device, in evaluation mode."""
+    """A causal LM on the meta device, in evaluation mode.
+
+    path is the module of its blocks' list, hidden_size the width of the states that go through them.
+    """
 
     model: PreTrainedModel
     architecture: Architecture
+    path: str
+    hidden_size: int
     blocks: tuple[Block, ...]
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self.model.config.hidden_size)
 
     @cached_property
     def embedding(self) -> str:
-        """Name of the matrix of input embeddings. Raises UnsupportedModelError where they are more than a lookup."""
+        """Name of the matrix of input embeddings. Raises UnsupportedModelError where they have more parameters."""
         module = self.model.get_input_embeddings()
-        if type(module) is not nn.Embedding:
+        if not isinstance(module, nn.Embedding) or len([*module.parameters()]) != 1:
             raise UnsupportedModelError(f"embeddings of {type(module).__name__} are more than rows of a matrix")
         weight = module.get_parameter("weight")
         return next(name for name, parameter in self.model.named_parameters() if parameter is weight)
@@ -121,11 +129,11 @@ class Skeleton:
 
     @cached_property
     def heads(self) -> Heads:
-        """Of attention in every block."""
+        """Of attention in every block; one where the config does not say."""
         config = self.model.config
-        heads = int(config.num_attention_heads)
+        heads = int(getattr(config, "num_attention_heads", None) or 1)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads))
+        return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or self.hidden_size // heads))
 
     def module(self, block: Block) -> nn.Module:
         """The meta module of a block."""
@@ -135,43 +143,48 @@ class Skeleton:
 def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     """Build a model's modules from its config.json, without weights and without remote code.
 
-    Raises CheckpointError for a config that makes no model or one that the checkpoint's headers contradict,
-    UnsupportedModelError for one that is not in the table.
+    Raises CheckpointError for a config that makes no model, or one that cannot run, or that the checkpoint's headers
+    contradict; UnsupportedModelError for a model that the streamed passes cannot run.
     """
+    where = f"{folder}/config.json"
     with warnings_heard() as warnings:
-        config, architecture = model_config(folder, checkpoint)
+        config = model_config(folder, checkpoint)
         config.use_cache = False
         try:
-            model = empty_model(config)
+            if (needed := buffer_bytes(config)) > MAX_BUFFER_BYTES:
+                raise UnsupportedModelError(f"its model has {needed} bytes of buffers, which are not stored")
+            model = empty_model(config).eval()
+            found = discover(model)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{where}: {error}") from error
         except Exception as error:
-            raise CheckpointError(f"{folder}/config.json: makes no model ({one_line(error)})") from error
-    pass_on(f"{folder}/config.json", warnings)
-    model.eval()
-    try:
-        modules = [*model.get_submodule(architecture.blocks).children()]
-    except AttributeError as error:
-        raise UnsupportedModelError(f"{folder}: has no blocks at {architecture.blocks}") from error
-    names = (f"{architecture.blocks}.{index}" for index in range(len(modules)))
-    blocks = (_block(*numbered, architecture) for numbered in zip(range(len(modules)), names, modules, strict=True))
-    return Skeleton(model, architecture, tuple(blocks))
+            raise CheckpointError(f"{where}: makes no model ({one_line(error)})") from error
+    pass_on(where, warnings)
+    architecture = architecture_of(config.model_type)
+    path = f"{model.base_model_prefix}.{found.path}"
+    modules = model.get_submodule(path).children()
+    each = zip(range(len(found.blocks)), modules, found.blocks, strict=True)
+    blocks = tuple(_block(f"{path}.{number}", number, *one, architecture) for number, *one in each)
+    return Skeleton(model, architecture, path, found.width, blocks)
 
 
-def _block(index: int, name: str, module: nn.Module, architecture: Architecture) -> Block:
+def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:
     parameters = tuple(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
-    linears = {f"{name}.{local}": inner for local, inner in module.named_modules() if isinstance(inner, nn.Linear)}
-    groups = tuple(_groups(name, linears, architecture))
-    grouped = {layer.name for group in groups for layer in group.layers}
-    return Block(index, name, parameters, groups, tuple(linear for linear in linears if linear not in grouped))
+    folds = {fold.layer: fold for fold in architecture.folds}
+    grouped = {layer for group in found.groups for layer in group}
+    groups = []
+    for layers in found.groups:
+        fold = folds.get(layers[0])
+        if fold is None or len(layers) > 1 or not grouped.issuperset(fold.producers):
+            fold = Fold(layers[0], ())
+        producers = tuple(f"{name}.{producer}" for producer in fold.producers)
+        views = tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers)
+        groups.append(LayerGroup(views, producers, fold.per_head, fold.times))
+    ungrouped = {f"{name}.{layer}": reason for layer, reason in found.dense.items()}
+    return Block(index, name, parameters, tuple(groups), ungrouped, found.returns)
 
 
-def _groups(block: str, linears: dict[str, nn.Linear], architecture: Architecture) -> Iterator[LayerGroup]:
-    """The table's groups in a block. Raises UnsupportedModelError where one names what is no linear layer there."""
-    for group in architecture.groups:
-        names = [f"{block}.{layer}" for layer in group.layers]
-        if missing := [name for name in names if name not in linears]:
-            raise UnsupportedModelError(
-                f"{missing[0]}: is not a linear layer of this model, though its architecture names it"
-            )
-        shapes = {name: (linears[name].out_features, linears[name].in_features) for name in names}
-        layers = tuple(WeightView(name, f"{name}.weight", shapes[name]) for name in names)
-        yield LayerGroup(layers, tuple(f"{block}.{producer}" for producer in group.producers), group.per_head)
+def _view(block: str, layer: str, module: nn.Module) -> WeightView:
+    assert isinstance(module, nn.Linear)
+    name = f"{block}.{layer}"
+    return WeightView(name, f"{name}.weight", (module.out_features, module.in_features))

@@ -145,16 +145,22 @@ def _fold(block: Block, group: LayerGroup, permutation: torch.Tensor, heads: Hea
     biases = [f"{name}.bias" for name in group.producers]
     rows = tuple((tensor, 0) for pair in zip(producers, biases, strict=True) for tensor in pair)
     name, columns = f"{group.name}.input_permutation", ((group.layers[0].parameter, 1),)
-    if heads is None or heads.queries == heads.key_values:
+    of_rows = _of_producer(permutation, group.times, heads)
+    if of_rows is permutation:
         return [FoldedPermutation(name, permutation, columns + rows)]
-    # Grouped KV heads: the value rows are fewer than the inputs that they produce.
-    first_of_each = permutation.view(heads.key_values, -1, heads.size)[:, 0] % heads.size
-    starts = heads.size * torch.arange(heads.key_values, device=permutation.device)[:, None]
     producer = f"{group.producers[0]}.output_permutation"
-    return [
-        FoldedPermutation(name, permutation, columns),
-        FoldedPermutation(producer, (first_of_each + starts).reshape(-1), rows),
-    ]
+    return [FoldedPermutation(name, permutation, columns), FoldedPermutation(producer, of_rows, rows)]
+
+
+def _of_producer(permutation: torch.Tensor, times: int, heads: Heads | None) -> torch.Tensor:
+    """The permutation of a producer's rows, int64 [rows]: the input's own, unless they are fewer or more."""
+    if heads is not None and heads.queries != heads.key_values:  # value rows are fewer than the inputs that they make
+        permutation = permutation.view(heads.key_values, -1, heads.size)[:, 0] % heads.size
+        starts = heads.size * torch.arange(heads.key_values, device=permutation.device)[:, None]
+        permutation = (permutation + starts).reshape(-1)
+    if times > 1:
+        permutation = torch.cat([permutation + place * len(permutation) for place in range(times)])
+    return permutation
 
 
 def _reordered(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -284,7 +284,7 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
 
 def _other_settings(output: _Output, checkpoint: Checkpoint) -> Iterator[str]:
     """What of the source's config.json and tokenizer is not what lies in the output."""
-    config, _ = model_config(checkpoint.folder, checkpoint)
+    config = model_config(checkpoint.folder, checkpoint)
     settings = forward_settings(config), forward_settings(output.opened.skeleton.model.config)
     for name, theirs, ours in differences(*settings):
         yield f"config.json: {name} is {theirs} in the source, {ours} here"

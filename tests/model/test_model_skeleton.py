@@ -96,8 +96,8 @@ def test_sliding_window_reaches_the_blocks(sources: Sources) -> None:
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_no_cache_reaches_a_block(name: str, sources: Sources) -> None:
     for arguments in recorded(open_dense(sources(name))).arguments:
-        assert not arguments.get("use_cache")
-        assert all(arguments.get(key) is None for key in ("past_key_values", "past_key_value"))
+        assert not arguments.named.get("use_cache")
+        assert all(arguments.named.get(key) is None for key in ("past_key_values", "past_key_value"))
 
 
 def test_recording_leaves_the_skeleton_as_it_was(sources: Sources) -> None:

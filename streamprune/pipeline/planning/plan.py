@@ -79,7 +79,7 @@ def plan_layers(source: Source, pattern: NMPattern) -> tuple[tuple[dict[str, Lay
     blocks: list[dict[str, LayerPlan]] = []
     dense: dict[str, str] = {}
     for block in source.blocks:
-        dense.update(dict.fromkeys(block.ungrouped, "no input group of this architecture names it"))
+        dense.update(block.ungrouped)
         fits = {name: view for name, view in block.layers.items() if view.shape[1] % pattern.group_size == 0}
         blocks.append({name: _plan_layer(source, view, pattern) for name, view in fits.items()})
         for name, view in block.layers.items():
@@ -98,6 +98,9 @@ def make_plan(
 
     Without validation calibration does not matter. Raises SettingsError where the job cannot fit.
     """
+    if config.residual and source.skeleton.architecture.residual is None:
+        kind = source.skeleton.model.config.model_type
+        raise SettingsError(f"shuffle residual: is not known of model type {kind!r}; give a --shuffle without residual")
     length = fitting_length(calibration.sequence_length, source.skeleton.positions) if config.validate else 0
     blocks, dense = plan_layers(source, config.pattern)
     shapes = [{name: layer.shape for name, layer in block.items()} for block in blocks]
