@@ -99,9 +99,14 @@ def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
 
 def forward_settings(config: PretrainedConfig) -> dict[str, Any]:
     """All of a config that reaches the forward, as plain data for JSON: two equal ones make the same model."""
+    return {"model_type": config.model_type, **_of_forward(config.to_dict())}
+
+
+def _of_forward(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that reach the forward, those of configs inside the config too."""
     unimportant = NOT_OF_THE_FORWARD | {"use_cache"}  # the skeleton switches it off
-    settings = {name: value for name, value in config.to_dict().items() if name not in unimportant}
-    return {"model_type": config.model_type, **settings}
+    important = {name: value for name, value in settings.items() if name not in unimportant}
+    return {name: _of_forward(value) if isinstance(value, dict) else value for name, value in important.items()}
 
 
 def model_type_in(values: Mapping[str, Any]) -> Any:

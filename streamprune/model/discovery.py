@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from streamprune.errors import UnsupportedModelError
@@ -40,10 +41,16 @@ class FoundBlock:
 
 @dataclass(frozen=True)
 class Found:
-    """The module path of the blocks' list inside the base model, the width of hidden states, and each block."""
+    """What the run has shown.
+
+    path     of the blocks' list, a module inside the base model
+    width    of hidden states
+    batched  whether what blocks are called with for one sequence serves several sequences at once
+    """
 
     path: str
     width: int
+    batched: bool
     blocks: tuple[FoundBlock, ...]
 
 
@@ -56,6 +63,7 @@ class _Run:
     calls: dict[tuple[int, str], list[Memory]] = field(default_factory=dict)
     touched: dict[tuple[int, str], str] = field(default_factory=dict)
     passed_on: set[Memory] = field(default_factory=set)  # what blocks returned beside hidden states
+    first: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what the first block was called with
     width: int = 0
     alive: list[torch.Tensor] = field(default_factory=list)
 
@@ -101,17 +109,20 @@ def discover(model: PreTrainedModel) -> Found:
     blocks = [*base.get_submodule(path).children()]
     run = _Run()
     linears = [_probed(block, index, run) for index, block in enumerate(blocks)]
-    for index, block in enumerate(blocks):
-        _watch(block, index, run)
+    hooks = [hook for index, block in enumerate(blocks) for hook in _watch(block, index, run)]
     embedding = model.get_input_embeddings().get_parameter("weight")
     with tensors_without_numbers(), torch.no_grad():
         state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in _tensors(base)}
         inputs = torch.empty(1, TOKENS, embedding.shape[1])
         functional_call(base, state, (), {"inputs_embeds": inputs, "use_cache": False})
+        for hook in hooks:
+            hook.remove()
+        first = {name.removeprefix(f"{path}.0."): tensor for name, tensor in state.items()}
+        batched = _serves_two(blocks[0], {name: first[name] for name, _ in _tensors(blocks[0])}, run)
     _check_order(run, len(blocks))
     returns = [returned for returned, _ in run.left]
     each = zip(range(len(blocks)), linears, returns, strict=True)
-    return Found(path, run.width, tuple(_found(run, *one) for one in each))
+    return Found(path, run.width, batched, tuple(_found(run, *one) for one in each))
 
 
 def _path_of_blocks(model: PreTrainedModel) -> str:
@@ -170,7 +181,7 @@ def _more_than_linear(module: nn.Linear) -> str | None:
     return None if same else f"its class, {kind.__name__}, computes something else than a linear layer"
 
 
-def _watch(block: nn.Module, index: int, run: _Run) -> None:
+def _watch(block: nn.Module, index: int, run: _Run) -> tuple[RemovableHandle, RemovableHandle]:
     """Note what a block is called with and returns. Raises UnsupportedModelError where more than hidden states goes on
     to later blocks.
     """
@@ -181,6 +192,7 @@ def _watch(block: nn.Module, index: int, run: _Run) -> None:
         if not isinstance(states, torch.Tensor) or states.ndim != 3:
             raise UnsupportedModelError("a block of this model is not called with hidden states first")
         run.entered.append((index, run.keep(states)))
+        run.first = run.first or (args, kwargs)
         run.width = states.shape[-1]
         before[:] = [_seen(args, kwargs)]
         if run.passed_on & {memory for memory in before[0][0] if isinstance(memory, tuple)}:
@@ -195,14 +207,35 @@ def _watch(block: nn.Module, index: int, run: _Run) -> None:
         run.left.append((1 + len(more) if isinstance(output, tuple) else None, run.keep(first)))
         run.passed_on |= {run.keep(leaf) for leaf in tree_flatten(more)[0] if isinstance(leaf, torch.Tensor)}
 
-    block.register_forward_pre_hook(entering, with_kwargs=True)
-    block.register_forward_hook(leaving, with_kwargs=True)
+    return (
+        block.register_forward_pre_hook(entering, with_kwargs=True),
+        block.register_forward_hook(leaving, with_kwargs=True),
+    )
 
 
 def _seen(*arguments: Any) -> tuple[list[Any], Any]:
     """What a block is called with, to compare: tensors by their memory, which counts what is written into it."""
     leaves, structure = tree_flatten(arguments)
     return [memory_of(leaf) if isinstance(leaf, torch.Tensor) else id(leaf) for leaf in leaves], structure
+
+
+def _serves_two(block: nn.Module, state: dict[str, torch.Tensor], run: _Run) -> bool:
+    """Whether the first block takes two sequences with what it was called with for one: some masks have no place for
+    more (bloom's).
+    """
+    if run.first is None:
+        return False
+    args, kwargs = run.first
+    two = (torch.cat([args[0]] * 2), *args[1:]) if args else ()
+    named = kwargs if args else {**kwargs, "hidden_states": torch.cat([kwargs["hidden_states"]] * 2)}
+    calls, run.calls = run.calls, {}
+    try:
+        functional_call(block, state, two, named)
+    except RuntimeError:
+        return False
+    finally:
+        run.calls = calls
+    return True
 
 
 def _check_order(run: _Run, count: int) -> None:

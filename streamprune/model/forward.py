@@ -96,7 +96,7 @@ def embedded(skeleton: Skeleton, rows: torch.Tensor) -> torch.Tensor:
     if type(module) is nn.Embedding:
         return rows
     lookup = copy.copy(module)
-    lookup.padding_idx = None  # which need not be among the rows
+    lookup.__dict__["padding_idx"] = None  # which need not be among the rows
     with torch.inference_mode():
         return functional_call(lookup, {"weight": rows}, (torch.arange(len(rows)),))
 

@@ -6,7 +6,7 @@ something, it is found there first, and mended here.
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import get_configuration_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.utils.logging import warning_once
+
+from streamprune.errors import UnsupportedModelError
 
 __all__ = [
     "CONFIG_MAPPING",
@@ -36,6 +40,7 @@ __all__ = [
     "empty_model",
     "get_configuration_file",
     "memory_of",
+    "name_while_loading",
     "pass_on",
     "tensors_without_numbers",
     "tied_parameters",
@@ -73,6 +78,24 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def name_while_loading(model: PreTrainedModel) -> Callable[[str], str]:
+    """What from_pretrained makes of a checkpoint's name of a tensor: old ones are new ones.
+
+    Raises UnsupportedModelError, when it is called, for a tensor that from_pretrained makes into another.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+
+    def renamed(name: str) -> str:
+        new, converted = rename_source_key(name, renamings, converters)
+        if converted is not None:
+            raise UnsupportedModelError(f"{name}: transformers merges or splits it while loading; not supported yet")
+        return str(new)
+
+    return renamed
+
+
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that share another's tensor: name to the name that is stored."""
     tied: dict[str, Any] = model.all_tied_weights_keys
@@ -95,7 +118,7 @@ def tensors_without_numbers() -> Iterator[None]:
 def memory_of(tensor: torch.Tensor) -> Memory:
     """What two tensors that are alive have in common where they hold the same numbers at the same place, now."""
     storage = tensor.untyped_storage()._cdata
-    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor._version
+    return storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor._version
 
 
 # What transformers warns of is heard whatever its verbosity is, and passed on through our own logger, in one line each.

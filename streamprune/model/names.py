@@ -9,6 +9,7 @@ from streamprune.checkpoint.packed import packed_shape
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError
+from streamprune.model.library import name_while_loading
 from streamprune.model.skeleton import Skeleton
 
 logger = logging.getLogger("streamprune")
@@ -24,13 +25,14 @@ def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
     A checkpoint of the base model lacks the prefix ("decoder.layers..." for "model.decoder.layers..."). Raises
     CheckpointError for a parameter without tensor or with one of another shape; tensors without parameter are logged.
     """
-    shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
+    shapes, renamed = skeleton.shapes, name_while_loading(skeleton.model)
     prefix = skeleton.base_prefix
     tied = skeleton.tied
     names: dict[str, str] = {}
     unknown = []
     for name in checkpoint.tensors:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
+        new = renamed(name)
+        candidates = (new, prefix + new, new.removeprefix(prefix))
         parameter = next((candidate for candidate in candidates if candidate in shapes), None)
         if parameter is None:
             unknown.append(name)
@@ -70,10 +72,10 @@ def output_names(skeleton: Skeleton, checkpoint: Checkpoint, packed: Mapping[str
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
     for name in sorted(expected):
-        shape = skeleton.model.get_parameter(name).shape
+        shape = skeleton.shapes[name]
         layer = name.removesuffix(".weight")
         stored = packed_shape(checkpoint, layer, packed[layer]) if name in pruned else checkpoint.tensors[name].shape
-        if tuple(shape) != tuple(stored):
+        if shape != tuple(stored):
             raise CheckpointError(f"{checkpoint.folder}: {name} is {list(stored)}, config.json makes it {list(shape)}")
     return {name: name for name in sorted(expected - pruned)}
 

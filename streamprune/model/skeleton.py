@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import Architecture, Fold, architecture_of
+from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
 from streamprune.model.configuration import model_config, one_line
 from streamprune.model.discovery import FoundBlock, discover
 from streamprune.model.library import buffer_bytes, empty_model, pass_on, tied_parameters, warnings_heard
@@ -80,13 +80,15 @@ class Block:
 class Skeleton:
     """A causal LM on the meta device, in evaluation mode.
 
-    path is the module of its blocks' list, hidden_size the width of the states that go through them.
+    path is the module of its blocks' list, hidden_size the width of the states that go through them. `batched`: several
+    sequences may go through a block at once, and become what each would alone.
     """
 
     model: PreTrainedModel
     architecture: Architecture
     path: str
     hidden_size: int
+    batched: bool
     blocks: tuple[Block, ...]
 
     @cached_property
@@ -119,8 +121,12 @@ class Skeleton:
     def outer_parameters(self) -> tuple[str, ...]:
         """Full names of the parameters outside all blocks, tied ones once."""
         inside = {name for block in self.blocks for name in block.parameters}
-        names = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
-        return tuple(name for name in names if name not in inside and name not in self.tied)
+        return tuple(name for name in self.shapes if name not in inside and name not in self.tied)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all that is stored, tied parameters too: parameters, and buffers that are no constants of the class."""
+        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
 
     @cached_property
     def tied(self) -> dict[str, str]:
@@ -162,14 +168,14 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     pass_on(where, warnings)
     architecture = architecture_of(config.model_type)
     path = f"{model.base_model_prefix}.{found.path}"
-    modules = model.get_submodule(path).children()
-    each = zip(range(len(found.blocks)), modules, found.blocks, strict=True)
-    blocks = tuple(_block(f"{path}.{number}", number, *one, architecture) for number, *one in each)
-    return Skeleton(model, architecture, path, found.width, blocks)
+    modules = [*model.get_submodule(path).children()]
+    blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))
+    batched = found.batched and config.model_type in ARCHITECTURES  # as tests show of these
+    return Skeleton(model, architecture, path, found.width, batched, blocks)
 
 
 def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:
-    parameters = tuple(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
+    parameters = tuple(f"{name}.{parameter}" for parameter in module.state_dict(keep_vars=True))
     folds = {fold.layer: fold for fold in architecture.folds}
     grouped = {layer for group in found.groups for layer in group}
     groups = []

@@ -106,6 +106,7 @@ def make_plan(
     shapes = [{name: layer.shape for name, layer in block.items()} for block in blocks]
     sizes = Sizes(source, shapes, length, arithmetic.dtype, arithmetic.device.type == "cuda")
     at_once = resources.micro_batch or max(1, TOKENS_AT_ONCE // max(length, 1))
+    at_once = at_once if source.skeleton.batched else 1
     pace = Pace(min(at_once, calibration.samples), min(resources.prefetch, len(blocks)))
     config, pace = fit_memory(sizes, config, pace, resources.limits)
     source_bytes = source.stored_bytes(source.names)
