@@ -132,8 +132,13 @@ def config_class_of(path: Path, values: Mapping[str, Any]) -> type[PretrainedCon
         raise CheckpointError(f"{path}: has no model_type; give the folder of a transformers checkpoint")
     if reason := next(_unsupported(name, values), None):
         code = "; it names Python code of its own (auto_map), which is never run" if values.get("auto_map") else ""
-        raise UnsupportedModelError(f"{path}: model type {name[:80]!r} is not supported: {reason}{code}")
+        raise unsupported(path, name, f"{reason}{code}")
     return CONFIG_MAPPING[name]
+
+
+def unsupported(path: object, model_type: str, reason: str) -> UnsupportedModelError:
+    """What is said of a model that cannot go through, by its name."""
+    return UnsupportedModelError(f"{path}: model type {model_type[:80]!r} is not supported: {reason}")
 
 
 def _unsupported(name: str, values: Mapping[str, Any]) -> Iterator[str]:
@@ -146,7 +151,8 @@ def _unsupported(name: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield "it is made for masked or translated text, not for going on with one"
     if "text_config" in config_class.sub_configs:
         yield "it wraps a language model; its text part alone can be pruned yet"
-    experts = (key for key, value in values.items() if "expert" in key and type(value) is int and value > 1)
+    counts = {key: values.get(key, getattr(config_class, key, None)) for key in config_fields(config_class)}
+    experts = (key for key, value in counts.items() if "expert" in key and type(value) is int and value > 1)
     if field := next(experts, None):
         yield f"mixtures of experts are not supported yet ({field})"
 

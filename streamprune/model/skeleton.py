@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
-from streamprune.model.configuration import model_config, one_line
+from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import FoundBlock, discover
 from streamprune.model.library import buffer_bytes, empty_model, pass_on, tied_parameters, warnings_heard
 from streamprune.model.weights import WeightView
@@ -162,7 +162,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
             model = empty_model(config).eval()
             found = discover(model)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{where}: {error}") from error
+            raise unsupported(where, config.model_type, str(error)) from error
         except Exception as error:
             raise CheckpointError(f"{where}: makes no model ({one_line(error)})") from error
     pass_on(where, warnings)

@@ -84,7 +84,7 @@ def prune_block(
         del shared
         results.update(dict.fromkeys(group.names, result))
         if result.permutation is not None and can_fold(group, heads, config):
-            folded += _fold(block, group, result.permutation, inside)
+            folded += folded_permutations(block, group, result.permutation, inside)
     views = {name: view for name, view in block.layers.items() if name in results}
     rows = {tensor: f.permutation for f in folded for tensor, dim in f.reorders if dim == 0}
     folded_inputs = {tensor for f in folded for tensor, dim in f.reorders if dim == 1}
@@ -140,7 +140,10 @@ def _fold_heads(group: LayerGroup, heads: Heads, config: PruneConfig) -> Heads |
     return heads if group.per_head and can_fold(group, heads, config) else None
 
 
-def _fold(block: Block, group: LayerGroup, permutation: torch.Tensor, heads: Heads | None) -> list[FoldedPermutation]:
+def folded_permutations(
+    block: Block, group: LayerGroup, permutation: torch.Tensor, heads: Heads | None
+) -> list[FoldedPermutation]:
+    """How a permutation int64 [in] of a group's input folds into its producers; `heads`: it stays inside these."""
     producers = [block.layers[name].parameter for name in group.producers]
     biases = [f"{name}.bias" for name in group.producers]
     rows = tuple((tensor, 0) for pair in zip(producers, biases, strict=True) for tensor in pair)
