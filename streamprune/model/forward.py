@@ -24,7 +24,7 @@ class _StopForward(Exception):
     """Raised by the last recorder: what comes after the blocks is not run."""
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """Takes a block's place; attributes that the model looks up there are the block's."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -38,7 +38,7 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["block"], name)
 
 
-class _Recorder(_StandIn):
+class _Recorder(StandIn):
     """Keeps what a block is called with and passes the hidden states on; the last one ends the forward."""
 
     def __init__(self, block: nn.Module, returns: int | None, last: bool) -> None:
@@ -54,7 +54,7 @@ class _Recorder(_StandIn):
         return returned(hidden_states, self.returns)
 
 
-class _Substitute(_StandIn):
+class _Substitute(StandIn):
     """Returns the given hidden states in place of the first block's output; without them passes its input on."""
 
     def __init__(self, block: nn.Module, returns: int | None, states: torch.Tensor | None) -> None:
