@@ -103,15 +103,13 @@ def discover(model: PreTrainedModel) -> Found:
     path = _path_of_blocks(model)
     if named := next((n for n, _ in model.named_parameters() if f".{EXPERTS}." in f".{n}."), None):
         raise UnsupportedModelError(f"{named}: mixtures of experts are not supported yet")
-    if shared := _shared_weight(model, path):
-        raise UnsupportedModelError(f"{shared}: a block's weight has a second place in the model")
     base = copy.deepcopy(model.base_model)  # the run puts modules in places, and may leave buffers without numbers
     blocks = [*base.get_submodule(path).children()]
     run = _Run()
     linears = [_probed(block, index, run) for index, block in enumerate(blocks)]
     hooks = [hook for index, block in enumerate(blocks) for hook in _watch(block, index, run)]
     embedding = model.get_input_embeddings().get_parameter("weight")
-    with tensors_without_numbers(), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), tensors_without_numbers():
         state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in _tensors(base)}
         inputs = torch.empty(1, TOKENS, embedding.shape[1])
         functional_call(base, state, (), {"inputs_embeds": inputs, "use_cache": False})
@@ -141,8 +139,9 @@ def _path_of_blocks(model: PreTrainedModel) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _shared_weight(model: PreTrainedModel, path: str) -> str | None:
+def shared_weight(model: PreTrainedModel) -> str | None:
     """A parameter inside the blocks that is a parameter elsewhere, too."""
+    path = _path_of_blocks(model)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -5,6 +5,7 @@ blocks' places, so nothing about masks or position embeddings is spelled here.
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -129,9 +130,12 @@ def run_tail(
     # The first substitute ignores what it is given, so embeddings that are none spare the embedding matrix; a model
     # that used them behind its blocks would give losses that are no numbers.
     none = states.new_full((1, states.shape[1], skeleton.embedding_shape[1]), math.nan)
-    inputs = {"inputs_embeds": none, "use_cache": False, "logits_to_keep": positions}
+    inputs = {"inputs_embeds": none, "use_cache": False, "return_dict": True}
+    picks = "logits_to_keep" in inspect.signature(type(skeleton.model).forward).parameters
+    inputs |= {"logits_to_keep": positions} if picks else {}
     with _blocks_replaced(skeleton, substitutes), torch.inference_mode():
-        return functional_call(skeleton.model, {**buffers, **outer, **tied}, (), inputs).logits[0]
+        logits = functional_call(skeleton.model, {**buffers, **outer, **tied}, (), inputs).logits[0]
+    return logits if picks else logits[positions]
 
 
 def arguments_equal(one: Any, other: Any) -> bool:

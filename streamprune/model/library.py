@@ -35,7 +35,7 @@ __all__ = [
     "MODEL_FOR_MASKED_LM_MAPPING",
     "Memory",
     "PretrainedConfig",
-    "buffer_bytes",
+    "bare_model",
     "config_fields",
     "empty_model",
     "get_configuration_file",
@@ -57,15 +57,14 @@ def config_fields(config_class: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
 
 
-def buffer_bytes(config: PretrainedConfig) -> int:
-    """Bytes of a causal LM's buffers, found without making them."""
+def bare_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal LM of which nothing takes memory, buffers neither: to see what it would take."""
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal LM with parameters on the meta device and buffers as they are computed.
+    """A causal LM with parameters on the meta device and buffers as they are computed. What shared a parameter may not.
 
     While it is made, modules that other threads make are not initialised either: both libraries switch that for the
     whole process.
@@ -118,7 +117,8 @@ def tensors_without_numbers() -> Iterator[None]:
 def memory_of(tensor: torch.Tensor) -> Memory:
     """What two tensors that are alive have in common where they hold the same numbers at the same place, now."""
     storage = tensor.untyped_storage()._cdata
-    return storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), tensor._version
+    version = 0 if tensor.is_inference() else tensor._version
+    return storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), version
 
 
 # What transformers warns of is heard whatever its verbosity is, and passed on through our own logger, in one line each.

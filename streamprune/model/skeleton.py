@@ -15,8 +15,8 @@ from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
 from streamprune.model.configuration import model_config, one_line, unsupported
-from streamprune.model.discovery import FoundBlock, discover
-from streamprune.model.library import buffer_bytes, empty_model, pass_on, tied_parameters, warnings_heard
+from streamprune.model.discovery import FoundBlock, discover, shared_weight
+from streamprune.model.library import bare_model, empty_model, pass_on, tied_parameters, warnings_heard
 from streamprune.model.weights import WeightView
 
 MAX_BUFFER_BYTES = 1 << 30  # such as rotary frequencies; a config may ask for any number
@@ -157,8 +157,11 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
         config = model_config(folder, checkpoint)
         config.use_cache = False
         try:
-            if (needed := buffer_bytes(config)) > MAX_BUFFER_BYTES:
-                raise UnsupportedModelError(f"its model has {needed} bytes of buffers, which are not stored")
+            bare = bare_model(config)
+            if (needed := sum(buffer.numel() * buffer.itemsize for buffer in bare.buffers())) > MAX_BUFFER_BYTES:
+                raise UnsupportedModelError(f"its model has {needed} bytes of buffers")
+            if name := shared_weight(bare):
+                raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
             model = empty_model(config).eval()
             found = discover(model)
         except UnsupportedModelError as error:
