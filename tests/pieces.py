@@ -32,7 +32,10 @@ def runnable(source: Source, index: int, inputs: BlockInputs) -> RunnableBlock:
 
 def logits_in_pieces(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [tokens, vocabulary] of one sequence [1, tokens], block by block."""
-    source = open_dense(folder)
+    return logits_of(open_dense(folder), tokens)
+
+
+def logits_of(source: Source, tokens: torch.Tensor) -> torch.Tensor:
     inputs = recorded(source, tokens)
     states = inputs.hidden_states
     for index in range(len(source.blocks)):
