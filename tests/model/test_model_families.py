@@ -14,7 +14,7 @@ import families
 import pytest
 import tiny
 import torch
-from pieces import TOKENS, logits_of
+from pieces import TOKENS, logits_of, recorded, runnable
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from streamprune.errors import CheckpointError
@@ -77,6 +77,21 @@ def test_every_fold_of_the_table_leaves_the_logits(name: str, tmp_path: Path) ->
     for left in tensors:
         others = {name: tensor for name, tensor in tensors.items() if name != left}
         assert float((logits(model, others) - expected).abs().max()) > 1e-5, left
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_sequences_become_the_same_together_and_alone(name: str, tmp_path: Path) -> None:
+    """Bit by bit, or they go one by one (bloom's)."""
+    source = open_dense(families.write_family(tmp_path, name))
+    assert source.skeleton.batched == (name != "bloom")
+    tokens = torch.arange(2 * 40).view(2, 40) % 64
+    inputs = [recorded(source, row[None]) for row in tokens]
+    states = torch.cat([one.hidden_states for one in inputs])
+    for index in range(len(source.blocks) if source.skeleton.batched else 0):
+        block = runnable(source, index, inputs[0])
+        together = block.run(states)
+        assert torch.equal(together, torch.cat([block.run(one[None]) for one in states]))
+        states = together
 
 
 def other_values(config: PretrainedConfig, field: str) -> Iterator[Any]:
