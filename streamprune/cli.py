@@ -13,7 +13,7 @@ from typing import Any, get_args
 import click
 
 import streamprune
-from streamprune.config import CHOICES, PruneConfig
+from streamprune.config import CHOICES, MIN_COVERAGE, PruneConfig
 from streamprune.endings import ResultLost, end_on_signals, guard_streams, one_line_errors, stop_on_signals
 from streamprune.errors import EXIT_CODES, OutputError, SettingsError
 from streamprune.summaries import (
@@ -295,6 +295,14 @@ RESOURCES = _options(
         default=1,
         show_default=True,
         help="Most blocks read ahead; results do not depend on it.",
+    ),
+    click.option(
+        "--min-coverage",
+        type=number,
+        default=MIN_COVERAGE,
+        show_default=True,
+        help="Least share of the blocks' matrices that must be layers which some pattern prunes, 0 to 1; a model of "
+        "which less can be pruned is refused before it starts.",
     ),
 )
 

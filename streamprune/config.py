@@ -43,6 +43,7 @@ MAX_BYTES = 2**63 - 1
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
 DEFAULT_CORRECTION = 0.2
+MIN_COVERAGE = 0.9  # of the blocks' matrices
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ NUMBERS = {
     "correction_stride": Bounds(1, MAX_COUNT),
     "moments_width": Bounds(64, MAX_COUNT),
     "max_block_error": Bounds(0, 10**6, whole=False, optional=True),
+    "min_coverage": Bounds(0, 1, whole=False),
 }
 FLAGS = frozenset({"progress", "quick", "reconstruct", "refine", "relative", "restart", "validate"})
 
@@ -217,7 +219,7 @@ class PruneConfig:
         self._set("refine", self.validate if self.refine is None else self.refine)
         check_settings(refine=self.refine)
         for name, bounds in NUMBERS.items():  # 1 and 1.0 are one setting, and the same bytes in the manifest
-            if not bounds.whole and getattr(self, name) is not None:
+            if not bounds.whole and getattr(self, name, None) is not None:
                 self._set(name, float(getattr(self, name)))
         if not self.validate:
             self._check_needs_no_text()

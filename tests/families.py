@@ -10,6 +10,8 @@ import tiny
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from streamprune.model.source import Source
+
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 GPT = {"vocab_size": tiny.VOCABULARY, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, **NO_TOKENS}
 PLAIN = {
@@ -66,3 +68,22 @@ def write_family(folder: Path, model_type: str, **changes: Any) -> Path:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**FAMILIES[model_type], **changes})
     return tiny.write_model(folder, AutoModelForCausalLM.from_config(config), torch.float32)
+
+
+HEAD = (
+    "| model type | of the blocks' matrices | permutation folded | permutation stored | notes |\n|---|---|---|---|---|"
+)
+
+
+def row_of(source: Source, coverage: float) -> str:
+    """A family's row of docs/models.md: what of its blocks is pruned, and where permutations go."""
+    block, skeleton = source.blocks[0], source.skeleton
+    groups = {
+        ", ".join(name.rpartition(".")[2] for name in group.names): bool(group.producers) for group in block.groups
+    }
+    folded, stored = ("; ".join(name for name, folds in groups.items() if folds is wanted) for wanted in (True, False))
+    notes = ["`--shuffle residual`"] * (skeleton.architecture.residual is not None)
+    notes += ["one sequence at a time"] * (not skeleton.batched)
+    notes += [f"dense: {', '.join(map(block.local, block.ungrouped))}"] * bool(block.ungrouped)
+    cells = f"`{skeleton.model.config.model_type}`", f"{coverage:.1%}", folded, stored, "; ".join(notes)
+    return f"| {' | '.join(cells)} |"

@@ -294,7 +294,7 @@ FROM_ONE = {
     "samples", "sequence_length", "max_tokens", "micro_batch", "shuffle_block", "entropy_bins", "correction_stride",
     "moments_width", "max_memory", "max_device_memory",
 }  # fmt: skip
-FROM_ZERO = {"seed", "prefetch", "alpha", "shrinkage", "correction", "max_block_error"}
+FROM_ZERO = {"seed", "prefetch", "alpha", "shrinkage", "correction", "max_block_error", "min_coverage"}
 TEXTS = {
     "out", "calibration", "pattern", "metric", "shuffle", "fold", "objective", "entropy_range", "amplitude",
     "on_excess", "device", "dtype", "scratch", "source", "text", "text_column", "to",

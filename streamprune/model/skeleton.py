@@ -55,8 +55,9 @@ class LayerGroup:
 class Block:
     """A transformer block: its module's name, its parameters by full name, and its input groups.
 
-    No weight that is pruned lies outside `groups`. `ungrouped` are linear layers that cannot be replaced by packed
-    ones, with reasons; `returns` how many values the block returns in a tuple, or None: hidden states alone.
+    No weight that is pruned lies outside `groups`. `ungrouped` are its other matrices, by their layers' names, with the
+    reasons why no packed layer can replace them; `returns` how many values the block returns in a tuple, or None:
+    hidden states alone.
     """
 
     index: int
@@ -141,6 +142,15 @@ class Skeleton:
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or self.hidden_size // heads))
 
+    @cached_property
+    def views(self) -> dict[str, WeightView]:
+        """The weights of all groups of all blocks, by their layers' full names."""
+        return {name: view for block in self.blocks for name, view in block.layers.items()}
+
+    def parameter_of(self, name: str) -> str:
+        """The parameter that a block's layer, or what else it leaves dense, has its weight in."""
+        return self.views[name].parameter if name in self.views else name if name in self.shapes else f"{name}.weight"
+
     def module(self, block: Block) -> nn.Module:
         """The meta module of a block."""
         return self.model.get_submodule(block.name)
@@ -189,8 +199,20 @@ def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architec
         producers = tuple(f"{name}.{producer}" for producer in fold.producers)
         views = tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers)
         groups.append(LayerGroup(views, producers, fold.per_head, fold.times))
-    ungrouped = {f"{name}.{layer}": reason for layer, reason in found.dense.items()}
+    dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys())}
+    ungrouped = {f"{name}.{layer}": reason for layer, reason in dense.items()}
     return Block(index, name, parameters, tuple(groups), ungrouped, found.returns)
+
+
+def _other_matrices(module: nn.Module, linears: set[str]) -> dict[str, str]:
+    """Matrices of a block that are no linear layers' weights, by their layers' or their own names, with the reason."""
+    others = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        layer = name.removesuffix(".weight")
+        if tensor.ndim > 1 and layer not in linears:
+            kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            others[layer] = f"{kind} is no linear layer"
+    return others
 
 
 def _view(block: str, layer: str, module: nn.Module) -> WeightView:
