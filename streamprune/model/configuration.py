@@ -152,7 +152,7 @@ def _unsupported(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     if "text_config" in config_class.sub_configs:
         yield "it wraps a language model; its text part alone can be pruned yet"
     counts = {key: values.get(key, getattr(config_class, key, None)) for key in config_fields(config_class)}
-    experts = (key for key, value in counts.items() if "expert" in key and type(value) is int and value > 1)
+    experts = (key for key, value in sorted(counts.items()) if "expert" in key and type(value) is int and value > 1)
     if field := next(experts, None):
         yield f"mixtures of experts are not supported yet ({field})"
 
@@ -195,11 +195,12 @@ def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, config_class: typ
     for name in (*DIMENSIONS, *COUNTS[1:]):
         if (value := given.get(name, 0)) > largest:
             yield f"{shown[name]} is {value}, beyond the largest dimension of any tensor, {largest}"
-    for name, value in values.items():
-        if type(value) is int and value > largest and not any(part in name for part in NO_DIMENSIONS):
-            yield f"{name} is {value}, beyond the largest dimension of any tensor, {largest}"
-        elif type(value) is int and value > MAX_LENGTH:
-            yield f"{name} is {value}, beyond all sequences"
+    sizes = config_fields(config_class) - NOT_OF_THE_FORWARD
+    for name in sorted(name for name in sizes if type(values.get(name)) is int):
+        if values[name] > largest and not any(part in name for part in NO_DIMENSIONS):
+            yield f"{name} is {values[name]}, beyond the largest dimension of any tensor, {largest}"
+        elif values[name] > MAX_LENGTH:
+            yield f"{name} is {values[name]}, beyond all sequences"
     heads, hidden = given.get("num_attention_heads"), given.get("hidden_size")
     if heads and hidden and hidden % heads and not values.get("head_dim"):
         yield f"{shown['hidden_size']} {hidden} is not a multiple of {shown['num_attention_heads']} {heads}"
