@@ -1,4 +1,4 @@
-"""What a model's blocks are, found by running its own forward once on tensors that have shapes and no numbers.
+"""What a model's blocks are, found by running its own forward once, its blocks on tensors that have no numbers.
 
 Where the blocks' list lies, which linear layers of a block share an input, how a block is called and what it returns.
 The run takes no memory for weights, whatever the size of the model. What the streamed passes rely on is checked in it:
@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.model.library import Memory, memory_of, tensors_without_numbers, tree_flatten
+from streamprune.model.library import Memory, memory_of, tensors_without_numbers, tree_flatten, tree_map
+from streamprune.model.stand_in import StandIn
 
 TOKENS = 8  # of the run: more than one, so that no dimension of 1 stands for them
 CALLED_ONCE = "is not called once, and alone, when its block runs"
@@ -58,18 +58,15 @@ class Found:
 class _Run:
     """What is seen while the forward runs; tensors in `alive` keep their memory, so that it is not used again."""
 
-    entered: list[tuple[int, Memory]] = field(default_factory=list)
-    left: list[tuple[int | None, Memory]] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    returns: list[int | None] = field(default_factory=list)
+    left: Memory | None = None  # of what the last block returned
+    passed_on: list[torch.Tensor] = field(default_factory=list)  # what blocks returned beside hidden states
     calls: dict[tuple[int, str], list[Memory]] = field(default_factory=dict)
     touched: dict[tuple[int, str], str] = field(default_factory=dict)
-    passed_on: set[Memory] = field(default_factory=set)  # what blocks returned beside hidden states
-    first: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what the first block was called with
     width: int = 0
+    batched: bool = True
     alive: list[torch.Tensor] = field(default_factory=list)
-
-    def keep(self, tensor: torch.Tensor) -> Memory:
-        self.alive.append(tensor)
-        return memory_of(tensor)
 
 
 class _Probe(nn.Module):
@@ -92,8 +89,92 @@ class _Probe(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"{self.place[1]} is given {x.shape[-1]} channels and takes {self.in_features}")
-        self.run.calls.setdefault(self.place, []).append(self.run.keep(x))
+        self.run.alive.append(x)
+        self.run.calls.setdefault(self.place, []).append(memory_of(x))
         return x.new_empty((*x.shape[:-1], self.out_features))
+
+
+class _Stage(StandIn):
+    """A block's place: the block is run on tensors without numbers, and zeros go on in place of what it returns.
+
+    So what lies around the blocks has numbers, on which some of it depends: the longest position, say.
+    """
+
+    def __init__(self, block: nn.Module, index: int, run: _Run) -> None:
+        super().__init__(block)
+        self.__dict__.update(index=index, run=run)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.run
+        states = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(states, torch.Tensor) or states.ndim != 3:
+            raise UnsupportedModelError("a block of this model is not called with hidden states first")
+        if any(leaf is other for leaf in tree_flatten((args, kwargs))[0] for other in run.passed_on):
+            raise UnsupportedModelError("a block of this model is given more of the one before it than hidden states")
+        if run.left is not None and run.left != memory_of(states):
+            raise UnsupportedModelError("this model changes hidden states between its blocks")
+        run.order.append(self.index)
+        run.width = states.shape[-1]
+        with tensors_without_numbers():
+            output = _run_block(self.block, args, kwargs, run)
+        first, *more = output if isinstance(output, tuple) else (output,)
+        if not isinstance(first, torch.Tensor) or first.shape != states.shape:
+            raise UnsupportedModelError(f"a block of this model returns {type(output).__name__}, not hidden states")
+        run.returns.append(1 + len(more) if isinstance(output, tuple) else None)
+        zeros = tree_map(_zeros, output)
+        states, *beside = zeros if isinstance(zeros, tuple) else (zeros,)
+        run.alive.append(states)
+        run.left = memory_of(states)
+        run.passed_on += [leaf for leaf in tree_flatten(beside)[0] if isinstance(leaf, torch.Tensor)]
+        return zeros
+
+
+def _zeros(leaf: Any) -> Any:
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _run_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: _Run) -> Any:
+    """What a block returns for arguments without numbers; the first one is tried with two sequences, too."""
+    empty: dict[int, torch.Tensor] = {}
+
+    def without_numbers(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return empty.setdefault(id(leaf), torch.empty(leaf.shape, dtype=leaf.dtype))
+
+    args, kwargs = tree_map(without_numbers, (args, kwargs))
+    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in _tensors(block)}
+    before = _seen(args, kwargs)
+    output = functional_call(block, state, args, kwargs)
+    if _seen(args, kwargs) != before:
+        raise UnsupportedModelError("a block of this model changes what it is called with")
+    if len(run.order) == 1:
+        run.batched = _serves_two(block, state, args, kwargs, run)
+    return output
+
+
+def _serves_two(
+    block: nn.Module, state: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], run: _Run
+) -> bool:
+    """Whether a block takes two sequences with what it is called with for one: some masks have no place for more
+    (bloom's).
+    """
+    two = (torch.cat([args[0]] * 2), *args[1:]) if args else ()
+    named = kwargs if args else {**kwargs, "hidden_states": torch.cat([kwargs["hidden_states"]] * 2)}
+    calls, run.calls = run.calls, {}
+    try:
+        functional_call(block, state, two, named)
+    except RuntimeError:
+        return False
+    finally:
+        run.calls = calls
+    return True
+
+
+def _seen(*arguments: Any) -> tuple[list[Any], Any]:
+    """What a block is called with, to compare: tensors by their memory, which counts what is written into it."""
+    leaves, structure = tree_flatten(arguments)
+    return [memory_of(leaf) if isinstance(leaf, torch.Tensor) else id(leaf) for leaf in leaves], structure
 
 
 def discover(model: PreTrainedModel) -> Found:
@@ -103,24 +184,23 @@ def discover(model: PreTrainedModel) -> Found:
     path = _path_of_blocks(model)
     if named := next((n for n, _ in model.named_parameters() if f".{EXPERTS}." in f".{n}."), None):
         raise UnsupportedModelError(f"{named}: mixtures of experts are not supported yet")
-    base = copy.deepcopy(model.base_model)  # the run puts modules in places, and may leave buffers without numbers
+    base: PreTrainedModel = copy.deepcopy(
+        model.base_model
+    )  # the run puts modules in places, and may leave other buffers
     blocks = [*base.get_submodule(path).children()]
     run = _Run()
     linears = [_probed(block, index, run) for index, block in enumerate(blocks)]
-    hooks = [hook for index, block in enumerate(blocks) for hook in _watch(block, index, run)]
-    embedding = model.get_input_embeddings().get_parameter("weight")
-    with torch.inference_mode(False), torch.no_grad(), tensors_without_numbers():
-        state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in _tensors(base)}
-        inputs = torch.empty(1, TOKENS, embedding.shape[1])
-        functional_call(base, state, (), {"inputs_embeds": inputs, "use_cache": False})
-        for hook in hooks:
-            hook.remove()
-        first = {name.removeprefix(f"{path}.0."): tensor for name, tensor in state.items()}
-        batched = _serves_two(blocks[0], {name: first[name] for name, _ in _tensors(blocks[0])}, run)
-    _check_order(run, len(blocks))
-    returns = [returned for returned, _ in run.left]
-    each = zip(range(len(blocks)), linears, returns, strict=True)
-    return Found(path, run.width, batched, tuple(_found(run, *one) for one in each))
+    for index, block in enumerate(blocks):
+        base.set_submodule(f"{path}.{index}", _Stage(block, index, run))
+    embedding = base.get_input_embeddings().get_parameter("weight")
+    with torch.inference_mode(False), torch.no_grad():
+        outer = {name: torch.zeros(p.shape) for name, p in base.named_parameters() if p is not embedding}
+        inputs = torch.zeros(1, TOKENS, embedding.shape[1])
+        functional_call(base, outer, (), {"inputs_embeds": inputs, "use_cache": False})
+    if run.order != [*range(len(blocks))]:
+        raise UnsupportedModelError(f"this model runs its blocks in another order than their list's: {run.order[:9]}")
+    each = zip(range(len(blocks)), linears, run.returns, strict=True)
+    return Found(path, run.width, run.batched, tuple(_found(run, *one) for one in each))
 
 
 def _path_of_blocks(model: PreTrainedModel) -> str:
@@ -178,72 +258,6 @@ def _more_than_linear(module: nn.Linear) -> str | None:
     except (RuntimeError, TypeError, ValueError, AttributeError):
         same = False
     return None if same else f"its class, {kind.__name__}, computes something else than a linear layer"
-
-
-def _watch(block: nn.Module, index: int, run: _Run) -> tuple[RemovableHandle, RemovableHandle]:
-    """Note what a block is called with and returns. Raises UnsupportedModelError where more than hidden states goes on
-    to later blocks.
-    """
-    before: list[Any] = []
-
-    def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(states, torch.Tensor) or states.ndim != 3:
-            raise UnsupportedModelError("a block of this model is not called with hidden states first")
-        run.entered.append((index, run.keep(states)))
-        run.first = run.first or (args, kwargs)
-        run.width = states.shape[-1]
-        before[:] = [_seen(args, kwargs)]
-        if run.passed_on & {memory for memory in before[0][0] if isinstance(memory, tuple)}:
-            raise UnsupportedModelError("a block of this model is given more of the one before it than hidden states")
-
-    def leaving(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        first, *more = output if isinstance(output, tuple) else (output,)
-        if not isinstance(first, torch.Tensor):
-            raise UnsupportedModelError(f"a block of this model returns {type(output).__name__}, not hidden states")
-        if _seen(args, kwargs) != before[0]:
-            raise UnsupportedModelError("a block of this model changes what it is called with")
-        run.left.append((1 + len(more) if isinstance(output, tuple) else None, run.keep(first)))
-        run.passed_on |= {run.keep(leaf) for leaf in tree_flatten(more)[0] if isinstance(leaf, torch.Tensor)}
-
-    return (
-        block.register_forward_pre_hook(entering, with_kwargs=True),
-        block.register_forward_hook(leaving, with_kwargs=True),
-    )
-
-
-def _seen(*arguments: Any) -> tuple[list[Any], Any]:
-    """What a block is called with, to compare: tensors by their memory, which counts what is written into it."""
-    leaves, structure = tree_flatten(arguments)
-    return [memory_of(leaf) if isinstance(leaf, torch.Tensor) else id(leaf) for leaf in leaves], structure
-
-
-def _serves_two(block: nn.Module, state: dict[str, torch.Tensor], run: _Run) -> bool:
-    """Whether the first block takes two sequences with what it was called with for one: some masks have no place for
-    more (bloom's).
-    """
-    if run.first is None:
-        return False
-    args, kwargs = run.first
-    two = (torch.cat([args[0]] * 2), *args[1:]) if args else ()
-    named = kwargs if args else {**kwargs, "hidden_states": torch.cat([kwargs["hidden_states"]] * 2)}
-    calls, run.calls = run.calls, {}
-    try:
-        functional_call(block, state, two, named)
-    except RuntimeError:
-        return False
-    finally:
-        run.calls = calls
-    return True
-
-
-def _check_order(run: _Run, count: int) -> None:
-    order = [index for index, _ in run.entered]
-    if order != [*range(count)]:
-        raise UnsupportedModelError(f"this model runs its blocks in another order than their list's: {order[:9]}")
-    follow = zip(run.left, run.entered[1:], strict=False)
-    if not all(left == entered for (_, left), (_, entered) in follow):
-        raise UnsupportedModelError("this model changes hidden states between its blocks")
 
 
 def _found(run: _Run, index: int, linears: dict[str, str | None], returns: int | None) -> FoundBlock:

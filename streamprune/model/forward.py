@@ -19,24 +19,11 @@ from torch.func import functional_call
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.library import tree_flatten
 from streamprune.model.skeleton import Skeleton
+from streamprune.model.stand_in import StandIn
 
 
 class _StopForward(Exception):
     """Raised by the last recorder: what comes after the blocks is not run."""
-
-
-class StandIn(nn.Module):
-    """Takes a block's place; attributes that the model looks up there are the block's."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not a submodule: its parameters are not this module's
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
 
 
 class _Recorder(StandIn):
