@@ -184,18 +184,17 @@ def discover(model: PreTrainedModel) -> Found:
     path = _path_of_blocks(model)
     if named := next((n for n, _ in model.named_parameters() if f".{EXPERTS}." in f".{n}."), None):
         raise UnsupportedModelError(f"{named}: mixtures of experts are not supported yet")
-    base: PreTrainedModel = copy.deepcopy(
-        model.base_model
-    )  # the run puts modules in places, and may leave other buffers
+    base: nn.Module = copy.deepcopy(model.base_model)  # its modules are replaced, and it may change its buffers
     blocks = [*base.get_submodule(path).children()]
     run = _Run()
     linears = [_probed(block, index, run) for index, block in enumerate(blocks)]
     for index, block in enumerate(blocks):
         base.set_submodule(f"{path}.{index}", _Stage(block, index, run))
-    embedding = base.get_input_embeddings().get_parameter("weight")
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]
     with torch.inference_mode(False), torch.no_grad():
-        outer = {name: torch.zeros(p.shape) for name, p in base.named_parameters() if p is not embedding}
-        inputs = torch.zeros(1, TOKENS, embedding.shape[1])
+        zero = torch.zeros(())  # expanded, it takes no memory
+        outer = {name: zero.expand(parameter.shape) for name, parameter in base.named_parameters()}
+        inputs = torch.zeros(1, TOKENS, width)
         functional_call(base, outer, (), {"inputs_embeds": inputs, "use_cache": False})
     if run.order != [*range(len(blocks))]:
         raise UnsupportedModelError(f"this model runs its blocks in another order than their list's: {run.order[:9]}")
