@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": {**WITH_HEADS, "attention_bias": True},
     "glm4": WITH_HEADS,
     "gpt_neox": PLAIN,
+    "gpt2": {**GPT, "n_inner": 48},
     "gptj": {**GPT, "n_inner": 48, "rotary_dim": 4},
     "granite": {**GROUPED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "hunyuan_v1_dense": {**WITH_HEADS},
@@ -78,10 +79,8 @@ HEAD = (
 def row_of(source: Source, coverage: float) -> str:
     """A family's row of docs/models.md: what of its blocks is pruned, and where permutations go."""
     block, skeleton = source.blocks[0], source.skeleton
-    groups = {
-        ", ".join(name.rpartition(".")[2] for name in group.names): bool(group.producers) for group in block.groups
-    }
-    folded, stored = ("; ".join(name for name, folds in groups.items() if folds is wanted) for wanted in (True, False))
+    groups = [(", ".join(map(block.local, group.names)), bool(group.producers)) for group in block.groups]
+    folded, stored = ("; ".join(names for names, folds in groups if folds is wanted) for wanted in (True, False))
     notes = ["`--shuffle residual`"] * (skeleton.architecture.residual is not None)
     notes += ["one sequence at a time"] * (not skeleton.batched)
     notes += [f"dense: {', '.join(map(block.local, block.ungrouped))}"] * bool(block.ungrouped)

@@ -116,6 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi": Architecture((Fold("self_attn.dense", ("self_attn.v_proj",), per_head=True), Fold("mlp.fc2", ("mlp.fc1",)))),
     "starcoder2": Architecture((_ATTENTION, Fold("mlp.c_proj", ("mlp.c_fc",)))),
     "gptj": Architecture((Fold("attn.out_proj", ("attn.v_proj",), per_head=True), Fold("mlp.fc_out", ("mlp.fc_in",)))),
+    "gpt2": Architecture((Fold("mlp.c_proj", ("mlp.c_fc",)),)),
     **dict.fromkeys(("bloom", "falcon", "gpt_neox"), Architecture(_BESIDE_FUSED)),
     "mpt": Architecture((Fold("ffn.down_proj", ("ffn.up_proj",)),)),
 }

@@ -17,7 +17,15 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from streamprune.errors import UnsupportedModelError
-from streamprune.model.library import Memory, memory_of, tensors_without_numbers, tree_flatten, tree_map
+from streamprune.model.library import (
+    Conv1D,
+    Memory,
+    linear_shape,
+    memory_of,
+    tensors_without_numbers,
+    tree_flatten,
+    tree_map,
+)
 from streamprune.model.stand_in import StandIn
 
 TOKENS = 8  # of the run: more than one, so that no dimension of 1 stands for them
@@ -72,11 +80,11 @@ class _Run:
 class _Probe(nn.Module):
     """A linear layer's place: notes its inputs, and whether anything else than a call is done with it."""
 
-    def __init__(self, linear: nn.Linear, place: tuple[int, str], run: _Run) -> None:
+    def __init__(self, linear: nn.Module, place: tuple[int, str], run: _Run) -> None:
         super().__init__()
         self.__dict__.update(linear=linear, place=place, run=run)  # no submodule
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._parameters["bias"] = linear.bias
+        self.out_features, self.in_features = linear_shape(linear) or (0, 0)
+        self._parameters["bias"] = linear._parameters["bias"]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -235,7 +243,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _probed(block: nn.Module, index: int, run: _Run) -> dict[str, str | None]:
     """Put probes in the places of a block's linear layers; their names, with the reason of those that stay."""
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in block.named_modules() if linear_shape(module)}
     reasons = {name: _more_than_linear(module) for name, module in linears.items()}
     for name, reason in reasons.items():
         if reason is None:
@@ -243,10 +251,10 @@ def _probed(block: nn.Module, index: int, run: _Run) -> dict[str, str | None]:
     return reasons
 
 
-def _more_than_linear(module: nn.Linear) -> str | None:
+def _more_than_linear(module: nn.Module) -> str | None:
     """Why a layer of a class of its own is no linear layer: of few numbers it makes something else than W x + b."""
     kind = type(module)
-    if kind.forward is nn.Linear.forward and not (module._forward_hooks or module._forward_pre_hooks):
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
         return None
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 5), (3, 5), (3,)))

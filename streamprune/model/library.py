@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import (
@@ -25,6 +26,7 @@ from transformers.configuration_utils import get_configuration_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import warning_once
 
 from streamprune.errors import UnsupportedModelError
@@ -33,12 +35,14 @@ __all__ = [
     "CONFIG_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
+    "Conv1D",
     "Memory",
     "PretrainedConfig",
     "bare_model",
     "config_fields",
     "empty_model",
     "get_configuration_file",
+    "linear_shape",
     "memory_of",
     "name_while_loading",
     "pass_on",
@@ -99,6 +103,13 @@ def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that share another's tensor: name to the name that is stored."""
     tied: dict[str, Any] = model.all_tied_weights_keys
     return dict(tied)
+
+
+def linear_shape(module: object) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer, GPT-2's Conv1D among them; None: it is none."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
 
 
 @contextmanager

@@ -65,15 +65,15 @@ def output_names(skeleton: Skeleton, checkpoint: Checkpoint, packed: Mapping[str
     """As `match_names`, for an output, whose packed layers' weights have no tensor of their own."""
     pruned = {f"{name}.weight" for name in packed}
     expected = {*skeleton.outer_parameters, *(name for block in skeleton.blocks for name in block.parameters)}
-    unknown = sorted(name for name in packed if f"{name}.weight" not in expected)
+    unknown = sorted(packed.keys() - skeleton.views.keys())
     if unknown:
         raise CheckpointError(f"{checkpoint.folder}: layer {unknown[0]} is not in the model of config.json")
     missing = sorted(expected - pruned - set(checkpoint.tensors))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
     for name in sorted(expected):
-        shape = skeleton.shapes[name]
         layer = name.removesuffix(".weight")
+        shape = skeleton.views[layer].shape if name in pruned else skeleton.shapes[name]
         stored = packed_shape(checkpoint, layer, packed[layer]) if name in pruned else checkpoint.tensors[name].shape
         if shape != tuple(stored):
             raise CheckpointError(f"{checkpoint.folder}: {name} is {list(stored)}, config.json makes it {list(shape)}")

@@ -16,7 +16,15 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
 from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import FoundBlock, discover, shared_weight
-from streamprune.model.library import bare_model, empty_model, pass_on, tied_parameters, warnings_heard
+from streamprune.model.library import (
+    Conv1D,
+    bare_model,
+    empty_model,
+    linear_shape,
+    pass_on,
+    tied_parameters,
+    warnings_heard,
+)
 from streamprune.model.weights import WeightView
 
 MAX_BUFFER_BYTES = 1 << 30  # such as rotary frequencies; a config may ask for any number
@@ -216,6 +224,6 @@ def _other_matrices(module: nn.Module, linears: set[str]) -> dict[str, str]:
 
 
 def _view(block: str, layer: str, module: nn.Module) -> WeightView:
-    assert isinstance(module, nn.Linear)
-    name = f"{block}.{layer}"
-    return WeightView(name, f"{name}.weight", (module.out_features, module.in_features))
+    name, shape = f"{block}.{layer}", linear_shape(module)
+    assert shape is not None
+    return WeightView(name, f"{name}.weight", shape, transposed=isinstance(module, Conv1D))

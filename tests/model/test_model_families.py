@@ -110,7 +110,7 @@ def other_values(config: PretrainedConfig, field: str) -> Iterator[Any]:
     elif isinstance(value, dict):
         yield {**value, "rope_theta": 10.0}
     else:
-        yield from (True, 2, 0.5)
+        yield from (True, 2, 0.5, "relu")
 
 
 def made_by_transformers(folder: Path, name: str, field: str, value: Any) -> PreTrainedModel | None:

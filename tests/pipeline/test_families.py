@@ -59,6 +59,18 @@ def test_the_whole_way(name: str, prune: Prune, held_out: Path, tmp_path: Path) 
                       for name in group.names}  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["gpt2", "phi3"])
+def test_a_loaded_output_is_made_dense_and_saved(name: str, prune: Prune, tmp_path: Path) -> None:
+    """GPT-2's weights lie as [in, out] again."""
+    source, out = families.write_family(tmp_path / "source", name), tmp_path / "out"
+    prune(source, out)
+    packed = logits_of(out)
+    AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).dequantize().save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits_of(tmp_path / "dense"), packed, rtol=1e-4, atol=1e-4)
+    saved, shapes = (tiny.read_tensors(folder) for folder in (tmp_path / "dense", source))
+    assert {key: tensor.shape for key, tensor in saved.items()} == {key: x.shape for key, x in shapes.items()}
+
+
 def test_the_page_has_no_other_families() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == sorted(families.FAMILIES)
