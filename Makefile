@@ -72,8 +72,9 @@ check: setup  ## formatting, lint, types; prints the line count
 	  '$$2 != "total" { split($$2, part, "/"); lines[part[1]] += $$1; lines["all"] += $$1 } \
 	  END { for (room in lines) printf "%7d %s\n", lines[room], room }' | sort -n
 
-docs: setup  ## docs/cli.md from the command line's own help
+docs: setup  ## docs/cli.md from the command line's own help, docs/models.md from what the tests run
 	$(RUN) docs/make_cli.py
+	$(RUN) docs/make_models.py
 
 package: setup  ## build the distributions from nothing else, install the wheel elsewhere, and run it there
 	$(RUN) -m pytest -m slow tests/test_package.py

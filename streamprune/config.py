@@ -43,6 +43,7 @@ MAX_BYTES = 2**63 - 1
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
 DEFAULT_CORRECTION = 0.2
+MIN_COVERAGE = 0.9  # of the blocks' matrices
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ NUMBERS = {
     "correction_stride": Bounds(1, MAX_COUNT),
     "moments_width": Bounds(64, MAX_COUNT),
     "max_block_error": Bounds(0, 10**6, whole=False, optional=True),
+    "min_coverage": Bounds(0, 1, whole=False),
 }
 FLAGS = frozenset({"progress", "quick", "reconstruct", "refine", "relative", "restart", "validate"})
 

@@ -3,7 +3,7 @@
     StreampruneError              exit code 1
     ├── SettingsError             a setting that makes no sense, alone or for this model        (2)
     ├── CheckpointError           the source or an output folder cannot be read as a checkpoint (3)
-    │   └── UnsupportedModelError an architecture that is not in the table
+    │   └── UnsupportedModelError a model that cannot go through; the message says why
     ├── CalibrationError          the text is missing, too short, or not text                   (4)
     ├── OutputError               the output folder cannot be used: foreign files, in use, full (5)
     │   └── JobMismatchError      it holds another job; the message names what differs
@@ -52,7 +52,7 @@ class CheckpointError(StreampruneError):
 
 
 class UnsupportedModelError(CheckpointError):
-    """An architecture that is not in the table."""
+    """A model that cannot go through; the message says why."""
 
 
 class CalibrationError(StreampruneError):

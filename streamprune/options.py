@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import click
 
-from streamprune.config import CHOICES, PruneConfig
+from streamprune.config import CHOICES, MIN_COVERAGE, PruneConfig
 
 
 def integer(text: Any) -> Any:
@@ -202,6 +202,14 @@ RESOURCES = options(
         default=1,
         show_default=True,
         help="Most blocks read ahead; results do not depend on it.",
+    ),
+    click.option(
+        "--min-coverage",
+        type=number,
+        default=MIN_COVERAGE,
+        show_default=True,
+        help="Least share of the blocks' matrices that must be layers which some pattern prunes, 0 to 1; a model of "
+        "which less can be pruned is refused before it starts.",
     ),
 )
 

@@ -6,7 +6,7 @@ import torch
 
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import RunnableBlock, dense_block
-from streamprune.model.forward import BlockInputs, record_block_inputs, run_tail
+from streamprune.model.forward import BlockInputs, embedded, record_block_inputs, run_tail
 from streamprune.model.source import Source, open_dense
 
 FLOAT32 = Arithmetic(torch.device("cpu"), torch.float32)
@@ -19,7 +19,8 @@ def outer_tensors(source: Source) -> dict[str, torch.Tensor]:
 
 def recorded(source: Source, tokens: torch.Tensor = TOKENS) -> BlockInputs:
     outer = outer_tensors(source)
-    return record_block_inputs(source.skeleton, outer, outer[source.skeleton.embedding][tokens])
+    rows = outer[source.skeleton.embedding][tokens[0]]
+    return record_block_inputs(source.skeleton, outer, embedded(source.skeleton, rows)[None])
 
 
 def runnable(source: Source, index: int, inputs: BlockInputs) -> RunnableBlock:
@@ -31,7 +32,10 @@ def runnable(source: Source, index: int, inputs: BlockInputs) -> RunnableBlock:
 
 def logits_in_pieces(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [tokens, vocabulary] of one sequence [1, tokens], block by block."""
-    source = open_dense(folder)
+    return logits_of(open_dense(folder), tokens)
+
+
+def logits_of(source: Source, tokens: torch.Tensor) -> torch.Tensor:
     inputs = recorded(source, tokens)
     states = inputs.hidden_states
     for index in range(len(source.blocks)):

@@ -296,7 +296,17 @@ FROM_ONE = {
     "samples", "sequence_length", "max_tokens", "micro_batch", "shuffle_block", "entropy_bins", "correction_stride",
     "moments_width", "max_memory", "max_device_memory", "max_new_tokens",
 }  # fmt: skip
-FROM_ZERO = {"temperature", "top_p", "seed", "prefetch", "alpha", "shrinkage", "correction", "max_block_error"}
+FROM_ZERO = {
+    "temperature",
+    "top_p",
+    "seed",
+    "prefetch",
+    "alpha",
+    "shrinkage",
+    "correction",
+    "max_block_error",
+    "min_coverage",
+}
 TEXTS = {
     "out", "calibration", "pattern", "metric", "shuffle", "fold", "objective", "entropy_range", "amplitude",
     "on_excess", "device", "dtype", "scratch", "source", "tasks", "text", "text_column", "to",

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from streamprune.config import NMPattern
-from streamprune.model.architectures import Architecture, architecture_of
+from streamprune.model.discovery import discover
+from streamprune.model.library import empty_model
 from streamprune.process import peak_memory_bytes
 from streamprune.text.calibration import Calibration, calibration_tokens
 from streamprune.text.tokenizers import load_tokenizer
@@ -115,7 +116,7 @@ def accumulate(hessian: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], 
 @torch.inference_mode()
 def prune_block(
     block: nn.Module,
-    architecture: Architecture,
+    groups: tuple[tuple[str, ...], ...],
     calls: list[tuple[torch.Tensor, dict[str, Any]]],
     pattern: NMPattern,
     dtype: torch.dtype,
@@ -125,8 +126,8 @@ def prune_block(
     Weights are rounded to `dtype` at once: the blocks behind see what will be stored.
     """
     hessians, handles, dense = [], [], []
-    for group in architecture.groups:
-        first = block.get_submodule(group.layers[0])
+    for group in groups:
+        first = block.get_submodule(group[0])
         assert isinstance(first, nn.Linear)
         hessians.append(torch.zeros(first.in_features, first.in_features))
         handles.append(first.register_forward_pre_hook(accumulate(hessians[-1])))
@@ -134,8 +135,8 @@ def prune_block(
         block(hidden, **named)
     for handle in handles:
         handle.remove()
-    for group, hessian in zip(architecture.groups, hessians, strict=True):
-        for name in group.layers:
+    for group, hessian in zip(groups, hessians, strict=True):
+        for name in group:
             weight = block.get_submodule(name).weight
             assert isinstance(weight, nn.Parameter)
             if weight.shape[1] % pattern.group_size:
@@ -156,13 +157,13 @@ def prune_model(
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     dtype = network.dtype
     network = network.float()
-    architecture = architecture_of(network.config.model_type)
-    blocks = network.get_submodule(architecture.blocks)
+    found = discover(empty_model(network.config).eval())
+    blocks = network.base_model.get_submodule(found.path)
     calls = block_calls(network, blocks[0], tokens)
     left = []
     for index, block in enumerate(tqdm(blocks, unit="block", desc="sparsegpt", disable=None)):
-        calls, dense = prune_block(block, architecture, calls, pattern, dtype)
-        left += [f"{architecture.blocks}.{index}.{name}" for name in dense]
+        calls, dense = prune_block(block, found.blocks[index].groups, calls, pattern, dtype)
+        left += [f"{found.path}.{index}.{name}" for name in dense]
 
     partial = out.with_name(f"{out.name}.partial")
     network.to(dtype).save_pretrained(partial)

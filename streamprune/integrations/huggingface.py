@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WIDE = (torch.float32, torch.float64)  # hold every value of a narrower type: values stay as they are stored
+INITIALISED = "_is_hf_initialized"  # of a module, in transformers
 PLAIN_STEM = "model"  # how transformers begins the names of shards
 
 
@@ -106,7 +107,10 @@ class PackedQuantizer(HfQuantizer):
         checkpoint = open_index(Path(checkpoint_files[0]).parent / LAYOUT.index)
         layers, _ = check_entry(checkpoint, self.quantization_config.to_dict())
         for name, pattern in layers.items():
-            model.set_submodule(name, _empty_layer(model, checkpoint, name, pattern))
+            layer = _empty_layer(model, checkpoint, name, pattern)
+            model.set_submodule(name, layer)
+            if layer.transposed:  # GPT-2 draws weights of its Conv1D layers from the modules that hold them
+                setattr(model.get_submodule(name.rpartition(".")[0]), INITIALISED, True)
         _check_names(model, checkpoint)
         _check_permutations(model, checkpoint, layers)
 
@@ -148,25 +152,27 @@ def _empty_layer(model: Any, checkpoint: Checkpoint, name: str, pattern: NMPatte
 
     Values are in their stored dtype where the model's holds all of it, else in the model's, as dense ones would be.
     """
+    from streamprune.model.library import Conv1D, linear_shape
+
     where = f"{checkpoint.folder}: layer {name}"
     try:
         dense = model.get_submodule(name)
     except AttributeError as error:
         raise CheckpointError(f"{where} is not in {type(model).__name__}") from error
-    if not isinstance(dense, nn.Linear):
+    wanted, shape = linear_shape(dense), packed_shape(checkpoint, name, pattern)
+    if wanted is None:
         raise CheckpointError(f"{where} is {type(dense).__name__} in {type(model).__name__}, and no linear layer")
-    shape = packed_shape(checkpoint, name, pattern)
-    if shape != (dense.out_features, dense.in_features):
+    if shape != wanted:
         raise CheckpointError(
             f"{where} has {shape[0]} x {shape[1]} weights, its module in {type(model).__name__} "
-            f"{dense.out_features} x {dense.in_features}"
+            f"{wanted[0]} x {wanted[1]}"
         )
     stored = checkpoint.tensors[f"{name}.weight_values"].dtype
     kept = stored if dense.weight.dtype in WIDE and stored != torch.float64 else dense.weight.dtype
     permuted = f"{name}.input_permutation" in checkpoint.tensors
-    return PackedLinear(
-        dense.in_features, dense.out_features, pattern, dense.bias is not None, permuted, device="meta", dtype=kept
-    )
+    packed = PackedLinear(shape[1], shape[0], pattern, dense.bias is not None, permuted, device="meta", dtype=kept)
+    packed.transposed = isinstance(dense, Conv1D)
+    return packed
 
 
 def _check_names(model: Any, checkpoint: Checkpoint) -> None:
@@ -192,12 +198,20 @@ def _check_permutations(model: Any, checkpoint: Checkpoint, layers: Mapping[str,
             raise CheckpointError(f"{checkpoint.folder}: {stored} is not a permutation; the output is damaged")
 
 
-def _dense_layer(packed: PackedLinear, dtype: torch.dtype | None) -> nn.Linear:
-    linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
-    linear.weight = nn.Parameter(packed.dense_weight().to(dtype))
+def _dense_layer(packed: PackedLinear, dtype: torch.dtype | None) -> nn.Module:
+    from streamprune.model.library import Conv1D
+
+    weight = packed.dense_weight().to(dtype)
+    linear: Any
+    if packed.transposed:
+        linear = Conv1D(0, packed.in_features)
+        linear.nf, weight = packed.out_features, weight.T.contiguous()
+    else:
+        linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
     if packed.bias is not None:
         linear.bias = nn.Parameter(packed.bias.to(dtype))
-    return linear
+    return cast(nn.Module, linear)
 
 
 def save_pretrained(model: Any, save_directory: PathLike, *arguments: Any, **more: Any) -> None:

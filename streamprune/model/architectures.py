@@ -1,26 +1,26 @@
-"""Which linear layers a block has, which of them share an input, and where a permutation of that input can be folded.
+"""What of a model's blocks cannot be seen by running them: where a permutation folds, and along what the stream lies.
 
-A table of data. An architecture is added by a row here, if its blocks are a plain list of modules with linear layers.
+A table of data, by model_type. Blocks, and which layers share an input, are found (streamprune/model/discovery.py). A
+type that is not in the table works too, with its permutations stored. tests/model/test_model_folds.py proves each row.
 """
 
 from dataclasses import dataclass
 
-from streamprune.errors import UnsupportedModelError
-
 
 @dataclass(frozen=True)
-class InputGroup:
-    """Linear layers of a block that read one and the same input, by their names inside the block.
+class Fold:
+    """A layer's input into whose producers a permutation folds, by the layers' names inside a block.
 
-    producers: layers whose output rows (and bias) are this input, channel by channel, up to elementwise functions: a
-               permutation folds into them. Empty: the input is the residual stream, the permutation is stored.
+    producers: layers whose output rows (and bias) are this input, channel by channel, up to elementwise functions
     per_head:  the input is attention's output: a permutation must stay inside heads, and is one for all the query
-               heads that share a KV head, whose value rows are the producer's.
+               heads that share a KV head, whose value rows are the producer's
+    times:     how often the producer's rows hold the channels, one range after the other (2: gate and up fused)
     """
 
-    layers: tuple[str, ...]
-    producers: tuple[str, ...] = ()
+    layer: str
+    producers: tuple[str, ...]
     per_head: bool = False
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,20 @@ class ResidualStream:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model class keeps its blocks (a module path), the input groups of a block, and the residual stream."""
+    """The folds of a block, and the residual stream where it is known; without it that is never permuted."""
 
-    blocks: str
-    groups: tuple[InputGroup, ...]
-    residual: ResidualStream
+    folds: tuple[Fold, ...] = ()
+    residual: ResidualStream | None = None
 
+
+_ATTENTION = Fold("self_attn.o_proj", ("self_attn.v_proj",), per_head=True)
+_GATED = (_ATTENTION, Fold("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj")))
+_UNGATED = (_ATTENTION, Fold("mlp.down_proj", ("mlp.up_proj",)))
+_FUSED_GATE = Fold("mlp.down_proj", ("mlp.gate_up_proj",), times=2)
+_BESIDE_FUSED = (Fold("mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),)
 
 _LLAMA = Architecture(
-    blocks="model.layers",
-    groups=(
-        InputGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        InputGroup(("self_attn.o_proj",), producers=("self_attn.v_proj",), per_head=True),
-        InputGroup(("mlp.gate_proj", "mlp.up_proj")),
-        InputGroup(("mlp.down_proj",), producers=("mlp.gate_proj", "mlp.up_proj")),
-    ),
+    folds=_GATED,
     residual=ResidualStream(
         block=(
             ("input_layernorm.weight", 0),
@@ -70,12 +69,9 @@ _LLAMA = Architecture(
 )
 
 _OPT = Architecture(
-    blocks="model.decoder.layers",
-    groups=(
-        InputGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        InputGroup(("self_attn.out_proj",), producers=("self_attn.v_proj",), per_head=True),
-        InputGroup(("fc1",)),
-        InputGroup(("fc2",), producers=("fc1",)),
+    folds=(
+        Fold("self_attn.out_proj", ("self_attn.v_proj",), per_head=True),
+        Fold("fc2", ("fc1",)),
     ),
     residual=ResidualStream(
         block=(
@@ -105,18 +101,27 @@ _OPT = Architecture(
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "ministral": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
     "opt": _OPT,
+    **dict.fromkeys(("llama", "ministral", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(
+        (
+            *("cohere", "cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "hunyuan_v1_dense"),
+            *("ministral3", "olmo", "olmo2", "olmo3", "seed_oss", "smollm3", "stablelm"),
+        ),
+        Architecture(_GATED),
+    ),
+    **dict.fromkeys(("apertus", "nemotron"), Architecture(_UNGATED)),
+    **dict.fromkeys(("glm", "glm4"), Architecture((_ATTENTION, _FUSED_GATE))),
+    "phi3": Architecture((_FUSED_GATE,)),
+    "phi": Architecture((Fold("self_attn.dense", ("self_attn.v_proj",), per_head=True), Fold("mlp.fc2", ("mlp.fc1",)))),
+    "starcoder2": Architecture((_ATTENTION, Fold("mlp.c_proj", ("mlp.c_fc",)))),
+    "gptj": Architecture((Fold("attn.out_proj", ("attn.v_proj",), per_head=True), Fold("mlp.fc_out", ("mlp.fc_in",)))),
+    "gpt2": Architecture((Fold("mlp.c_proj", ("mlp.c_fc",)),)),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), Architecture(_BESIDE_FUSED)),
+    "mpt": Architecture((Fold("ffn.down_proj", ("ffn.up_proj",)),)),
 }
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The row of a config's `model_type`. Raises UnsupportedModelError naming the known ones."""
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModelError(f"model type {model_type[:80]!r} is not supported; these are: {known}")
-    return ARCHITECTURES[model_type]
+    """The row of a model_type; one without folds where there is none."""
+    return ARCHITECTURES.get(model_type, Architecture())

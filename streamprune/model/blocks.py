@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from streamprune.checkpoint.packed import check_contents, layer_from_tensors, te
 from streamprune.config import NMPattern
 from streamprune.errors import NumericsError
 from streamprune.model.arithmetic import Arithmetic, against_overflow
+from streamprune.model.forward import Arguments
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.skeleton import Block, Skeleton
 from streamprune.model.source import Source
@@ -83,16 +83,16 @@ def _for_kernels(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RunnableBlock:
-    """A block with weights, and the keyword arguments that it is called with beside hidden states."""
+    """A block with weights, and what it is called with beside hidden states."""
 
     name: str
     module: nn.Module
-    arguments: Mapping[str, Any]
+    arguments: Arguments
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
         """Its output [sequences, tokens, hidden]. Raises NumericsError where that is not finite."""
         with torch.inference_mode():
-            output = self.module(states, **self.arguments)
+            output = self.module(states, *self.arguments.args, **self.arguments.kwargs)
         output = output[0] if isinstance(output, tuple) else output
         if not all_finite(output):
             raise NumericsError(f"{self.name}: its output holds NaN or infinity; {against_overflow(states.dtype)}")

@@ -15,8 +15,14 @@ from streamprune.checkpoint.reader import Checkpoint
 from streamprune.checkpoint.safetensors_header import QUANTISED
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import Architecture, architecture_of
-from streamprune.model.library import CONFIG_MAPPING, PretrainedConfig, config_fields, get_configuration_file
+from streamprune.model.library import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PretrainedConfig,
+    config_fields,
+    get_configuration_file,
+)
 
 logger = logging.getLogger("streamprune")
 
@@ -24,6 +30,8 @@ MAX_BLOCKS = 1000  # the deepest models have fewer than 200
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "head_dim", "word_embed_proj_dim")
 LENGTHS = ("max_position_embeddings", "sliding_window")  # that need not be a tensor's
+NO_DIMENSIONS = ("position", "window", "seq", "length", "token_id", "chunk")  # in names of other numbers beyond tensors
+MAX_LENGTH = 1 << 24  # of a sequence; some forwards make tensors of the longest
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor")
 SHARES = ("partial_rotary_factor",)  # more than 1 would make rotary frequencies of any number
 # Fields that do not reach the logits of a causal LM: labels of other tasks, what else a forward returns, the dtype of
@@ -51,25 +59,25 @@ OTHER_PARTS = {
 }
 
 
-def model_config(folder: Path, checkpoint: Checkpoint) -> tuple[PretrainedConfig, Architecture]:
-    """A model's config object and its row of the table of architectures.
+def model_config(folder: Path, checkpoint: Checkpoint) -> PretrainedConfig:
+    """A model's config object.
 
     Raises CheckpointError for a config.json that is malformed, that the checkpoint's headers contradict, or of which
     transformers would make another model than of these fields and tensors; UnsupportedModelError for a model that is
-    not in the table. No code of the checkpoint's own is run.
+    no causal language model of transformers. No code of the checkpoint's own is run.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
     values = read_json(path)
-    architecture = architecture_in(path, values)
+    config_class = config_class_of(path, values)
     if fault := next(_other_model(folder, values), None):
         raise CheckpointError(f"{path}: {fault}")
-    if fault := next(_faults(values, checkpoint, architecture), None):
+    if fault := next(_faults(values, checkpoint, config_class), None):
         raise CheckpointError(f"{path}: {fault}; give a config.json that belongs to the weights")
     if values.get("auto_map"):
         logger.warning("%s: names Python code of its own (auto_map); it is not run, transformers' own is", path)
-    return config_of(path, values), architecture
+    return config_of(path, values)
 
 
 def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
@@ -91,9 +99,14 @@ def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
 
 def forward_settings(config: PretrainedConfig) -> dict[str, Any]:
     """All of a config that reaches the forward, as plain data for JSON: two equal ones make the same model."""
+    return {"model_type": config.model_type, **_of_forward(config.to_dict())}
+
+
+def _of_forward(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that reach the forward, those of configs inside the config too."""
     unimportant = NOT_OF_THE_FORWARD | {"use_cache"}  # the skeleton switches it off
-    settings = {name: value for name, value in config.to_dict().items() if name not in unimportant}
-    return {"model_type": config.model_type, **settings}
+    important = {name: value for name, value in settings.items() if name not in unimportant}
+    return {name: _of_forward(value) if isinstance(value, dict) else value for name, value in important.items()}
 
 
 def model_type_in(values: Mapping[str, Any]) -> Any:
@@ -110,19 +123,38 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def architecture_in(path: Path, values: Mapping[str, Any]) -> Architecture:
-    """The row of the table for a config.json's model_type. Raises UnsupportedModelError where there is none."""
+def config_class_of(path: Path, values: Mapping[str, Any]) -> type[PretrainedConfig]:
+    """The class of a config.json. Raises UnsupportedModelError for what is no causal LM of transformers that can go
+    through, by its model_type.
+    """
     name = model_type_in(values)
     if not isinstance(name, str):
         raise CheckpointError(f"{path}: has no model_type; give the folder of a transformers checkpoint")
-    try:
-        return architecture_of(name)
-    except UnsupportedModelError as error:
-        if not values.get("auto_map"):
-            raise UnsupportedModelError(f"{path}: {error}") from error
-        raise UnsupportedModelError(
-            f"{path}: {error}; it names Python code of its own (auto_map), which is never run"
-        ) from error
+    if reason := next(_unsupported(name, values), None):
+        code = "; it names Python code of its own (auto_map), which is never run" if values.get("auto_map") else ""
+        raise unsupported(path, name, f"{reason}{code}")
+    return CONFIG_MAPPING[name]
+
+
+def unsupported(path: object, model_type: str, reason: str) -> UnsupportedModelError:
+    """What is said of a model that cannot go through, by its name."""
+    return UnsupportedModelError(f"{path}: model type {model_type[:80]!r} is not supported: {reason}")
+
+
+def _unsupported(name: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Why a model_type cannot go through; the first is enough."""
+    if name not in CONFIG_MAPPING or CONFIG_MAPPING[name] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        yield "this transformers has no causal language model of that name"
+        return
+    config_class = CONFIG_MAPPING[name]
+    if config_class in MODEL_FOR_MASKED_LM_MAPPING or getattr(config_class, "is_encoder_decoder", False):
+        yield "it is made for masked or translated text, not for going on with one"
+    if "text_config" in config_class.sub_configs:
+        yield "it wraps a language model; its text part alone can be pruned yet"
+    counts = {key: values.get(key, getattr(config_class, key, None)) for key in config_fields(config_class)}
+    experts = (key for key, value in sorted(counts.items()) if "expert" in key and type(value) is int and value > 1)
+    if field := next(experts, None):
+        yield f"mixtures of experts are not supported yet ({field})"
 
 
 def _other_model(folder: Path, values: Mapping[str, Any]) -> Iterator[str]:
@@ -146,29 +178,35 @@ def _other_model(folder: Path, values: Mapping[str, Any]) -> Iterator[str]:
                 yield f"configuration_files has transformers read {chosen!r:.80} instead; put that in this one's place"
 
 
-def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, architecture: Architecture) -> Iterator[str]:
+def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, config_class: type[PretrainedConfig]) -> Iterator[str]:
     """What in a config cannot be, or cannot be of these weights; the first is enough."""
-    for name in (*COUNTS, *DIMENSIONS, *LENGTHS):
-        value = values.get(name)
-        if value is not None and (type(value) is not int or not 0 < value < 2**31):
-            yield f"{name} is {value!r:.40}, no whole number from 1 to 2^31"
+    spelled = {name: config_class.attribute_map.get(name, name) for name in (*COUNTS, *DIMENSIONS, *LENGTHS)}
+    given = {name: values[own] for name, own in spelled.items() if values.get(own) is not None}
+    given.update({name: values[name] for name in spelled if values.get(name) is not None})  # which has the last word
+    shown = {name: name if values.get(name) is not None else spelled[name] for name in given}
+    for name, value in given.items():
+        if type(value) is not int or not 0 < value < 2**31:
+            yield f"{shown[name]} is {value!r:.40}, no whole number from 1 to 2^31"
     yield from _number_faults(values)
-    blocks = values.get("num_hidden_layers")
     tensors = checkpoint.tensors
-    if blocks is not None:
-        least = blocks * sum(len(group.layers) for group in architecture.groups)
-        if blocks > MAX_BLOCKS or least > len(tensors):
-            yield f"num_hidden_layers is {blocks}, for which the checkpoint's {len(tensors)} tensors are too few"
+    if (blocks := given.get("num_hidden_layers", 0)) > min(MAX_BLOCKS, len(tensors)):
+        yield f"{shown['num_hidden_layers']} is {blocks}, for which the checkpoint's {len(tensors)} tensors are too few"
     largest = max((length for source in tensors.values() for length in source.shape), default=0)
     for name in (*DIMENSIONS, *COUNTS[1:]):
-        if (value := values.get(name) or 0) > largest:
-            yield f"{name} is {value}, beyond the largest dimension of any tensor, {largest}"
-    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+        if (value := given.get(name, 0)) > largest:
+            yield f"{shown[name]} is {value}, beyond the largest dimension of any tensor, {largest}"
+    sizes = config_fields(config_class) - NOT_OF_THE_FORWARD
+    for name in sorted(name for name in sizes if type(values.get(name)) is int):
+        if values[name] > largest and not any(part in name for part in NO_DIMENSIONS):
+            yield f"{name} is {values[name]}, beyond the largest dimension of any tensor, {largest}"
+        elif values[name] > MAX_LENGTH:
+            yield f"{name} is {values[name]}, beyond all sequences"
+    heads, hidden = given.get("num_attention_heads"), given.get("hidden_size")
     if heads and hidden and hidden % heads and not values.get("head_dim"):
-        yield f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
-    kv_heads = values.get("num_key_value_heads")
+        yield f"{shown['hidden_size']} {hidden} is not a multiple of {shown['num_attention_heads']} {heads}"
+    kv_heads = given.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
-        yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        yield f"{shown['num_attention_heads']} {heads} is not a multiple of {shown['num_key_value_heads']} {kv_heads}"
 
 
 def _number_faults(values: Mapping[str, Any]) -> Iterator[str]:

@@ -1,14 +1,16 @@
-"""What blocks are called with, and what comes after them.
+"""What blocks are called with, and what comes before and after them.
 
 What each block receives beside the hidden states is recorded by running the model's own forward with recorders in the
 blocks' places, so nothing about masks or position embeddings is spelled here.
 """
 
+import copy
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,69 +19,81 @@ from torch.func import functional_call
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.library import tree_flatten
 from streamprune.model.skeleton import Skeleton
+from streamprune.model.stand_in import StandIn
 
 
 class _StopForward(Exception):
     """Raised by the last recorder: what comes after the blocks is not run."""
 
 
-class StandIn(nn.Module):
-    """Takes a block's place; attributes that the model looks up there are the block's."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # not a submodule: its parameters are not this module's
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-
 class _Recorder(StandIn):
     """Keeps what a block is called with and passes the hidden states on; the last one ends the forward."""
 
-    def __init__(self, block: nn.Module, last: bool) -> None:
+    def __init__(self, block: nn.Module, returns: int | None, last: bool) -> None:
         super().__init__(block)
-        self.last = last
+        self.returns, self.last = returns, last
         self.states: torch.Tensor | None = None
-        self.arguments: dict[str, Any] = {}
+        self.arguments = Arguments((), {})
 
-    def forward(self, hidden_states: torch.Tensor, *extra: Any, **arguments: Any) -> torch.Tensor:
-        if extra:
-            raise UnsupportedModelError(
-                "a block of this model is called with positional arguments; that is not supported"
-            )
-        self.states, self.arguments = hidden_states, arguments
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.states, self.arguments = hidden_states, Arguments(args, kwargs)
         if self.last:
             raise _StopForward
-        return hidden_states
+        return returned(hidden_states, self.returns)
 
 
 class _Substitute(StandIn):
     """Returns the given hidden states in place of the first block's output; without them passes its input on."""
 
-    def __init__(self, block: nn.Module, states: torch.Tensor | None) -> None:
+    def __init__(self, block: nn.Module, returns: int | None, states: torch.Tensor | None) -> None:
         super().__init__(block)
-        self.states = states
+        self.returns, self.states = returns, states
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states if self.states is None else self.states
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return returned(hidden_states if self.states is None else self.states, self.returns)
+
+
+class Arguments(NamedTuple):
+    """What a block is called with beside hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Each by its name, or its number among the positional ones."""
+        return {**{f"argument {place}": value for place, value in enumerate(self.args, 1)}, **self.kwargs}
 
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Hidden states that enter block 0, [1, tokens, hidden], and the keyword arguments of every block."""
+    """Hidden states that enter block 0, [1, tokens, hidden], and the other arguments of every block."""
 
     hidden_states: torch.Tensor
-    arguments: tuple[dict[str, Any], ...]
+    arguments: tuple[Arguments, ...]
+
+
+def returned(states: torch.Tensor, count: int | None) -> Any:
+    """Hidden states as a block returns them: alone, or first of `count` values, of which no other is used."""
+    return states if count is None else (states, *(None,) * (count - 1))
+
+
+def embedded(skeleton: Skeleton, rows: torch.Tensor) -> torch.Tensor:
+    """What a model makes of rows [tokens, width] of its embedding matrix: some classes multiply them by a number."""
+    module = skeleton.model.get_input_embeddings()
+    if type(module) is nn.Embedding:
+        return rows
+    lookup = copy.copy(module)
+    lookup.__dict__["padding_idx"] = None  # which need not be among the rows
+    with torch.inference_mode():
+        return functional_call(lookup, {"weight": rows}, (torch.arange(len(rows)),))
 
 
 def record_block_inputs(skeleton: Skeleton, outer: Mapping[str, torch.Tensor], embeddings: torch.Tensor) -> BlockInputs:
     """Run what lies between `embeddings` [1, tokens, width] and the blocks; `outer` are parameters outside them."""
     blocks = [skeleton.module(block) for block in skeleton.blocks]
-    recorders = [_Recorder(block, index == len(blocks) - 1) for index, block in enumerate(blocks)]
+    last = len(blocks) - 1
+    recorders = [_Recorder(blocks[index], block.returns, index == last) for index, block in enumerate(skeleton.blocks)]
     base = skeleton.model.base_model
     prefix = skeleton.base_prefix
     parameters = {name.removeprefix(prefix): tensor for name, tensor in outer.items() if name.startswith(prefix)}
@@ -96,14 +110,19 @@ def run_tail(
 ) -> torch.Tensor:
     """Logits [len(positions), vocabulary] from the last block's hidden states [1, tokens, hidden]."""
     blocks = [skeleton.module(block) for block in skeleton.blocks]
-    substitutes = [_Substitute(block, states if index == 0 else None) for index, block in enumerate(blocks)]
+    returns = [block.returns for block in skeleton.blocks]
+    substitutes = [_Substitute(block, returns[i], None if i else states) for i, block in enumerate(blocks)]
     tied = {name: outer[stored] for name, stored in skeleton.tied.items() if stored in outer}
     buffers = {name: buffer.to(states.device) for name, buffer in skeleton.model.named_buffers()}
-    # The first substitute ignores what it is given, so embeddings of zeros spare the embedding matrix.
-    zeros = states.new_zeros(1, states.shape[1], skeleton.embedding_shape[1])
-    inputs = {"inputs_embeds": zeros, "use_cache": False, "logits_to_keep": positions}
+    # The first substitute ignores what it is given, so embeddings that are none spare the embedding matrix; a model
+    # that used them behind its blocks would give losses that are no numbers.
+    none = states.new_full((1, states.shape[1], skeleton.embedding_shape[1]), math.nan)
+    inputs = {"inputs_embeds": none, "use_cache": False, "return_dict": True}
+    picks = "logits_to_keep" in inspect.signature(type(skeleton.model).forward).parameters
+    inputs |= {"logits_to_keep": positions} if picks else {}
     with _blocks_replaced(skeleton, substitutes), torch.inference_mode():
-        return functional_call(skeleton.model, {**buffers, **outer, **tied}, (), inputs).logits[0]
+        logits = functional_call(skeleton.model, {**buffers, **outer, **tied}, (), inputs).logits[0]
+    return logits if picks else logits[positions]
 
 
 def arguments_equal(one: Any, other: Any) -> bool:

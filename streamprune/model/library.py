@@ -6,30 +6,54 @@ something, it is found there first, and mended here.
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.configuration_utils import get_configuration_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import warning_once
+
+from streamprune.errors import UnsupportedModelError
 
 __all__ = [
     "CONFIG_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "Conv1D",
+    "Memory",
     "PretrainedConfig",
+    "bare_model",
     "config_fields",
     "empty_model",
     "get_configuration_file",
+    "linear_shape",
+    "memory_of",
+    "name_while_loading",
     "pass_on",
+    "tensors_without_numbers",
     "tied_parameters",
     "tree_flatten",
     "tree_map",
     "warnings_heard",
 ]
 logger = logging.getLogger("streamprune")
+Memory = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 
 
 def config_fields(config_class: type) -> set[str]:
@@ -37,8 +61,14 @@ def config_fields(config_class: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
 
 
+def bare_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal LM of which nothing takes memory, buffers neither: to see what it would take."""
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal LM with parameters on the meta device and buffers as they are computed.
+    """A causal LM with parameters on the meta device and buffers as they are computed. What shared a parameter may not.
 
     While it is made, modules that other threads make are not initialised either: both libraries switch that for the
     whole process.
@@ -46,15 +76,60 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model
+
+
+def name_while_loading(model: PreTrainedModel) -> Callable[[str], str]:
+    """What from_pretrained makes of a checkpoint's name of a tensor: old ones are new ones.
+
+    Raises UnsupportedModelError, when it is called, for a tensor that from_pretrained makes into another.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+
+    def renamed(name: str) -> str:
+        new, converted = rename_source_key(name, renamings, converters)
+        if converted is not None:
+            raise UnsupportedModelError(f"{name}: transformers merges or splits it while loading; not supported yet")
+        return str(new)
+
+    return renamed
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that share another's tensor: name to the name that is stored."""
     tied: dict[str, Any] = model.all_tied_weights_keys
     return dict(tied)
+
+
+def linear_shape(module: object) -> tuple[int, int] | None:
+    """(out_features, in_features) of a linear layer, GPT-2's Conv1D among them; None: it is none."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+
+
+@contextmanager
+def tensors_without_numbers() -> Iterator[None]:
+    """While open, tensors that are made have a shape, a dtype and a device, but no numbers and no memory."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints where shapes do not fit; the exception says so too
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def memory_of(tensor: torch.Tensor) -> Memory:
+    """What two tensors that are alive have in common where they hold the same numbers at the same place, now."""
+    storage = tensor.untyped_storage()._cdata
+    version = 0 if tensor.is_inference() else tensor._version
+    return storage, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), version
 
 
 # What transformers warns of is heard whatever its verbosity is, and passed on through our own logger, in one line each.

@@ -9,6 +9,7 @@ from streamprune.checkpoint.packed import packed_shape
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError
+from streamprune.model.library import name_while_loading
 from streamprune.model.skeleton import Skeleton
 
 logger = logging.getLogger("streamprune")
@@ -24,13 +25,14 @@ def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
     A checkpoint of the base model lacks the prefix ("decoder.layers..." for "model.decoder.layers..."). Raises
     CheckpointError for a parameter without tensor or with one of another shape; tensors without parameter are logged.
     """
-    shapes = {name: tuple(p.shape) for name, p in skeleton.model.named_parameters(remove_duplicate=False)}
+    shapes, renamed = skeleton.shapes, name_while_loading(skeleton.model)
     prefix = skeleton.base_prefix
     tied = skeleton.tied
     names: dict[str, str] = {}
     unknown = []
     for name in checkpoint.tensors:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
+        new = renamed(name)
+        candidates = (new, prefix + new, new.removeprefix(prefix))
         parameter = next((candidate for candidate in candidates if candidate in shapes), None)
         if parameter is None:
             unknown.append(name)
@@ -63,17 +65,17 @@ def output_names(skeleton: Skeleton, checkpoint: Checkpoint, packed: Mapping[str
     """As `match_names`, for an output, whose packed layers' weights have no tensor of their own."""
     pruned = {f"{name}.weight" for name in packed}
     expected = {*skeleton.outer_parameters, *(name for block in skeleton.blocks for name in block.parameters)}
-    unknown = sorted(name for name in packed if f"{name}.weight" not in expected)
+    unknown = sorted(packed.keys() - skeleton.views.keys())
     if unknown:
         raise CheckpointError(f"{checkpoint.folder}: layer {unknown[0]} is not in the model of config.json")
     missing = sorted(expected - pruned - set(checkpoint.tensors))
     if missing:
         raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]}")
     for name in sorted(expected):
-        shape = skeleton.model.get_parameter(name).shape
         layer = name.removesuffix(".weight")
+        shape = skeleton.views[layer].shape if name in pruned else skeleton.shapes[name]
         stored = packed_shape(checkpoint, layer, packed[layer]) if name in pruned else checkpoint.tensors[name].shape
-        if tuple(shape) != tuple(stored):
+        if shape != tuple(stored):
             raise CheckpointError(f"{checkpoint.folder}: {name} is {list(stored)}, config.json makes it {list(shape)}")
     return {name: name for name in sorted(expected - pruned)}
 
@@ -116,7 +118,7 @@ def _without_predicting_blocks(skeleton: Skeleton, checkpoint: Checkpoint, unkno
 
 def _number_of_block(skeleton: Skeleton, name: str) -> int:
     """The number in a tensor's name that it would have in the list of blocks; -1 where it has none."""
-    path = skeleton.architecture.blocks
+    path = skeleton.path
     for start in (f"{path}.", f"{path}.".removeprefix(skeleton.base_prefix)):
         number = name.removeprefix(start).partition(".")[0]
         if name.startswith(start) and number.isdecimal():

@@ -51,6 +51,7 @@ class PackedLinear(nn.Module):
     bias: torch.Tensor | None
     input_permutation: torch.Tensor | None
     weight_metadata: torch.Tensor | None
+    transposed = False  # whether the dense layer that it stands for keeps its weight as [in, out]
 
     def __init__(
         self,

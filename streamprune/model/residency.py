@@ -23,10 +23,10 @@ from streamprune.checkpoint.spans import Layout, Reader, Reading, aligned_memory
 from streamprune.config import NMPattern
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
-from streamprune.model.forward import StandIn
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.skeleton import Block
 from streamprune.model.source import Source
+from streamprune.model.stand_in import StandIn
 
 SLOTS = 2  # of streamed blocks: one computes while the next is read
 RATE_SECONDS = 1.0  # at most, to measure the disk's pace

@@ -3,7 +3,6 @@
 The modules are transformers' own, on the meta device (real buffers: rotary frequencies are computed, not loaded).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +13,21 @@ from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import Architecture
-from streamprune.model.configuration import model_config, one_line
-from streamprune.model.library import empty_model, pass_on, tied_parameters, warnings_heard
+from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
+from streamprune.model.configuration import model_config, one_line, unsupported
+from streamprune.model.discovery import FoundBlock, discover, shared_weight
+from streamprune.model.library import (
+    Conv1D,
+    bare_model,
+    empty_model,
+    linear_shape,
+    pass_on,
+    tied_parameters,
+    warnings_heard,
+)
 from streamprune.model.weights import WeightView
+
+MAX_BUFFER_BYTES = 1 << 30  # such as rotary frequencies; a config may ask for any number
 
 
 class Heads(NamedTuple):
@@ -30,11 +40,14 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of a block that read one and the same input. The other fields are InputGroup's, by full names."""
+    """Layers of a block that read one and the same input. The other fields are Fold's, by full names: empty producers
+    are where no permutation folds, and it is stored.
+    """
 
     layers: tuple[WeightView, ...]
     producers: tuple[str, ...]
     per_head: bool
+    times: int = 1
 
     @property
     def name(self) -> str:
@@ -48,16 +61,19 @@ class LayerGroup:
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block: its module's name, its parameters by full name, its input groups, and other linear layers.
+    """A transformer block: its module's name, its parameters by full name, and its input groups.
 
-    No weight that is pruned lies outside `groups`; the table of architectures names none of the `ungrouped`.
+    No weight that is pruned lies outside `groups`. `ungrouped` are its other matrices, by their layers' names, with the
+    reasons why no packed layer can replace them; `returns` how many values the block returns in a tuple, or None:
+    hidden states alone.
     """
 
     index: int
     name: str
     parameters: tuple[str, ...]
     groups: tuple[LayerGroup, ...]
-    ungrouped: tuple[str, ...]
+    ungrouped: dict[str, str]
+    returns: int | None = None
 
     @property
     def layers(self) -> dict[str, WeightView]:
@@ -71,21 +87,24 @@ class Block:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A causal LM on the meta device, in evaluation mode."""
+    """A causal LM on the meta device, in evaluation mode.
+
+    path is the module of its blocks' list, hidden_size the width of the states that go through them. `batched`: several
+    sequences may go through a block at once, and become what each would alone.
+    """
 
     model: PreTrainedModel
     architecture: Architecture
+    path: str
+    hidden_size: int
+    batched: bool
     blocks: tuple[Block, ...]
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self.model.config.hidden_size)
 
     @cached_property
     def embedding(self) -> str:
-        """Name of the matrix of input embeddings. Raises UnsupportedModelError where they are more than a lookup."""
+        """Name of the matrix of input embeddings. Raises UnsupportedModelError where they have more parameters."""
         module = self.model.get_input_embeddings()
-        if type(module) is not nn.Embedding:
+        if not isinstance(module, nn.Embedding) or len([*module.parameters()]) != 1:
             raise UnsupportedModelError(f"embeddings of {type(module).__name__} are more than rows of a matrix")
         weight = module.get_parameter("weight")
         return next(name for name, parameter in self.model.named_parameters() if parameter is weight)
@@ -111,8 +130,12 @@ class Skeleton:
     def outer_parameters(self) -> tuple[str, ...]:
         """Full names of the parameters outside all blocks, tied ones once."""
         inside = {name for block in self.blocks for name in block.parameters}
-        names = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
-        return tuple(name for name in names if name not in inside and name not in self.tied)
+        return tuple(name for name in self.shapes if name not in inside and name not in self.tied)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all that is stored, tied parameters too: parameters, and buffers that are no constants of the class."""
+        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
 
     @cached_property
     def tied(self) -> dict[str, str]:
@@ -121,11 +144,20 @@ class Skeleton:
 
     @cached_property
     def heads(self) -> Heads:
-        """Of attention in every block."""
+        """Of attention in every block; one where the config does not say."""
         config = self.model.config
-        heads = int(config.num_attention_heads)
+        heads = int(getattr(config, "num_attention_heads", None) or 1)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or config.hidden_size // heads))
+        return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or self.hidden_size // heads))
+
+    @cached_property
+    def views(self) -> dict[str, WeightView]:
+        """The weights of all groups of all blocks, by their layers' full names."""
+        return {name: view for block in self.blocks for name, view in block.layers.items()}
+
+    def parameter_of(self, name: str) -> str:
+        """The parameter that a block's layer, or what else it leaves dense, has its weight in."""
+        return self.views[name].parameter if name in self.views else name if name in self.shapes else f"{name}.weight"
 
     def module(self, block: Block) -> nn.Module:
         """The meta module of a block."""
@@ -135,43 +167,63 @@ class Skeleton:
 def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     """Build a model's modules from its config.json, without weights and without remote code.
 
-    Raises CheckpointError for a config that makes no model or one that the checkpoint's headers contradict,
-    UnsupportedModelError for one that is not in the table.
+    Raises CheckpointError for a config that makes no model, or one that cannot run, or that the checkpoint's headers
+    contradict; UnsupportedModelError for a model that the streamed passes cannot run.
     """
+    where = f"{folder}/config.json"
     with warnings_heard() as warnings:
-        config, architecture = model_config(folder, checkpoint)
+        config = model_config(folder, checkpoint)
         config.use_cache = False
         try:
-            model = empty_model(config)
+            bare = bare_model(config)
+            if (needed := sum(buffer.numel() * buffer.itemsize for buffer in bare.buffers())) > MAX_BUFFER_BYTES:
+                raise UnsupportedModelError(f"its model has {needed} bytes of buffers")
+            if name := shared_weight(bare):
+                raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
+            model = empty_model(config).eval()
+            found = discover(model)
+        except UnsupportedModelError as error:
+            raise unsupported(where, config.model_type, str(error)) from error
         except Exception as error:
-            raise CheckpointError(f"{folder}/config.json: makes no model ({one_line(error)})") from error
-    pass_on(f"{folder}/config.json", warnings)
-    model.eval()
-    try:
-        modules = [*model.get_submodule(architecture.blocks).children()]
-    except AttributeError as error:
-        raise UnsupportedModelError(f"{folder}: has no blocks at {architecture.blocks}") from error
-    names = (f"{architecture.blocks}.{index}" for index in range(len(modules)))
-    blocks = (_block(*numbered, architecture) for numbered in zip(range(len(modules)), names, modules, strict=True))
-    return Skeleton(model, architecture, tuple(blocks))
+            raise CheckpointError(f"{where}: makes no model ({one_line(error)})") from error
+    pass_on(where, warnings)
+    architecture = architecture_of(config.model_type)
+    path = f"{model.base_model_prefix}.{found.path}"
+    modules = [*model.get_submodule(path).children()]
+    blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))
+    batched = found.batched and config.model_type in ARCHITECTURES  # as tests show of these
+    return Skeleton(model, architecture, path, found.width, batched, blocks)
 
 
-def _block(index: int, name: str, module: nn.Module, architecture: Architecture) -> Block:
-    parameters = tuple(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
-    linears = {f"{name}.{local}": inner for local, inner in module.named_modules() if isinstance(inner, nn.Linear)}
-    groups = tuple(_groups(name, linears, architecture))
-    grouped = {layer.name for group in groups for layer in group.layers}
-    return Block(index, name, parameters, groups, tuple(linear for linear in linears if linear not in grouped))
+def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:
+    parameters = tuple(f"{name}.{parameter}" for parameter in module.state_dict(keep_vars=True))
+    folds = {fold.layer: fold for fold in architecture.folds}
+    grouped = {layer for group in found.groups for layer in group}
+    groups = []
+    for layers in found.groups:
+        fold = folds.get(layers[0])
+        if fold is None or len(layers) > 1 or not grouped.issuperset(fold.producers):
+            fold = Fold(layers[0], ())
+        producers = tuple(f"{name}.{producer}" for producer in fold.producers)
+        views = tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers)
+        groups.append(LayerGroup(views, producers, fold.per_head, fold.times))
+    dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys())}
+    ungrouped = {f"{name}.{layer}": reason for layer, reason in dense.items()}
+    return Block(index, name, parameters, tuple(groups), ungrouped, found.returns)
 
 
-def _groups(block: str, linears: dict[str, nn.Linear], architecture: Architecture) -> Iterator[LayerGroup]:
-    """The table's groups in a block. Raises UnsupportedModelError where one names what is no linear layer there."""
-    for group in architecture.groups:
-        names = [f"{block}.{layer}" for layer in group.layers]
-        if missing := [name for name in names if name not in linears]:
-            raise UnsupportedModelError(
-                f"{missing[0]}: is not a linear layer of this model, though its architecture names it"
-            )
-        shapes = {name: (linears[name].out_features, linears[name].in_features) for name in names}
-        layers = tuple(WeightView(name, f"{name}.weight", shapes[name]) for name in names)
-        yield LayerGroup(layers, tuple(f"{block}.{producer}" for producer in group.producers), group.per_head)
+def _other_matrices(module: nn.Module, linears: set[str]) -> dict[str, str]:
+    """Matrices of a block that are no linear layers' weights, by their layers' or their own names, with the reason."""
+    others = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        layer = name.removesuffix(".weight")
+        if tensor.ndim > 1 and layer not in linears:
+            kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            others[layer] = f"{kind} is no linear layer"
+    return others
+
+
+def _view(block: str, layer: str, module: nn.Module) -> WeightView:
+    name, shape = f"{block}.{layer}", linear_shape(module)
+    assert shape is not None
+    return WeightView(name, f"{name}.weight", shape, transposed=isinstance(module, Conv1D))

@@ -6,7 +6,6 @@ Hidden states wait in scratch files between blocks; only one block is in memory.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,13 +13,20 @@ from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import RunnableBlock
-from streamprune.model.forward import BlockInputs, arguments_equal, largest_difference, record_block_inputs
+from streamprune.model.forward import (
+    Arguments,
+    BlockInputs,
+    arguments_equal,
+    embedded,
+    largest_difference,
+    record_block_inputs,
+)
 from streamprune.model.library import tree_map
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.source import Source
 from streamprune_kernels import FEW_ROWS, MAX_SHARED_TOKENS
 
-BlockArguments = tuple[dict[str, Any], ...]
+BlockArguments = tuple[Arguments, ...]
 logger = logging.getLogger("streamprune")
 
 
@@ -50,7 +56,8 @@ def text_inputs(
 def block_inputs(skeleton: Skeleton, inputs: TextInputs, ids: torch.Tensor, arithmetic: Arithmetic) -> BlockInputs:
     """What the blocks are called with for the token ids int64 [tokens] of one sequence."""
     parameters = {name: tensor.to(arithmetic.dtype) for name, tensor in inputs.parameters.items()}
-    return record_block_inputs(skeleton, parameters, inputs.rows(ids).to(arithmetic.dtype)[None])
+    embeddings = embedded(skeleton, inputs.rows(ids).to(arithmetic.dtype))
+    return record_block_inputs(skeleton, parameters, embeddings[None])
 
 
 def embed(
@@ -92,7 +99,8 @@ def _block_arguments(
         if arguments_equal(one, other):
             return one
         pairs = zip(one, other, strict=True)
-        unequal = {key: (mine[key], theirs.get(key)) for mine, theirs in pairs for key in mine
+        both = ((mine.named, theirs.named) for mine, theirs in pairs)
+        unequal = {key: (mine[key], theirs.get(key)) for mine, theirs in both for key in mine
                    if not arguments_equal(mine[key], theirs.get(key))}  # fmt: skip
         found = ", ".join(f"{key} (by {largest_difference(*values):.3g})" for key, values in sorted(unequal.items()))
         if attempt == 1:

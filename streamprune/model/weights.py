@@ -26,6 +26,11 @@ class WeightView:
     transposed: bool = False
     rows: range | tuple[int, ...] | None = None
 
+    @property
+    def input_dim(self) -> int:
+        """Which dimension of a 2-D parameter the layer's inputs lie along; its outputs lie along the other."""
+        return 0 if self.transposed else 1
+
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """The weight [out, in] of the parameter's tensor: a view of its memory, but where rows are numbers a copy.
 

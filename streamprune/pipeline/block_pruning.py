@@ -84,20 +84,23 @@ def prune_block(
         del shared
         results.update(dict.fromkeys(group.names, result))
         if result.permutation is not None and can_fold(group, heads, config):
-            folded += _fold(block, group, result.permutation, inside)
+            folded += folded_permutations(block, group, result.permutation, inside)
     views = {name: view for name, view in block.layers.items() if name in results}
-    rows = {tensor: f.permutation for f in folded for tensor, dim in f.reorders if dim == 0}
-    folded_inputs = {tensor for f in folded for tensor, dim in f.reorders if dim == 1}
+    inputs = {(view.parameter, view.input_dim) for view in block.layers.values()}
+    reorders = [(side, f.permutation) for f in folded for side in f.reorders]
+    rows = {side[0]: (permutation, side[1]) for side, permutation in reorders if side not in inputs}
+    folded_inputs = {side[0] for side, _ in reorders if side in inputs}
     pruned = {}
     for name, view in views.items():
         stored = view.parameter not in folded_inputs
-        pruned[name] = _pruned_layer(view, tensors, results[name], rms[name], rows.get(view.parameter), stored)
+        of_rows, _ = rows.get(view.parameter, (None, 0))
+        pruned[name] = _pruned_layer(view, tensors, results[name], rms[name], of_rows, stored)
     others = sorted(set(block.parameters) - {view.parameter for view in views.values()})
     kept = tuple(
         FoldedPermutation(f.name, f.permutation, tuple(r for r in f.reorders if r[0] in block.parameters))
         for f in folded
     )
-    return PrunedBlock(pruned, {name: _reordered(tensors[name], rows.get(name)) for name in others}, kept)
+    return PrunedBlock(pruned, {name: _reordered(tensors[name], *rows.get(name, (None, 0))) for name in others}, kept)
 
 
 def _pruned_layer(
@@ -140,22 +143,31 @@ def _fold_heads(group: LayerGroup, heads: Heads, config: PruneConfig) -> Heads |
     return heads if group.per_head and can_fold(group, heads, config) else None
 
 
-def _fold(block: Block, group: LayerGroup, permutation: torch.Tensor, heads: Heads | None) -> list[FoldedPermutation]:
-    producers = [block.layers[name].parameter for name in group.producers]
-    biases = [f"{name}.bias" for name in group.producers]
-    rows = tuple((tensor, 0) for pair in zip(producers, biases, strict=True) for tensor in pair)
-    name, columns = f"{group.name}.input_permutation", ((group.layers[0].parameter, 1),)
-    if heads is None or heads.queries == heads.key_values:
+def folded_permutations(
+    block: Block, group: LayerGroup, permutation: torch.Tensor, heads: Heads | None
+) -> list[FoldedPermutation]:
+    """How a permutation int64 [in] of a group's input folds into its producers; `heads`: it stays inside these."""
+    views = [block.layers[name] for name in group.producers]
+    sides = [((view.parameter, 1 - view.input_dim), (f"{view.name}.bias", 0)) for view in views]
+    rows, reader = tuple(side for pair in sides for side in pair), group.layers[0]
+    name, columns = f"{group.name}.input_permutation", ((reader.parameter, reader.input_dim),)
+    of_rows = _of_producer(permutation, group.times, heads)
+    if of_rows is permutation:
         return [FoldedPermutation(name, permutation, columns + rows)]
-    # Grouped KV heads: the value rows are fewer than the inputs that they produce.
-    first_of_each = permutation.view(heads.key_values, -1, heads.size)[:, 0] % heads.size
-    starts = heads.size * torch.arange(heads.key_values, device=permutation.device)[:, None]
     producer = f"{group.producers[0]}.output_permutation"
-    return [
-        FoldedPermutation(name, permutation, columns),
-        FoldedPermutation(producer, (first_of_each + starts).reshape(-1), rows),
-    ]
+    return [FoldedPermutation(name, permutation, columns), FoldedPermutation(producer, of_rows, rows)]
 
 
-def _reordered(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return tensor if rows is None else tensor[rows]
+def _of_producer(permutation: torch.Tensor, times: int, heads: Heads | None) -> torch.Tensor:
+    """The permutation of a producer's rows, int64 [rows]: the input's own, unless they are fewer or more."""
+    if heads is not None and heads.queries != heads.key_values:  # value rows are fewer than the inputs that they make
+        permutation = permutation.view(heads.key_values, -1, heads.size)[:, 0] % heads.size
+        starts = heads.size * torch.arange(heads.key_values, device=permutation.device)[:, None]
+        permutation = (permutation + starts).reshape(-1)
+    if times > 1:
+        permutation = torch.cat([permutation + place * len(permutation) for place in range(times)])
+    return permutation
+
+
+def _reordered(tensor: torch.Tensor, rows: torch.Tensor | None, dim: int = 0) -> torch.Tensor:
+    return tensor if rows is None else tensor.index_select(dim, rows)

@@ -27,6 +27,7 @@ from streamprune.checkpoint.manifest import (
 from streamprune.checkpoint.packed import MANIFEST_FILE, TIMINGS_FILE, scaling_dropped
 from streamprune.checkpoint.writer import file_digest, write_json
 from streamprune.config import (
+    MIN_COVERAGE,
     Device,
     Dtype,
     PathLike,
@@ -111,6 +112,7 @@ def compress(
     max_device_memory: str | None = None,
     micro_batch: int | None = None,
     prefetch: int = 1,
+    min_coverage: float = MIN_COVERAGE,
     scratch: PathLike | None = None,
     restart: bool = False,
     progress: bool = False,
@@ -124,8 +126,9 @@ def compress(
     `text_column` holds the texts in JSON, .parquet or a data set. `sequence_length` is by default 2048 tokens, or the
     model's positions where they are fewer. `max_memory` ("12GiB") limits host memory by an estimate,
     `max_device_memory` a GPU's: fewer sequences go through a block at once than `micro_batch` (default: as make up 1024
-    tokens), fewer blocks are read ahead than `prefetch`, then second moments are cut; what cannot fit is refused. A
-    program that calls streamprune.process.map_large_pieces first takes the memory that `plan` foretells.
+    tokens), fewer blocks are read ahead than `prefetch`, then second moments are cut; what cannot fit is refused, and
+    a model of whose blocks' matrices a smaller share than `min_coverage` can be pruned. A program that calls
+    streamprune.process.map_large_pieces first takes the memory that `plan` foretells.
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
     holds, `scratch` is a folder for hidden states. `should_stop` is asked after every sequence; when true, Interrupted
@@ -138,7 +141,8 @@ def compress(
     start = time.perf_counter()
     check_settings(restart=restart, progress=progress)
     config, text = config_of(config, settings), Calibration(calibration, text_column, samples, sequence_length, seed)
-    resources = Resources(device, dtype, Limits.parse(max_memory, max_device_memory), micro_batch, prefetch)
+    limits = Limits.parse(max_memory, max_device_memory)
+    resources = Resources(device, dtype, limits, micro_batch, prefetch, min_coverage)
     model, out = path_of("model", model), path_of("out", out)
     scratch = None if scratch is None else path_of("scratch", scratch)
     if not callable(should_stop := should_stop or _never):

@@ -38,6 +38,7 @@ def residual_sides(job: Job) -> tuple[tuple[str, int], ...]:
     """Every parameter with a dimension along the residual stream: (name, dimension)."""
     skeleton = job.source.skeleton
     table = skeleton.architecture.residual
+    assert table is not None  # make_plan refuses it
     sides = [(name, dim) for name, dim in table.outer if name in skeleton.outer_parameters]
     for block in skeleton.blocks:
         full = ((f"{block.name}.{name}", dim) for name, dim in table.block)
@@ -75,7 +76,7 @@ def _reading_rows(job: Job, tick: Callable[[], None]) -> torch.Tensor:
     arguments = embed(skeleton, inputs, job.tokens[:1], arithmetic, None, tick)
     recorded = [block_inputs(skeleton, inputs, row, arithmetic) for row in job.tokens[:PRE_PASS_SEQUENCES]]
     states = [one.hidden_states.to(arithmetic.device) for one in recorded]
-    readers = sum(not group.producers for group in skeleton.architecture.groups)
+    readers = sum(not group.producers for group in skeleton.blocks[0].groups)
     parts = []
     for block in skeleton.blocks:
         tensors = job.source.read(block.parameters)

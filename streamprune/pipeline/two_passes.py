@@ -10,7 +10,6 @@ blocks alone (the reference), and compares each layer's inputs there with those 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from streamprune.checkpoint.packed import layer_from_tensors, tensor_names
 from streamprune.checkpoint.reader import Checkpoint, open_file
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.model.blocks import Observer, RunnableBlock, dense_block, layers_observed, load_block
+from streamprune.model.forward import Arguments
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.skeleton import Block
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
@@ -53,7 +53,7 @@ class BlockWork:
 
     run: Run
     block: Block
-    arguments: Mapping[str, Any]
+    arguments: Arguments
     inputs: Streams
     dense: HiddenStates
     outputs: Streams
@@ -74,7 +74,7 @@ def pruned_blocks(run: Run, finished: Sequence[JournalEntry]) -> Generator[Journ
     inputs.close()
 
 
-def _work_on(run: Run, block: Block, arguments: Mapping[str, Any], inputs: Streams) -> BlockWork:
+def _work_on(run: Run, block: Block, arguments: Arguments, inputs: Streams) -> BlockWork:
     samples, following = len(run.job.tokens), block.index + 1
     reference = inputs.reference
     outputs = Streams(

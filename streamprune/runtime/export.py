@@ -16,7 +16,6 @@ from streamprune.checkpoint.packed import (
     TIMINGS_FILE,
     check_contents,
     layer_from_tensors,
-    open_packed,
     packed_layout,
     packed_shape,
     tensor_names,
@@ -24,8 +23,9 @@ from streamprune.checkpoint.packed import (
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import write_json, write_safetensors, write_text
-from streamprune.config import ExportFormat, NMPattern, PathLike, check_settings, path_of
+from streamprune.config import ExportFormat, PathLike, check_settings, path_of
 from streamprune.errors import OutputError
+from streamprune.model.source import Source, open_output
 from streamprune_kernels import expand
 
 PLAIN = LAYOUTS[1]  # which had the names of plain checkpoints
@@ -55,7 +55,8 @@ def export(folder: PathLike, *, out: PathLike, to: ExportFormat = "dense", progr
     """
     check_settings(to=to, progress=progress)
     folder, out = path_of("folder", folder), path_of("out", out)
-    checkpoint, layers, _ = open_packed(folder)
+    opened = open_output(folder)
+    checkpoint, layers = opened.checkpoint, opened.packed
     manifest, layout, shards = read_manifest(folder / MANIFEST_FILE), packed_layout(folder), _shards(checkpoint)
     card = (README,) if layout.version > 1 else ()  # in version 1 it is the source's
     beside = list_beside(folder, {*OWN_FILES, *layout.files, *shards, *card})
@@ -72,7 +73,7 @@ def export(folder: PathLike, *, out: PathLike, to: ExportFormat = "dense", progr
         bar = tqdm(shards.values(), unit="shard", desc="export", disable=None if progress else True)
         for number, names in enumerate(bar, 1):
             shard = PLAIN.shard(number, len(shards))
-            tensors = _dense_tensors(checkpoint, names, layers)
+            tensors = _dense_tensors(opened, names)
             write_safetensors(partial / shard, tensors, temporary)
             total += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
             weight_map.update(dict.fromkeys(tensors, shard))
@@ -103,8 +104,9 @@ def _shards(checkpoint: Checkpoint) -> dict[str, list[str]]:
     return dict(sorted(shards.items()))
 
 
-def _dense_tensors(checkpoint: Checkpoint, names: list[str], layers: dict[str, NMPattern]) -> dict[str, torch.Tensor]:
+def _dense_tensors(opened: Source, names: list[str]) -> dict[str, torch.Tensor]:
     """A shard's tensors with every packed layer unpacked to a dense weight, its stored permutation undone."""
+    checkpoint, layers, views = opened.checkpoint, opened.packed, opened.skeleton.views
     packed = [name for name in layers if f"{name}.weight_values" in names]
     parts = {part for name in packed for part in tensor_names(checkpoint, name)}
     tensors = checkpoint.read(name for name in names if name not in parts)
@@ -112,5 +114,6 @@ def _dense_tensors(checkpoint: Checkpoint, names: list[str], layers: dict[str, N
         layer = layer_from_tensors(name, checkpoint.read(tensor_names(checkpoint, name)))
         check_contents(name, layer, layers[name])
         _, in_features = packed_shape(checkpoint, name, layers[name])
-        tensors[f"{name}.weight"] = expand(layer.values, layer.mask, in_features, layer.permutation)
+        weight = expand(layer.values, layer.mask, in_features, layer.permutation)
+        tensors[views[name].parameter] = weight.T.contiguous() if views[name].transposed else weight
     return tensors

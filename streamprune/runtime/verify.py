@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -260,7 +259,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Findings, progress: bool) -> None:
     findings.faults += _other_settings(output, checkpoint)
     names = match_names(output.opened.skeleton, checkpoint)
-    views = {view.parameter: name for block in output.opened.blocks for name, view in block.layers.items()}
+    views = {view.parameter: view for view in output.opened.skeleton.views.values()}
     orders = _orders(output)
     rms = open_file(output.folder / output.manifest.layout.statistics)
     faulty: set[str] = set()
@@ -270,9 +269,11 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
         if tensor_digest(tensor) != output.manifest.source_tensors.get(original):
             findings.faults.append(f"{original}: the source is not the one that was compressed")
         tensor = _in_output_order(parameter, tensor, orders.get(parameter, []))
-        layer_name = views.get(parameter, parameter)
-        if layer_name in output.opened.packed:
-            faults = _layer_faults(output, layer_name, tensor, orders.get(parameter, ()), rms)
+        view = views.get(parameter)
+        layer_name = view.name if view is not None else parameter
+        if view is not None and layer_name in output.opened.packed:
+            columns = [order for dim, order in orders.get(parameter, ()) if dim == view.input_dim]
+            faults = _layer_faults(output, layer_name, view.read(tensor), columns, rms)
         else:
             stored = output.checkpoint.read([parameter])[parameter]
             layer_name, faults = parameter, [] if _bits_equal(stored, tensor) else ["differs from the source's"]
@@ -284,7 +285,7 @@ def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Fi
 
 def _other_settings(output: _Output, checkpoint: Checkpoint) -> Iterator[str]:
     """What of the source's config.json and tokenizer is not what lies in the output."""
-    config, _ = model_config(checkpoint.folder, checkpoint)
+    config = model_config(checkpoint.folder, checkpoint)
     settings = forward_settings(config), forward_settings(output.opened.skeleton.model.config)
     for name, theirs, ours in differences(*settings):
         yield f"config.json: {name} is {theirs} in the source, {ours} here"
@@ -317,9 +318,10 @@ def _orders(output: _Output) -> dict[str, list[tuple[int, torch.Tensor]]]:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path.name}: its list of reordered tensors is malformed ({error})") from error
     for layer in output.opened.packed:
-        name = f"{layer}.input_permutation"
+        name, view = f"{layer}.input_permutation", output.opened.skeleton.views[layer]
         if name in output.checkpoint.tensors:
-            orders.setdefault(f"{layer}.weight", []).append((1, output.checkpoint.read([name])[name].long()))
+            stored = output.checkpoint.read([name])[name].long()
+            orders.setdefault(view.parameter, []).append((view.input_dim, stored))
     for tensor, permutations in orders.items():
         for _, permutation in permutations:
             if not torch.equal(permutation.sort().values, torch.arange(len(permutation))):
@@ -327,7 +329,9 @@ def _orders(output: _Output) -> dict[str, list[tuple[int, torch.Tensor]]]:
     return orders
 
 
-def _layer_faults(output: _Output, name: str, weight: torch.Tensor, orders: Any, statistics: Checkpoint) -> list[str]:
+def _layer_faults(
+    output: _Output, name: str, weight: torch.Tensor, columns: list[torch.Tensor], statistics: Checkpoint
+) -> list[str]:
     """Compare a packed layer with its source weight, already in the output's order of rows and columns."""
     layer = layer_from_tensors(name, output.checkpoint.read(tensor_names(output.checkpoint, name)))
     keep = torch.from_numpy(unpacked_mask(layer))[:, : weight.shape[1]]
@@ -344,8 +348,8 @@ def _layer_faults(output: _Output, name: str, weight: torch.Tensor, orders: Any,
     rms = statistics.read([rms_name])[rms_name]
     if rms.shape != (weight.shape[1],):
         return [f"its stored input RMS does not have {weight.shape[1]} channels"]
-    for dim, permutation in orders:
-        rms = rms[permutation] if dim == 1 else rms
+    for permutation in columns:
+        rms = rms[permutation]
     recomputed, recorded = weighted_error(weight, keep, rms), output.recorded[name].weighted_error
     if not abs(recomputed - recorded) <= RECOMPUTED_TOLERANCE * max(recorded, RECOMPUTED_TOLERANCE):
         return [f"its weighted error recomputed from the bytes is {recomputed:.9g}, recorded is {recorded:.9g}"]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from streamprune.checkpoint.untrusted import MAX_TOKENIZER_BYTES, open_regular, read_bounded, read_json
 from streamprune.errors import CheckpointError, SettingsError
-from streamprune.model.configuration import architecture_in, config_of, one_line
+from streamprune.model.configuration import config_class_of, config_of, one_line
 from streamprune.model.library import pass_on, warnings_heard
 
 logger = logging.getLogger("streamprune")
@@ -113,7 +113,7 @@ def load_tokenizer(model: Path) -> Any:
     coded = any("auto_map" in config for config in configs.values())
     path = model / "config.json"
     values = read_json(path)
-    architecture_in(path, values)
+    config_class_of(path, values)
     if (model / SENTENCEPIECE_FILE).exists() and not any((model / name).exists() for name in COMPLETE_FILES):
         return _sentencepiece(model / SENTENCEPIECE_FILE, configs.get("tokenizer_config.json", {}), coded)
     config = config_of(path, values)

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 
-from streamprune.errors import SettingsError, UnsupportedModelError
+from streamprune.errors import SettingsError
 from streamprune.model import arithmetic
-from streamprune.model.architectures import ARCHITECTURES, architecture_of
 from streamprune.model.arithmetic import Arithmetic, name_of, resolve_arithmetic
 from streamprune.model.machine import processor_name
 
@@ -127,10 +126,3 @@ def test_large_pieces_are_mapped_by_themselves_whatever_was_freed_before() -> No
         pytest.skip("the allocator is not glibc's")
     done = subprocess.run([sys.executable, "-c", LARGE_PIECE], capture_output=True, text=True, check=True)
     assert int(done.stdout) >= 10_000_000
-
-
-def test_unknown_architecture_names_the_known_ones() -> None:
-    assert architecture_of("opt").blocks == "model.decoder.layers"
-    assert architecture_of("qwen2") is ARCHITECTURES["llama"]
-    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; these are: .*llama.*opt"):
-        architecture_of("mamba")

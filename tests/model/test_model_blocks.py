@@ -16,7 +16,7 @@ from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, NumericsError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.blocks import RunnableBlock, dense_block, layers_observed, load_block, packed_block
-from streamprune.model.forward import BlockInputs
+from streamprune.model.forward import Arguments, BlockInputs
 from streamprune.model.names import output_names
 from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.skeleton import Skeleton
@@ -60,7 +60,7 @@ def prune_by_magnitude(tensors: Tensors, layers: list[str], permuted: bool) -> t
     return shard, masked
 
 
-def arguments_of(source: Source, tokens: torch.Tensor = TOKENS[:1]) -> tuple[dict[str, object], ...]:
+def arguments_of(source: Source, tokens: torch.Tensor = TOKENS[:1]) -> tuple[Arguments, ...]:
     return embed(source.skeleton, text_inputs(source), tokens, FLOAT32, None, no_tick)
 
 
@@ -105,14 +105,14 @@ def test_blocks_compute_in_the_arithmetics_dtype(dtype: torch.dtype, sources: So
     layers = ["model.layers.0.self_attn.q_proj"]
     shard, _ = prune_by_magnitude(tensors, layers, permuted=True)
     arguments, states = arguments_of(source)[0], states_like(source).to(dtype)
-    arguments = {key: tuple(x.to(dtype) for x in value) if key == "position_embeddings" else value
-                 for key, value in arguments.items()}  # fmt: skip
+    kwargs = {key: tuple(x.to(dtype) for x in value) if key == "position_embeddings" else value
+              for key, value in arguments.kwargs.items()}  # fmt: skip
     skeleton, block, arithmetic = source.skeleton, source.blocks[0], Arithmetic(CPU, dtype)
     packed = packed_block(skeleton, block, shard, dict.fromkeys(layers, PATTERN), arithmetic)
     assert packed.get_submodule("self_attn.q_proj").weight_values.dtype == torch.bfloat16  # as it is stored
     for module in (dense_block(skeleton, block, tensors, arithmetic), packed):
         assert {p.dtype for name, p in module.named_parameters() if not name.startswith("self_attn.q_proj")} == {dtype}
-        assert RunnableBlock("", module, arguments).run(states).dtype == dtype
+        assert RunnableBlock("", module, Arguments((), kwargs)).run(states).dtype == dtype
         assert not any(p.is_meta for p in [*module.parameters(), *module.buffers()])
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
 
@@ -246,7 +246,7 @@ class Recorded:
     def __call__(self, skeleton: Skeleton, inputs: Any, ids: torch.Tensor, arithmetic: Arithmetic) -> BlockInputs:
         self.texts.append(ids)
         mask = self.masks[len(self.texts) - 1]
-        return BlockInputs(torch.zeros(1, len(ids), 64), ({"mask": mask, "flag": False},) * 3)
+        return BlockInputs(torch.zeros(1, len(ids), 64), (Arguments((), {"mask": mask, "flag": False}),) * 3)
 
 
 ONE, NEXT, TWO = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).nextafter(torch.tensor(3.0)), torch.full((2,), 2.0)
@@ -282,7 +282,7 @@ def test_arguments_are_what_two_texts_agree_on(
             embed(skeleton, None, TOKENS, FLOAT32, None, no_tick)  # type: ignore[arg-type]
     else:
         arguments = embed(skeleton, None, TOKENS, FLOAT32, None, no_tick)  # type: ignore[arg-type]
-        assert all(torch.equal(one["mask"], expected) for one in arguments)
+        assert all(torch.equal(one.kwargs["mask"], expected) for one in arguments)
     assert len(caplog.messages) == lines
     assert all("differs between two texts: mask (by " in line for line in caplog.messages)
     assert all((one != other).all() for one, other in zip(recorded.texts[::2], recorded.texts[1::2], strict=True))

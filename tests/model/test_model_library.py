@@ -6,25 +6,34 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import nn
 from transformers.utils.logging import get_logger
 
 import streamprune
-from streamprune.model.architectures import ARCHITECTURES
+from streamprune.errors import UnsupportedModelError
 from streamprune.model.library import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     PretrainedConfig,
+    bare_model,
     config_fields,
     empty_model,
     get_configuration_file,
+    memory_of,
+    name_while_loading,
+    tensors_without_numbers,
     tied_parameters,
     tree_flatten,
     tree_map,
     warnings_heard,
 )
 
+WTE = "transformer.wte"
+SIZES = {"vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"}
 REGISTER = {
     "huggingface.py": {
         "transformers.quantizers.auto.register_quantization_config",
@@ -35,30 +44,30 @@ REGISTER = {
 }
 # Of transformers, imported from its top.
 DOCUMENTED = {"AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "PreTrainedModel"}
-SMALL: dict[str, Any] = {"vocab_size": 8, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 
 def model_of(name: str, **settings: Any) -> Any:
-    return empty_model(CONFIG_MAPPING[name](**{**SMALL, "word_embed_proj_dim": 16, "head_dim": 8, **settings}))
+    return empty_model(CONFIG_MAPPING[name](**{**families.FAMILIES[name], **settings}))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", list(families.FAMILIES))
 def test_config_classes_are_dataclasses_of_their_settings(name: str) -> None:
     config_class = CONFIG_MAPPING[name]
     assert issubclass(config_class, PretrainedConfig)
     assert dataclasses.is_dataclass(config_class)
     assert config_fields(config_class) >= config_fields(PretrainedConfig)
-    assert config_fields(config_class) >= {*SMALL, "max_position_embeddings", "tie_word_embeddings"}
-    made = config_class.from_dict({**SMALL, "hidden_size": 32})
-    assert (made.hidden_size, made.to_dict()["hidden_size"], made.model_type) == (32, 32, name)
+    own = {config_class.attribute_map.get(size, size) for size in SIZES}
+    assert config_fields(config_class) >= {*own, "tie_word_embeddings"}
+    made = config_class.from_dict(families.FAMILIES[name])
+    assert (made.hidden_size, made.num_hidden_layers, made.model_type) == (32, 2, name)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", list(families.FAMILIES))
 def test_an_empty_model_has_buffers_and_no_weights(name: str) -> None:
     model = model_of(name)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert {buffer.device.type for buffer in model.buffers()} <= {"cpu"}
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == ("sdpa" if model._supports_sdpa else "eager")
     assert getattr(model, model.base_model_prefix) is model.base_model
     assert model.base_model.get_input_embeddings() is model.get_input_embeddings()
     assert list(nn.Linear(2, 2, bias=False).weight.shape) == [2, 2]  # the switches are back
@@ -66,11 +75,44 @@ def test_an_empty_model_has_buffers_and_no_weights(name: str) -> None:
 
 
 def test_tied_parameters() -> None:
-    embedding = {"opt": "model.decoder.embed_tokens.weight"}
-    for name in ARCHITECTURES:
-        tied = {"lm_head.weight": embedding.get(name, "model.embed_tokens.weight")}
+    for name, embedding in (("llama", "model.embed_tokens"), ("opt", "model.decoder.embed_tokens"), ("mpt", WTE)):
+        tied = {"lm_head.weight": f"{embedding}.weight"}
         assert tied_parameters(model_of(name, tie_word_embeddings=True)) == tied
         assert tied_parameters(model_of(name, tie_word_embeddings=False)) == {}
+
+
+def test_a_bare_models_buffers_are_counted_without_being_made() -> None:
+    config = CONFIG_MAPPING["gptj"](**{**families.FAMILIES["gptj"], "n_positions": 1 << 40})
+    buffers = [*bare_model(config).buffers()]
+    assert [buffer.numel() for buffer in buffers] == [4 << 40] * 2  # sines in 4 channels, in both blocks
+
+
+def test_tensors_without_numbers_know_what_memory_they_share() -> None:
+    with tensors_without_numbers():
+        x = torch.empty(1 << 20, 1 << 20)
+        same, part, other = x.view(x.shape), x[1:], x + 1
+        assert memory_of(x) == memory_of(same)
+        assert len({memory_of(tensor) for tensor in (x, part, other, x.T)}) == 4
+        before = memory_of(x)
+        x.add_(1)
+        assert memory_of(x) == memory_of(same) != before
+    assert torch.ones(1).item() == 1
+
+
+def test_names_while_loading() -> None:
+    neox = name_while_loading(model_of("gpt_neox"))
+    assert neox("embed_out.weight") == "lm_head.weight"
+    assert neox("gpt_neox.embed_in.weight") == "gpt_neox.embed_in.weight"
+    mixtral = name_while_loading(empty_model(CONFIG_MAPPING["mixtral"](**families.GROUPED, num_local_experts=2)))
+    with pytest.raises(UnsupportedModelError, match="transformers merges or splits it while loading"):
+        mixtral("model.layers.0.block_sparse_moe.experts.0.w1.weight")
+
+
+def test_mappings_know_causal_and_masked_models() -> None:
+    for name, causal, masked in (("llama", True, False), ("bert", True, True), ("clip", False, False)):
+        config_class = CONFIG_MAPPING[name]
+        assert (config_class in MODEL_FOR_CAUSAL_LM_MAPPING) == causal
+        assert (config_class in MODEL_FOR_MASKED_LM_MAPPING) == masked
 
 
 def test_configuration_file_is_the_newest_that_the_library_reads() -> None:

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import streamprune
-from streamprune.checkpoint.reader import Checkpoint
+from streamprune.checkpoint.reader import Checkpoint, open_checkpoint
 from streamprune.config import PruneConfig, parse_bytes
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.model.source import open_dense
@@ -60,6 +60,25 @@ def test_plan_foretells_the_job(
     assert foretold.read_bytes == done.source_bytes + foretold.written_bytes
     assert foretold.seconds > 0
     assert "this machine" in foretold.assumption
+
+
+@pytest.mark.parametrize(
+    ("source", "pattern", "dense"),
+    [("llama", "2:4", 0), ("opt-bin", "2:4", 0), ("llama", "3:5", 3 * 2 * (12288 + 2 * 10240)), ("qwen2", "2:4", 0)],
+)
+def test_every_byte_of_the_source_is_pruned_copied_or_left_dense(
+    source: str, pattern: str, dense: int, sources: Sources
+) -> None:
+    foretold = streamprune.plan(sources(source), pattern=pattern)
+    tensors = open_checkpoint(sources(source)).tensors
+    parts = foretold.pruned_bytes, foretold.dense_bytes, foretold.copied_bytes
+    assert foretold.dense_bytes == dense  # of q, k, v, o and gate, up
+    assert sum(parts) == sum(tensor.size_bytes for tensor in tensors.values())
+    assert foretold.weights.keys() == tensors.keys()
+    by_fate = {start: sum(tensors[name].size_bytes for name, fate in foretold.weights.items() if fate.startswith(start))
+               for start in ("pruned", "left dense: ", "copied")}  # fmt: skip
+    assert tuple(by_fate.values()) == parts
+    assert foretold.coverage == 1.0  # another pattern prunes them
 
 
 def test_plan_reads_no_tensor(sources: Sources, monkeypatch: pytest.MonkeyPatch) -> None:

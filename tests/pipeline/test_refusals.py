@@ -89,13 +89,12 @@ class TestBeforeAnyBlock:
         with pytest.raises(SettingsError, match=r"sequence length 321 is beyond the model's 320 positions"):
             prune("llama", tmp_path / "out", sequence_length=321)
 
-    def test_unsupported_architecture_names_those_supported(self, prune: Prune, source: Path, tmp_path: Path) -> None:
+    def test_unsupported_architecture_is_named(self, prune: Prune, source: Path, tmp_path: Path) -> None:
         config = tiny.read_json(source / "config.json")
-        tiny.write_json(source / "config.json", config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
-        with pytest.raises(
-            UnsupportedModelError, match="'gpt2' is not supported; these are: llama, ministral, mistral, opt"
-        ):
+        tiny.write_json(source / "config.json", config | {"model_type": "bert"})
+        with pytest.raises(UnsupportedModelError, match="'bert' is not supported: it is made for masked"):
             prune(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("harm", ["missing file", "missing tensor", "other shape", "cut short"])
     def test_incomplete_source(self, harm: str, prune: Prune, source: Path, tmp_path: Path) -> None:

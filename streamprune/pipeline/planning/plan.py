@@ -2,12 +2,13 @@
 
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamprune.checkpoint.scratch import allocated_bytes
-from streamprune.config import NMPattern, PruneConfig, check_settings
-from streamprune.errors import OutputError, SettingsError
+from streamprune.config import MIN_COVERAGE, NMPattern, PruneConfig, check_settings
+from streamprune.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
 from streamprune.model.source import Source
 from streamprune.model.weights import WeightView
@@ -29,8 +30,24 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Accounts:
+    """Bytes of the source's tensors by what becomes of them: every one is in one of the first three.
+
+    pruned    weights that are packed
+    dense     other matrices of the blocks, each with a reason in the plan
+    copied    all else: embeddings, norms, biases
+    coverage  share of the weights in the blocks' matrices that some pattern prunes
+    """
+
+    pruned: int
+    dense: int
+    copied: int
+    coverage: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """blocks[i] are the layers to prune in block i by full name; `dense` the linear layers left dense, with reasons.
+    """blocks[i] are the layers to prune in block i by full name; `dense` what else of matrices it has, with reasons.
 
     `sequence_length` is in tokens, 0 where no text passes the model.
     """
@@ -41,6 +58,7 @@ class Plan:
     output_bytes: int
     scratch_bytes: int
     memory: Memory
+    accounts: Accounts
     micro_batch: int
     sequence_length: int
 
@@ -57,6 +75,7 @@ class Resources:
     limits         on memory, which the settings are fitted to
     micro_batch    most sequences that go through a block at once; None: as many as make up TOKENS_AT_ONCE
     prefetch       most blocks that are read ahead
+    min_coverage   least share of the blocks' matrices that must be layers which some pattern prunes
 
     Raises SettingsError for what is none of these.
     """
@@ -66,9 +85,11 @@ class Resources:
     limits: Limits = NO_LIMITS
     micro_batch: int | None = None
     prefetch: int = 1
+    min_coverage: float = MIN_COVERAGE
 
     def __post_init__(self) -> None:
         check_settings(device=self.device, dtype=self.dtype, micro_batch=self.micro_batch, prefetch=self.prefetch)
+        check_settings(min_coverage=self.min_coverage)
 
 
 def plan_layers(source: Source, pattern: NMPattern) -> tuple[tuple[dict[str, LayerPlan], ...], dict[str, str]]:
@@ -79,7 +100,7 @@ def plan_layers(source: Source, pattern: NMPattern) -> tuple[tuple[dict[str, Lay
     blocks: list[dict[str, LayerPlan]] = []
     dense: dict[str, str] = {}
     for block in source.blocks:
-        dense.update(dict.fromkeys(block.ungrouped, "no input group of this architecture names it"))
+        dense.update(block.ungrouped)
         fits = {name: view for name, view in block.layers.items() if view.shape[1] % pattern.group_size == 0}
         blocks.append({name: _plan_layer(source, view, pattern) for name, view in fits.items()})
         for name, view in block.layers.items():
@@ -91,6 +112,23 @@ def plan_layers(source: Source, pattern: NMPattern) -> tuple[tuple[dict[str, Lay
     return tuple(blocks), dense
 
 
+def account(source: Source, blocks: Sequence[Mapping[str, LayerPlan]], dense: Mapping[str, str]) -> Accounts:
+    """What becomes of every byte of the source's tensors. Raises CheckpointError where one is in two places or none."""
+    pruned = sum(layer.dense_bytes for block in blocks for layer in block.values())
+    packed = {source.skeleton.views[name].parameter for block in blocks for name in block}
+    left = {source.skeleton.parameter_of(name) for name in dense} - packed
+    copied = source.names.keys() - packed - left
+    of_left, of_copied = source.stored_bytes(left), source.stored_bytes(copied)
+    total = sum(source.checkpoint.tensors[name].size_bytes for name in set(source.names.values()))
+    if pruned + of_left + of_copied != total:
+        raise CheckpointError(
+            f"{source.folder}: {pruned} bytes are to be pruned, {of_left} left dense and {of_copied} copied, of {total}"
+        )
+    matrices = [name for block in source.blocks for name in block.parameters if len(source.stored(name).shape) > 1]
+    can_be = sum(math.prod(view.shape) for view in source.skeleton.views.values())
+    return Accounts(pruned, of_left, of_copied, can_be / sum(math.prod(source.stored(n).shape) for n in matrices))
+
+
 def make_plan(
     source: Source, config: PruneConfig, calibration: Calibration, arithmetic: Arithmetic, resources: Resources
 ) -> tuple[Plan, PruneConfig]:
@@ -98,11 +136,22 @@ def make_plan(
 
     Without validation calibration does not matter. Raises SettingsError where the job cannot fit.
     """
+    if config.residual and source.skeleton.architecture.residual is None:
+        kind = source.skeleton.model.config.model_type
+        raise SettingsError(f"shuffle residual: is not known of model type {kind!r}; give a --shuffle without residual")
     length = fitting_length(calibration.sequence_length, source.skeleton.positions) if config.validate else 0
     blocks, dense = plan_layers(source, config.pattern)
+    accounts = account(source, blocks, dense)
+    if accounts.coverage < resources.min_coverage:
+        name, reason = next(iter(_not_covered(source).items()))
+        raise UnsupportedModelError(
+            f"{source.folder}: only {accounts.coverage:.1%} of the blocks' matrices can be pruned (first {name}: "
+            f"{reason}); give --min-coverage {math.floor(1000 * accounts.coverage) / 1000:g} to prune these alone"
+        )
     shapes = [{name: layer.shape for name, layer in block.items()} for block in blocks]
     sizes = Sizes(source, shapes, length, arithmetic.dtype, arithmetic.device.type == "cuda")
     at_once = resources.micro_batch or max(1, TOKENS_AT_ONCE // max(length, 1))
+    at_once = at_once if source.skeleton.batched else 1
     pace = Pace(min(at_once, calibration.samples), min(resources.prefetch, len(blocks)))
     config, pace = fit_memory(sizes, config, pace, resources.limits)
     source_bytes = source.stored_bytes(source.names)
@@ -112,7 +161,11 @@ def make_plan(
     tokens = math.ceil(sets * calibration.samples * length)
     scratch_bytes = tokens * source.skeleton.hidden_size * arithmetic.dtype.itemsize
     needs = source_bytes, source_bytes - saved, scratch_bytes, estimate_memory(sizes, config, pace)
-    return Plan(blocks, dense, *needs, pace.micro_batch, length), config
+    return Plan(blocks, dense, *needs, accounts, pace.micro_batch, length), config
+
+
+def _not_covered(source: Source) -> dict[str, str]:
+    return {name: reason for block in source.blocks for name, reason in block.ungrouped.items()}
 
 
 def check_outside(out: Path, model: Path) -> None:

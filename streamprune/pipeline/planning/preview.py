@@ -7,6 +7,7 @@ from typing import Any, Unpack
 import torch
 
 from streamprune.config import (
+    MIN_COVERAGE,
     Device,
     Dtype,
     PathLike,
@@ -34,7 +35,10 @@ OTHER_SHARE = 1.4  # of a job's time to that of its products: counting, searchin
 class PlanResult:
     """What a job would do. Bytes are exact but for memory; `seconds` rests on `assumption`.
 
-    `samples` sequences of `sequence_length` tokens pass the model; both are 0 without validation.
+    Of the source's bytes `pruned_bytes` are weights that are pruned, `dense_bytes` other matrices of the blocks and
+    `copied_bytes` all else; `weights` says of every stored tensor which it is. `coverage` is the share of the blocks'
+    matrices that some pattern prunes. `samples` sequences of `sequence_length` tokens pass the model; both are 0
+    without validation.
     """
 
     model: str
@@ -53,7 +57,12 @@ class PlanResult:
     moments_width: int
     seconds: float
     assumption: str
+    pruned_bytes: int
+    dense_bytes: int
+    copied_bytes: int
+    coverage: float
     dense_layers: dict[str, str]
+    weights: dict[str, str]
 
 
 @settings_spelled
@@ -73,6 +82,7 @@ def plan(
     max_device_memory: str | None = None,
     micro_batch: int | None = None,
     prefetch: int = 1,
+    min_coverage: float = MIN_COVERAGE,
     scratch: PathLike | None = None,
     restart: bool = False,
     **settings: Unpack[Settings],
@@ -89,7 +99,8 @@ def plan(
     check_settings(restart=restart)
     config = config_of(config, settings)
     text = Calibration(calibration, text_column, samples, sequence_length, seed)
-    resources = Resources(device, dtype, Limits.parse(max_memory, max_device_memory), micro_batch, prefetch)
+    limits = Limits.parse(max_memory, max_device_memory)
+    resources = Resources(device, dtype, limits, micro_batch, prefetch, min_coverage)
     model = path_of("model", model)
     if out is not None:
         check_outside(path_of("out", out), model)
@@ -126,8 +137,22 @@ def _result(source: Source, planned: Plan, config: PruneConfig, samples: int, ar
             f"products at the {speed / 1e9:.0f} G multiplications a second that this machine does now, "
             f"{OTHER_SHARE:g} times for all that is not products, files at {READ_BYTES_PER_SECOND / 1e9:g} GB/s"
         ),
+        pruned_bytes=planned.accounts.pruned,
+        dense_bytes=planned.accounts.dense,
+        copied_bytes=planned.accounts.copied,
+        coverage=planned.accounts.coverage,
         dense_layers=planned.dense,
+        weights=_fates(source, planned),
     )
+
+
+def _fates(source: Source, planned: Plan) -> dict[str, str]:
+    """What becomes of each stored tensor, by the source's names."""
+    skeleton = source.skeleton
+    fates = dict.fromkeys(source.names, "copied")
+    fates.update({skeleton.parameter_of(name): f"left dense: {reason}" for name, reason in planned.dense.items()})
+    fates.update({skeleton.parameter_of(name): "pruned" for name in planned.layers})
+    return {source.names[name]: fate for name, fate in fates.items()}
 
 
 def _products(layers: Any, config: PruneConfig, tokens: int) -> float:

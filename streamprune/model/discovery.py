@@ -1,0 +1,282 @@
+"""What a model's blocks are, found by running its own forward once, its blocks on tensors that have no numbers.
+
+Where the blocks' list lies, which linear layers of a block share an input, how a block is called and what it returns.
+The run takes no memory for weights, whatever the size of the model. What the streamed passes rely on is checked in it:
+blocks run once each and in order, and nothing but hidden states goes from one to the next.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from streamprune.errors import UnsupportedModelError
+from streamprune.model.library import (
+    Conv1D,
+    Memory,
+    linear_shape,
+    memory_of,
+    tensors_without_numbers,
+    tree_flatten,
+    tree_map,
+)
+from streamprune.model.stand_in import StandIn
+
+TOKENS = 8  # of the run: more than one, so that no dimension of 1 stands for them
+CALLED_ONCE = "is not called once, and alone, when its block runs"
+EXPERTS = "experts"  # what transformers calls a module that holds them
+
+
+@dataclass(frozen=True)
+class FoundBlock:
+    """Of one block, by names inside it.
+
+    groups   layers that share an input, in the order of their calls
+    dense    linear layers that cannot be replaced by packed ones, with reasons
+    returns  how many values the block returns in a tuple, hidden states first; None: hidden states alone
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    dense: dict[str, str]
+    returns: int | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the run has shown.
+
+    path     of the blocks' list, a module inside the base model
+    width    of hidden states
+    batched  whether what blocks are called with for one sequence serves several sequences at once
+    """
+
+    path: str
+    width: int
+    batched: bool
+    blocks: tuple[FoundBlock, ...]
+
+
+@dataclass
+class _Run:
+    """What is seen while the forward runs; tensors in `alive` keep their memory, so that it is not used again."""
+
+    order: list[int] = field(default_factory=list)
+    returns: list[int | None] = field(default_factory=list)
+    left: Memory | None = None  # of what the last block returned
+    passed_on: list[torch.Tensor] = field(default_factory=list)  # what blocks returned beside hidden states
+    calls: dict[tuple[int, str], list[Memory]] = field(default_factory=dict)
+    touched: dict[tuple[int, str], str] = field(default_factory=dict)
+    width: int = 0
+    batched: bool = True
+    alive: list[torch.Tensor] = field(default_factory=list)
+
+
+class _Probe(nn.Module):
+    """A linear layer's place: notes its inputs, and whether anything else than a call is done with it."""
+
+    def __init__(self, linear: nn.Module, place: tuple[int, str], run: _Run) -> None:
+        super().__init__()
+        self.__dict__.update(linear=linear, place=place, run=run)  # no submodule
+        self.out_features, self.in_features = linear_shape(linear) or (0, 0)
+        self._parameters["bias"] = linear._parameters["bias"]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            self.run.touched[self.place] = f"its {name} is used beside its being called"
+            value = getattr(self.linear, name)
+            return torch.empty(value.shape) if isinstance(value, nn.Parameter) else value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f"{self.place[1]} is given {x.shape[-1]} channels and takes {self.in_features}")
+        self.run.alive.append(x)
+        self.run.calls.setdefault(self.place, []).append(memory_of(x))
+        return x.new_empty((*x.shape[:-1], self.out_features))
+
+
+class _Stage(StandIn):
+    """A block's place: the block is run on tensors without numbers, and zeros go on in place of what it returns.
+
+    So what lies around the blocks has numbers, on which some of it depends: the longest position, say.
+    """
+
+    def __init__(self, block: nn.Module, index: int, run: _Run) -> None:
+        super().__init__(block)
+        self.__dict__.update(index=index, run=run)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.run
+        states = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(states, torch.Tensor) or states.ndim != 3:
+            raise UnsupportedModelError("a block of this model is not called with hidden states first")
+        if any(leaf is other for leaf in tree_flatten((args, kwargs))[0] for other in run.passed_on):
+            raise UnsupportedModelError("a block of this model is given more of the one before it than hidden states")
+        if run.left is not None and run.left != memory_of(states):
+            raise UnsupportedModelError("this model changes hidden states between its blocks")
+        run.order.append(self.index)
+        run.width = states.shape[-1]
+        with tensors_without_numbers():
+            output = _run_block(self.block, args, kwargs, run)
+        first, *more = output if isinstance(output, tuple) else (output,)
+        if not isinstance(first, torch.Tensor) or first.shape != states.shape:
+            raise UnsupportedModelError(f"a block of this model returns {type(output).__name__}, not hidden states")
+        run.returns.append(1 + len(more) if isinstance(output, tuple) else None)
+        zeros = tree_map(_zeros, output)
+        states, *beside = zeros if isinstance(zeros, tuple) else (zeros,)
+        run.alive.append(states)
+        run.left = memory_of(states)
+        run.passed_on += [leaf for leaf in tree_flatten(beside)[0] if isinstance(leaf, torch.Tensor)]
+        return zeros
+
+
+def _zeros(leaf: Any) -> Any:
+    return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _run_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: _Run) -> Any:
+    """What a block returns for arguments without numbers; the first one is tried with two sequences, too."""
+    empty: dict[int, torch.Tensor] = {}
+
+    def without_numbers(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return empty.setdefault(id(leaf), torch.empty(leaf.shape, dtype=leaf.dtype))
+
+    args, kwargs = tree_map(without_numbers, (args, kwargs))
+    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in _tensors(block)}
+    before = _seen(args, kwargs)
+    output = functional_call(block, state, args, kwargs)
+    if _seen(args, kwargs) != before:
+        raise UnsupportedModelError("a block of this model changes what it is called with")
+    if len(run.order) == 1:
+        run.batched = _serves_two(block, state, args, kwargs, run)
+    return output
+
+
+def _serves_two(
+    block: nn.Module, state: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], run: _Run
+) -> bool:
+    """Whether a block takes two sequences with what it is called with for one: some masks have no place for more
+    (bloom's).
+    """
+    two = (torch.cat([args[0]] * 2), *args[1:]) if args else ()
+    named = kwargs if args else {**kwargs, "hidden_states": torch.cat([kwargs["hidden_states"]] * 2)}
+    calls, run.calls = run.calls, {}
+    try:
+        functional_call(block, state, two, named)
+    except RuntimeError:
+        return False
+    finally:
+        run.calls = calls
+    return True
+
+
+def _seen(*arguments: Any) -> tuple[list[Any], Any]:
+    """What a block is called with, to compare: tensors by their memory, which counts what is written into it."""
+    leaves, structure = tree_flatten(arguments)
+    return [memory_of(leaf) if isinstance(leaf, torch.Tensor) else id(leaf) for leaf in leaves], structure
+
+
+def discover(model: PreTrainedModel) -> Found:
+    """Find a model's blocks and run it. Raises UnsupportedModelError, naming what the streamed passes cannot do, and
+    whatever the forward raises for sizes that do not fit each other.
+    """
+    path = _path_of_blocks(model)
+    if named := next((n for n, _ in model.named_parameters() if f".{EXPERTS}." in f".{n}."), None):
+        raise UnsupportedModelError(f"{named}: mixtures of experts are not supported yet")
+    base: nn.Module = copy.deepcopy(model.base_model)  # its modules are replaced, and it may change its buffers
+    blocks = [*base.get_submodule(path).children()]
+    run = _Run()
+    linears = [_probed(block, index, run) for index, block in enumerate(blocks)]
+    for index, block in enumerate(blocks):
+        base.set_submodule(f"{path}.{index}", _Stage(block, index, run))
+    width = model.get_input_embeddings().get_parameter("weight").shape[1]
+    with torch.inference_mode(False), torch.no_grad():
+        zero = torch.zeros(())  # expanded, it takes no memory
+        outer = {name: zero.expand(parameter.shape) for name, parameter in base.named_parameters()}
+        inputs = torch.zeros(1, TOKENS, width)
+        functional_call(base, outer, (), {"inputs_embeds": inputs, "use_cache": False})
+    if run.order != [*range(len(blocks))]:
+        raise UnsupportedModelError(f"this model runs its blocks in another order than their list's: {run.order[:9]}")
+    each = zip(range(len(blocks)), linears, run.returns, strict=True)
+    return Found(path, run.width, run.batched, tuple(_found(run, *one) for one in each))
+
+
+def _path_of_blocks(model: PreTrainedModel) -> str:
+    """The list that holds most of the base model's parameters, of as many modules as its config says blocks."""
+    kind = type(model).__name__
+    if model.base_model is model:
+        raise UnsupportedModelError(f"{kind} has no base model under its head")
+    count = getattr(model.config, "num_hidden_layers", None)
+    sizes = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    if not sizes or not count:
+        raise UnsupportedModelError(f"{kind} has no list of {count} blocks (num_hidden_layers of its config)")
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def shared_weight(model: PreTrainedModel) -> str | None:
+    """A parameter inside the blocks that is a parameter elsewhere, too."""
+    path = _path_of_blocks(model)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    inside = f"{model.base_model_prefix}.{path}."
+    return next((same[0] for same in names.values() if len(same) > 1 and any(inside in name for name in same)), None)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _probed(block: nn.Module, index: int, run: _Run) -> dict[str, str | None]:
+    """Put probes in the places of a block's linear layers; their names, with the reason of those that stay."""
+    linears = {name: module for name, module in block.named_modules() if linear_shape(module)}
+    reasons = {name: _more_than_linear(module) for name, module in linears.items()}
+    for name, reason in reasons.items():
+        if reason is None:
+            block.set_submodule(name, _Probe(linears[name], (index, name), run))
+    return reasons
+
+
+def _more_than_linear(module: nn.Module) -> str | None:
+    """Why a layer of a class of its own is no linear layer: of few numbers it makes something else than W x + b."""
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 5), (3, 5), (3,)))
+    tensors = {"weight": weight} if module.bias is None else {"weight": weight, "bias": bias}
+    try:
+        with torch.no_grad():
+            same = torch.allclose(functional_call(module, tensors, (x,)), functional.linear(x, **tensors), atol=1e-5)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        same = False
+    return None if same else f"its class, {kind.__name__}, computes something else than a linear layer"
+
+
+def _found(run: _Run, index: int, linears: dict[str, str | None], returns: int | None) -> FoundBlock:
+    dense = {name: reason for name, reason in linears.items() if reason is not None}
+    calls = {name: memories for (place, name), memories in run.calls.items() if place == index}
+    for name in linears.keys() - dense.keys():
+        if reason := run.touched.get((index, name)):
+            dense[name] = reason
+        elif len(calls.get(name, ())) != 1:
+            dense[name] = CALLED_ONCE
+    groups: dict[Memory, list[str]] = {}
+    for name, memories in calls.items():  # in the order of first calls
+        if name not in dense:
+            groups.setdefault(memories[0], []).append(name)
+    return FoundBlock(tuple(map(tuple, groups.values())), dict(sorted(dense.items())), returns)

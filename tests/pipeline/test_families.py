@@ -1,0 +1,107 @@
+"""Every family goes the whole way: compress, interrupt, resume, verify, evaluate, export, loading in transformers.
+
+A family is a row of tests/families.py; docs/models.md is the table of what is asserted here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import families
+import odd_model
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+import streamprune
+from streamprune.errors import Interrupted, SettingsError, UnsupportedModelError
+from streamprune.model.source import open_dense
+from streamprune.pipeline.compress import CompressResult
+from streamprune.runtime.evaluate import evaluate
+from streamprune.runtime.export import export
+from streamprune.runtime.verify import verify
+
+Prune = Callable[..., CompressResult]
+TOKENS = torch.tensor([[ord(character) for character in "Twenty-nine letters and more."]])
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+RESUMED = ("bloom", "cohere", "gemma3_text", "gptj", "phi3")  # a kind of block each
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """As transformers computes them from a folder, dense or packed."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: torch.Tensor = model(TOKENS, use_cache=False).logits[0]
+    return logits
+
+
+def check_the_whole_way(source: Path, out: Path, held_out: Path) -> None:
+    """Of an output: verify, transformers and evaluate find in it what its masked dense export is."""
+    dense = out.with_name("dense")
+    assert verify(out, source=source).faults == []
+    export(out, out=dense)
+    packed, masked = logits_of(out), logits_of(dense)
+    torch.testing.assert_close(packed, masked, rtol=1e-4, atol=1e-4)
+    assert float((packed - logits_of(source)).abs().max()) > 1e-2
+    losses = [evaluate(folder, text=held_out, sequence_length=32, dtype="float32").loss for folder in (out, dense)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", list(families.FAMILIES))
+def test_the_whole_way(name: str, prune: Prune, held_out: Path, tmp_path: Path) -> None:
+    folder, out = families.write_family(tmp_path / "source", name), tmp_path / "out"
+    prune(folder, out)
+    check_the_whole_way(folder, out, held_out)
+    source, foretold = open_dense(folder), streamprune.plan(folder, **tiny.CALIBRATION)
+    assert families.row_of(source, foretold.coverage) in PAGE.read_text().splitlines()
+    stored = {name.rpartition(".")[0] for name in tiny.read_tensors(out) if name.endswith(".input_permutation")}
+    assert stored == {name for block in source.blocks for group in block.groups if not group.producers
+                      for name in group.names}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3"])
+def test_a_loaded_output_is_made_dense_and_saved(name: str, prune: Prune, tmp_path: Path) -> None:
+    """GPT-2's weights lie as [in, out] again."""
+    source, out = families.write_family(tmp_path / "source", name), tmp_path / "out"
+    prune(source, out)
+    packed = logits_of(out)
+    AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).dequantize().save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits_of(tmp_path / "dense"), packed, rtol=1e-4, atol=1e-4)
+    saved, shapes = (tiny.read_tensors(folder) for folder in (tmp_path / "dense", source))
+    assert {key: tensor.shape for key, tensor in saved.items()} == {key: x.shape for key, x in shapes.items()}
+
+
+def test_the_page_has_no_other_families() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == sorted(families.FAMILIES)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_interrupted_and_resumed_gives_the_same_bytes(name: str, prune: Prune, tmp_path: Path) -> None:
+    source = families.write_family(tmp_path / "source", name)
+    for out, micro_batch in ((tmp_path / "one", 1), (tmp_path / "two", 4)):
+        if out.name == "two":
+            with pytest.raises(Interrupted):
+                prune(source, out, should_stop=(out / ".work" / "block-00000.json").exists, micro_batch=1)
+        prune(source, out, micro_batch=micro_batch)
+    assert tiny.digests(tmp_path / "one") == tiny.digests(tmp_path / "two")
+
+
+def test_a_model_of_no_table(prune: Prune, held_out: Path, tmp_path: Path) -> None:
+    """By discovery alone, its permutations stored; what of it is not understood is said, and refused by default."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny.write_model(source, odd_model.OddForCausalLM(odd_model.OddConfig()), torch.float32)
+    with pytest.raises(
+        UnsupportedModelError, match=r"only 68\.0% of the blocks' matrices.*give --min-coverage 0\.68 to"
+    ):
+        prune(source, out)
+    assert not out.exists()
+    with pytest.raises(SettingsError, match="shuffle residual: is not known of model type 'odd'"):
+        prune(source, out, min_coverage=0.68, shuffle="residual+assignment")
+    result = prune(source, out, min_coverage=0.68)
+    check_the_whole_way(source, out, held_out)
+    assert sorted(result.dense_layers) == sorted(
+        f"trunk.cells.{block}.{name}" for block in (0, 1) for name in ("idle", "read", "scaled", "twice")
+    )
+    permuted = {name.split(".")[3] for name in tiny.read_tensors(out) if name.endswith(".input_permutation")}
+    assert permuted == {"mix", "gather", "spread", "side", "join"}
