@@ -11,12 +11,13 @@ import odd_model
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamprune
 from streamprune.errors import Interrupted, SettingsError, UnsupportedModelError
 from streamprune.model.source import open_dense
 from streamprune.pipeline.compress import CompressResult
+from streamprune.runtime import generate as generation
 from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.export import export
 from streamprune.runtime.verify import verify
@@ -45,6 +46,23 @@ def check_the_whole_way(source: Path, out: Path, held_out: Path) -> None:
     assert float((packed - logits_of(source)).abs().max()) > 1e-2
     losses = [evaluate(folder, text=held_out, sequence_length=32, dtype="float32").loss for folder in (out, dense)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", list(families.FAMILIES))
+def test_blocks_from_disk_say_what_the_loaded_model_says(
+    name: str, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`generate` with no block in memory, two prompts of unequal length at once, each as transformers continues it."""
+    monkeypatch.setattr(generation, "place_blocks", lambda blocks, _: ([False] * len(blocks), 2))
+    out, prompts = tmp_path / "out", ["The hills are", "A walk"]
+    prune(families.write_family(tmp_path / "source", name), out, metric="magnitude", shuffle="none", validate=False)
+    result = generation.generate(out, prompt=prompts, max_new_tokens=8, dtype="float32")
+    assert result.resident_blocks == 0
+    model, tokenizer = streamprune.load(out, device="cpu", dtype="float32"), AutoTokenizer.from_pretrained(out)
+    for prompt, tokens in zip(prompts, result.tokens, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        said = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert said[0, ids.shape[1] :].tolist() == tokens
 
 
 @pytest.mark.parametrize("name", list(families.FAMILIES))
