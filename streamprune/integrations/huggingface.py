@@ -228,6 +228,8 @@ def save_pretrained(model: Any, save_directory: PathLike, *arguments: Any, **mor
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         type(model).save_pretrained(model, temporary, *arguments, **more)
+        if not any(Path(temporary).glob("*.safetensors")):
+            return  # another process of several saves
         _name_as_packed(Path(temporary))
         for old in folder.glob(LAYOUT.shards):
             old.unlink()

@@ -152,6 +152,8 @@ def test_saving_refuses_what_it_would_spoil(outputs: Outputs, copy_of: Outputs, 
     with pytest.raises(SettingsError, match="push_to_hub does not go with packed weights"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "other", is_main_process=False)  # of several processes one writes
+    assert list((tmp_path / "other").iterdir()) == []
 
 
 def test_what_is_pushed_is_what_is_saved(outputs: Outputs, monkeypatch: pytest.MonkeyPatch) -> None:
