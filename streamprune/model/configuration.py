@@ -151,10 +151,6 @@ def _unsupported(name: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield "it is made for masked or translated text, not for going on with one"
     if "text_config" in config_class.sub_configs:
         yield "it wraps a language model; its text part alone can be pruned yet"
-    counts = {key: values.get(key, getattr(config_class, key, None)) for key in config_fields(config_class)}
-    experts = (key for key, value in sorted(counts.items()) if "expert" in key and type(value) is int and value > 1)
-    if field := next(experts, None):
-        yield f"mixtures of experts are not supported yet ({field})"
 
 
 def _other_model(folder: Path, values: Mapping[str, Any]) -> Iterator[str]:
