@@ -6,7 +6,7 @@ something, it is found there first, and mended here.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -34,8 +34,6 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import warning_once
-
-from streamprune.errors import UnsupportedModelError
 
 __all__ = [
     "CONFIG_MAPPING",
