@@ -77,6 +77,7 @@ FIELDS: dict[tuple[Any, ...], tuple[Any, ...]] = {  # each with values of other 
     ("format_version",): (None, "2", True, 2.0, [2]),
     ("source_name",): (None, 5, ["x"]),
     ("made_by",): (None, {}, 1),
+    ("source_revision",): (5, ["x"]),
 }
 for path, values in FIELDS.items():
     shown = ".".join(map(str, path))

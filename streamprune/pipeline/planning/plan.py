@@ -9,7 +9,7 @@ from pathlib import Path
 from streamprune.checkpoint.scratch import allocated_bytes
 from streamprune.config import MIN_COVERAGE, NMPattern, PruneConfig, check_settings
 from streamprune.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
-from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.arithmetic import Arithmetic, check_arithmetic
 from streamprune.model.source import Source
 from streamprune.model.weights import WeightView
 from streamprune.pipeline.planning.memory import Limits, Memory, Pace, Sizes, estimate_memory, fit_memory
@@ -90,6 +90,7 @@ class Resources:
     def __post_init__(self) -> None:
         check_settings(device=self.device, dtype=self.dtype, micro_batch=self.micro_batch, prefetch=self.prefetch)
         check_settings(min_coverage=self.min_coverage)
+        check_arithmetic(self.device, self.dtype)
 
 
 def plan_layers(source: Source, pattern: NMPattern) -> tuple[tuple[dict[str, LayerPlan], ...], dict[str, str]]:
