@@ -98,6 +98,7 @@ def evaluate(
     start = time.perf_counter()
     check_settings(sequence_length=sequence_length, max_tokens=max_tokens, text_column=text_column)
     check_settings(device=device, dtype=dtype, progress=progress)
+    path_of("model", model)
     text = None if text is None else path_of("text", text)
     if text is None and tasks is None:
         raise SettingsError("give text, tasks, or both")

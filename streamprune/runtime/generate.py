@@ -110,6 +110,7 @@ def generate(
     check_settings(device=device, dtype=dtype, progress=progress)
     if on_text is not None and not callable(on_text):
         raise SettingsError(f"on_text {on_text!r:.40} is no function")
+    path_of("model", model)
     prompts = _prompts(prompt, prompt_file)
     limits = parse_bytes(max_memory), parse_bytes(max_device_memory)
     warn_without_kernels()
