@@ -109,7 +109,7 @@ def _one_line(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # also those of its HTTP library, which is another in each major version
         hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-        away = "HF_HUB_OFFLINE keeps from asking" if constants.HF_HUB_OFFLINE else "there is no connection to"
+        away = "HF_HUB_OFFLINE keeps from asking" if constants.HF_HUB_OFFLINE else "no answer comes from"
         reasons = (
             (errors.GatedRepoError, f"is gated on {hub}; ask for access on its page there, then give HF_TOKEN"),
             (

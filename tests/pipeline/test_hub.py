@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +67,12 @@ def cache(sources: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_whole_way_by_names(
-    cache: Path, sources: Callable[[str], Path], calibration: Path, held_out: Path, tmp_path: Path
+    cache: Path,
+    sources: Callable[[str], Path],
+    calibration: Path,
+    held_out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
     settings: dict[str, Any] = {**tiny.CALIBRATION, "calibration": calibration}
@@ -92,6 +98,7 @@ def test_the_whole_way_by_names(
     texts = [streamprune.evaluate(folder, text=held_out, dtype="float32").loss for folder in ("me/pruned", out)]
     assert texts[0] == texts[1]
     asked: dict[str, Any] = {"prompt": "The", "max_new_tokens": 4, "dtype": "float32"}
+    monkeypatch.setattr("streamprune.runtime.generate.place_blocks", lambda blocks, _: ([False] * 3, 2))  # from disk
     said = [streamprune.generate(folder, **asked).tokens for folder in (f"me/pruned@{OTHER_COMMIT}", out)]
     assert said[0] == said[1]
     streamprune.export("me/pruned", out=dense)
@@ -186,27 +193,32 @@ def test_progress_is_shown_on_a_terminal_alone(
     assert [bar.disable for bar in bars] == [not (progress and terminal)]
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers for a hub: every model has the files of `folder`, unless its name says why it has not."""
+NOT_NEEDED = ("pytorch_model.bin", "consolidated.safetensors", "modeling.py", "x.gguf")
 
-    folder: Path
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers for a hub: its models are the folders in `models`; other names say what is wrong with them."""
+
+    models: Path
     asked: set[str]
     refusals: ClassVar = {
         "missing": (404, "RepoNotFound"),
         "gated": (403, "GatedRepo"),
         "v2": (404, "RevisionNotFound"),
+        "broken": (500, ""),
     }
 
     def do_GET(self) -> None:
-        parts = self.path.partition("?")[0].split("/")
+        parts = urllib.parse.unquote(self.path.partition("?")[0]).split("/")
         code, reason = next((why for name, why in self.refusals.items() if name in parts), (200, ""))
-        files = [path for path in self.folder.iterdir() if path.is_file()]
+        folder = next((path for path in self.models.iterdir() if path.name in parts), self.models)
+        files = [path for path in folder.iterdir() if path.is_file()]
         if "tree" in parts:
             found: Any = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in files]
         else:
             found = {"id": "org/model", "sha": COMMIT, "siblings": [{"rfilename": path.name} for path in files]}
-        body = (self.folder / parts[-1]).read_bytes() if "resolve" in parts else json.dumps(found).encode()
-        self.asked |= {parts[-1]} if "resolve" in parts else set()
+        body = (folder / parts[-1]).read_bytes() if "resolve" in parts else json.dumps(found).encode()
+        self.asked |= {f"{folder.name}/{parts[-1]}"} if "resolve" in parts else set()
         self.send_response(code)
         about = {"ETag": f'"{parts[-1]}"', "X-Repo-Commit": COMMIT, "X-Error-Code": reason, "Content-Length": len(body)}
         for name, value in about.items():
@@ -222,11 +234,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(sources: Callable[[str], Path], tmp_path: Path) -> Iterator[str]:
-    """The endpoint of a hub with the tiny LLaMA and what else may lie beside it."""
-    Hub.folder, Hub.asked = Path(shutil.copytree(sources("llama"), tmp_path / "served")), set()
-    for name in ("LICENSE", "README.md", "pytorch_model.bin", "consolidated.safetensors", "modeling.py", "x.gguf"):
-        (Hub.folder / name).write_text(name)
+def hub(sources: Callable[[str], Path], prune: Callable[..., Any], tmp_path: Path) -> Iterator[str]:
+    """The endpoint of a hub with a dense model, and what else may lie beside it, one in .bin, and an output."""
+    Hub.models, Hub.asked = tmp_path / "models", set()
+    dense = Path(shutil.copytree(sources("llama"), Hub.models / "dense"))
+    shutil.copytree(sources("opt-bin"), Hub.models / "in-bin")
+    for name in ("LICENSE", "README.md", "odd[1].x", *NOT_NEEDED):
+        (dense / name).write_text(name)
+    prune(dense, Hub.models / "pruned", **QUICK)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -239,52 +254,58 @@ from command import run
 from streamprune.errors import Interrupted
 from streamprune.model.hub import folder_of
 try:
-    folder_of("model", "org/model", should_stop=lambda: True)
+    folder_of("model", "org/dense", should_stop=lambda: True)
     stopped = False
 except Interrupted:
     stopped = True
-results = {name: run("plan", name, "--json", "--sequence-length", 48) for name in sys.argv[1:]}
-print(json.dumps([stopped, {name: [result.exit_code, result.stderr] for name, result in results.items()}]))
+results = {line: run(*line.split()) for line in sys.argv[1:]}
+print(json.dumps([stopped, {line: [result.exit_code, result.stderr] for line, result in results.items()}]))
 """
 
 
-def ask(endpoint: str, cache: Path, *names: str) -> Any:
-    """Whether a download was stopped; exit code and standard error of `plan` by name, with a hub that can be asked."""
+def ask(endpoint: str, cache: Path, *lines: str) -> Any:
+    """Whether a download was stopped; exit code and standard error of command lines, with a hub that can be asked."""
     hub = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **hub}
-    command = [sys.executable, "-c", ASK, *names]
+    command = [sys.executable, "-c", ASK, *lines]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_a_hub_is_asked(hub: str, sources: Callable[[str], Path], tmp_path: Path) -> None:
+PLAN = "plan --sequence-length 48 org/"
+
+
+def test_a_hub_is_asked(hub: str, tmp_path: Path) -> None:
     """What is needed is downloaded, no code and no weights in other forms; what it refuses is one line."""
     cache = tmp_path / "cache"
     lines = {
-        "org/missing": f"no such folder, and no such model on {hub}; check the name, or give HF_TOKEN if it is private",
-        "org/gated": f"is gated on {hub}; ask for access on its page there, then give HF_TOKEN",
-        "org/model@v2": f"no such revision on {hub}; give a branch, a tag or a commit of the model",
+        "missing": f"no such folder, and no such model on {hub}; check the name, or give HF_TOKEN if it is private",
+        "gated": f"is gated on {hub}; ask for access on its page there, then give HF_TOKEN",
+        "dense@v2": f"no such revision on {hub}; give a branch, a tag or a commit of the model",
+        "broken": f"no such folder, not whole in the cache {cache}, and no answer comes from {hub}; give a folder, or "
+        "download it",
     }
-    stopped, results = ask(hub, cache, *lines, "org/model")
+    sound = (f"{PLAN}dense", f"{PLAN}in-bin", "verify --quiet org/pruned")
+    stopped, results = ask(hub, cache, *(PLAN + name for name in lines), *sound)
     assert stopped
-    assert results == {name: [3, f"streamprune: {name}: {line}\n"] for name, line in lines.items()} | {
-        "org/model": [0, ""]
+    assert results == {
+        **{PLAN + name: [3, f"streamprune: org/{name}: {line}\n"] for name, line in lines.items()},
+        **{line: [0, ""] for line in sound},
     }
-    wanted = {path.name for path in sources("llama").iterdir()} | {"LICENSE", "README.md"}
-    assert Hub.asked == wanted
-    assert {path.name for path in (cache / "models--org--model" / "snapshots" / COMMIT).iterdir()} == wanted
+    served = {f"{path.parent.name}/{path.name}" for path in Hub.models.rglob("*") if path.is_file()}
+    assert Hub.asked == served - {f"dense/{name}" for name in ("odd[1].x", *NOT_NEEDED)}
 
 
 def test_a_hub_that_is_away_is_not_needed(cache: Path) -> None:
     """Where the cache has all; a download that would be stopped is none then."""
     away = "http://127.0.0.1:1"
-    tiny.as_hub_cache(cache / "models--some--llama" / "snapshots" / COMMIT, cache / "models--org--model", COMMIT)
-    line = f"no such folder, not whole in the cache {cache}, and there is no connection to {away}"
-    assert ask(away, cache, "org/model", "org/other") == [
+    tiny.as_hub_cache(cache / "models--some--llama" / "snapshots" / COMMIT, cache / "models--org--dense", COMMIT)
+    line = f"no such folder, not whole in the cache {cache}, and no answer comes from {away}"
+    assert ask(away, cache, f"{PLAN}dense", f"{PLAN}other") == [
         False,
         {
-            "org/model": [0, ""],
-            "org/other": [3, f"streamprune: org/other: {line}; give a folder, or download it\n"],
+            f"{PLAN}dense": [0, ""],
+            f"{PLAN}other": [3, f"streamprune: org/other: {line}; give a folder, or download it\n"],
         },
     ]
