@@ -87,7 +87,7 @@ for path, values in FIELDS.items():
         message = "disagree" if value == "model.layers.9.mlp.up_proj" else "streamprune_manifest.json: is "
         make: Make = functools.partial(set_at, path=path, value=value)
         CATALOGUE.put(name, "packed", command, code_of(command), message, make, why)
-    if path[-1] != 1:
+    if path[-1] not in (1, "source_revision"):  # what may be missing
         make = functools.partial(remove_at, path=path)
         for command in ("inspect", "verify"):
             CATALOGUE.put(
