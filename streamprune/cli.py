@@ -121,6 +121,7 @@ def _import(name: str) -> None:
     "compress /models/llama-65b --out ./pruned",
     "compress ./opt-66b --out ./pruned --pattern 4:8 --calibration c4-train.00000-of-01024.json.gz --samples 64",
     "compress ./llama --out ./pruned --max-block-error 0.5 --on-excess keep-dense",
+    "compress HuggingFaceTB/SmolLM2-135M --out ./pruned",
 )
 @click.option("--out", required=True, type=click.Path(), help="Output folder; run the same command again to continue.")
 @JOB
@@ -128,8 +129,11 @@ def compress(quiet: bool, yes: bool, **settings: Any) -> Any:
     """Prune MODEL to packed N:M form.
 
     MODEL is a folder as transformers reads it: config.json, a tokenizer, and weights as safetensors or
-    pytorch_model*.bin, single or sharded. Run the same command again to continue after the last finished block. SIGINT,
-    SIGTERM, SIGHUP and SIGUSR1 stop the job at a safe point with exit code 85.
+    pytorch_model*.bin, single or sharded. Or it is a name on the hub, ORG/MODEL or ORG/MODEL@REVISION, with a branch, a
+    tag or a commit: what the hub's cache lacks of it is downloaded there.
+
+    Run the same command again to continue after the last finished block. SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop the
+    job at a safe point with exit code 85.
     """
     from streamprune.process import map_large_pieces
 
@@ -164,20 +168,25 @@ def plan(quiet: bool, yes: bool, **settings: Any) -> Any:
     """Show what `compress` with the same options would read, hold and take.
 
     Bytes to read, to write, of scratch and of memory, stage by stage; the time; and which layers stay dense. Reads only
-    headers of MODEL, and times a few products to learn the speed of this machine.
+    headers of MODEL, which is downloaded first where it is named on the hub, and times a few products to learn the
+    speed of this machine.
     """
-    return streamprune.plan(**settings)
+    return streamprune.plan(progress=not quiet, **settings)
 
 
 @command(
     show_verification, "verify ./pruned", "verify ./pruned --source /models/llama-65b --json", "verify ./pruned --quick"
 )
 @click.argument("folder", type=click.Path())
-@click.option("--source", type=click.Path(), help="The dense checkpoint: also compare every kept value with it.")
+@click.option(
+    "--source",
+    type=click.Path(),
+    help="The dense checkpoint, a folder or its name on the hub: also compare every kept value with it.",
+)
 @click.option("--quick", is_flag=True, help="Check only sizes and headers: finds what is missing, not what is damaged.")
 @click.option("--device", type=Choice("device"), default="auto", show_default=True, help="Whose kernels multiply.")
 def verify(quiet: bool, **settings: Any) -> Any:
-    """Check every byte of an output FOLDER.
+    """Check every byte of an output FOLDER, or of one that is named on the hub.
 
     Exit code 1 on any fault, which is named. Checked are the checksums of all files, the structure, exactly N of M in
     every group, and each layer's sparse product; with --source also every kept value, mask and other tensor against the
@@ -214,8 +223,8 @@ def verify(quiet: bool, **settings: Any) -> Any:
 def evaluate(quiet: bool, **settings: Any) -> Any:
     """Measure the perplexity of a text, or scores in tasks.
 
-    MODEL is a dense checkpoint or an output folder; for a text it runs block by block. docs/method.md defines the
-    figure.
+    MODEL is a dense checkpoint or an output, a folder or its name on the hub; for a text it runs block by block.
+    docs/method.md defines the figure.
     """
     return streamprune.evaluate(progress=not quiet, **settings)
 
@@ -263,9 +272,9 @@ def _show_generation(result: Any) -> None:
 def generate(quiet: bool, **settings: Any) -> Any:
     """Continue a prompt.
 
-    MODEL is a dense checkpoint or an output folder. Blocks that memory does not hold are read from disk for each token.
-    The text of a single prompt is printed as it comes, that of several at the end, each after its prompt. Figures go to
-    standard error: tokens per second, bytes read for each pass, what the disk allows.
+    MODEL is a dense checkpoint or an output, a folder or its name on the hub. Blocks that memory does not hold are read
+    from disk for each token. The text of a single prompt is printed as it comes, that of several at the end, each after
+    its prompt. Figures go to standard error: tokens per second, bytes read for each pass, what the disk allows.
     """
     as_json = click.get_current_context().params["as_json"]
     return streamprune.generate(on_text=None if as_json else show_text, progress=not quiet, **settings)
@@ -282,7 +291,7 @@ def generate(quiet: bool, **settings: Any) -> Any:
 )
 @click.option("--out", required=True, type=click.Path(), help="A folder that does not exist yet.")
 def export(quiet: bool, **settings: Any) -> Any:
-    """Write an output FOLDER as a dense checkpoint.
+    """Write an output FOLDER, or one that is named on the hub, as a dense checkpoint.
 
     Plain transformers loads it, without streamprune; it is as large as the source. Stored permutations are undone: such
     layers compute the same, but are not N:M as they lie in the file.
@@ -293,10 +302,10 @@ def export(quiet: bool, **settings: Any) -> Any:
 @command(show_inspection, "inspect ./pruned", "inspect ./pruned --json")
 @click.argument("folder", type=click.Path())
 def inspect(quiet: bool, **settings: Any) -> Any:
-    """Show a table of an output FOLDER.
+    """Show a table of an output FOLDER, or of one that is named on the hub.
 
     Every layer with its pattern, shape, packed bytes, kept score (over that of the plain selection), kernel_error,
     layer_error, its block's block_error, and its output error after each step; then the layers left dense, with
     reasons. docs/method.md defines the errors.
     """
-    return streamprune.inspect(**settings)
+    return streamprune.inspect(progress=not quiet, **settings)

@@ -332,6 +332,7 @@ def test_numbers_that_make_no_sense(command: str, option: str, tmp_path: Path) -
     needed: dict[str, Any] = {"compress": {"out": tmp_path / "out"}, "evaluate": {"text": tmp_path / "x.txt"},
                               "plan": {}, "generate": {"prompt": "a"}}[command]  # fmt: skip
     arguments = [f"--{name}={value}" for name, value in needed.items()] + ["--quiet"] * (command != "plan")
+    (tmp_path / "x.txt").touch()
     in_bytes = option.endswith("memory")
     senseless = [*SENSELESS, *([0] if option in FROM_ONE else [])]
     for value in senseless:

@@ -146,13 +146,23 @@ import streamprune, streamprune.cli
 streamprune.__version__, dir(streamprune), streamprune.PruneConfig()
 for arguments in (["--help"], ["compress", "--help"], ["--version"]):
     assert CliRunner().invoke(streamprune.cli.cli, arguments).exit_code == 0
-heavy = "accelerate datasets matplotlib numpy pyarrow scipy torch tqdm transformers xxhash"
+heavy = "accelerate datasets huggingface_hub matplotlib numpy pyarrow scipy torch tqdm transformers xxhash"
 print(sorted(set(heavy.split()) & set(sys.modules)))
 """
     assert run_python(code) == "[]"
 
 
-WHEN_USED = {"accelerate", "cupy", "datasets", "lm_eval", "matplotlib", "pyarrow", "scipy", "sentencepiece"}
+WHEN_USED = {
+    "accelerate",
+    "cupy",
+    "datasets",
+    "huggingface_hub",
+    "lm_eval",
+    "matplotlib",
+    "pyarrow",
+    "scipy",
+    "sentencepiece",
+}
 
 
 def test_what_few_jobs_need_is_imported_when_it_is_used() -> None:

@@ -6,7 +6,9 @@ permutation that forgets one of them changes the logits; channels differ in size
 
 import hashlib
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,21 @@ def copy_without_weights(source: Path, folder: Path) -> None:
             (folder / path.name).write_bytes(path.read_bytes())
 
 
+def as_hub_cache(source: Path, repository: Path, commit: str = "0a1b2c") -> Path:
+    """The same in the layout of a model hub's cache: blobs, and a snapshot of links to them."""
+    snapshot = repository / "snapshots" / commit
+    for folder in (repository / "blobs", repository / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for path in source.rglob("*"):
+        link = snapshot / path.relative_to(source)
+        if path.is_file():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            blob = Path(shutil.copyfile(path, repository / "blobs" / sha256(path)))
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
 def text(characters: int, seed: int = 0) -> str:
     """Sentences of made-up words: letters differ in frequency, as in a language."""
     draw = random.Random(seed)
@@ -269,7 +286,7 @@ def as_version_1(out: Path) -> Path:
 
 
 def _as_version_1(manifest: Any) -> None:
-    for key in ("source_name", "made_by"):
+    for key in ("source_name", "made_by", "source_revision"):
         del manifest[key]
     del manifest["files"]["README.md"]
     if "README.source.md" in manifest["files"]:

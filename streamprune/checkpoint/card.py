@@ -22,6 +22,7 @@ from streamprune.config import NMPattern, PruneConfig
 MAX_CHARACTERS = 100  # of a name or a value
 README_BYTES = 1 << 16  # of the source's, which begins with its front matter
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 LICENCE_FILE = re.compile(r"(licen[cs]e|copying)[\w.-]{0,60}", re.ASCII | re.IGNORECASE)
 
 PACKED = """\
@@ -56,14 +57,34 @@ class Licence:
 
 
 def source_name(folder: Path, config: Mapping[str, Any]) -> str:
-    """What a source is called, printable: by its config or by the cache of a model hub OWNER/NAME, else its folder."""
-    given, path = config.get("_name_or_path"), Path(os.path.abspath(folder))  # noqa: PTH100 - a link has its own name
-    if isinstance(given, str) and _is_repository(given):
+    """What a source is called, printable: by the cache of a model hub or by its config OWNER/NAME, else its folder.
+
+    The cache goes first: the config of a model that was made from another may still have the other's name.
+    """
+    given, repository = config.get("_name_or_path"), _cached(folder)
+    if repository is None and isinstance(given, str) and _is_repository(given):
         return given
-    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
-        path = path.parent.parent
-    name = path.name.removeprefix("models--").replace("--", "/")
+    name = repository or _named(folder).name
     return "".join(c if c.isprintable() else "?" for c in name) or "model"
+
+
+def source_revision(folder: Path) -> str | None:
+    """The commit of a source that lies in the cache of a model hub; None for any other."""
+    name = _named(folder).name
+    return name if _cached(folder) and COMMIT.fullmatch(name) else None
+
+
+def _cached(folder: Path) -> str | None:
+    """The name of the repository of which a folder is a snapshot in a hub's cache, by the layout of caches."""
+    snapshots = _named(folder).parent
+    repository = snapshots.parent.name
+    if snapshots.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")
+
+
+def _named(folder: Path) -> Path:
+    return Path(os.path.abspath(folder))  # noqa: PTH100 - a link has its own name
 
 
 def source_licence(folder: Path, beside: Beside) -> Licence:
@@ -96,13 +117,14 @@ def model_card(
     """The card of a packed output with the pruned `layers`, or of its dense export, of `dense_bytes` in all."""
     name, made_by = manifest.source_name or "a model", manifest.made_by or "streamprune"
     dense = dense_bytes is not None
+    commit = f" (commit {_code(manifest.source_revision)})" if manifest.source_revision else ""
     patterns = ", ".join(sorted({str(pattern) for pattern in layers.values()}))
     bits = "were fitted to the dense layers' outputs" if manifest.reconstructed else "have the source's bits"
     pruned = f"In its linear layers N of every M input channels of a row are kept ({patterns}), the others are zero."
     sections = [
         _front_matter(name, patterns, licence, dense),
         f"# {_code(name)}, pruned",
-        f"{_code(name)}, pruned by {_code(made_by)} in one shot. {pruned} Kept weights {bits}.",
+        f"{_code(name)}{commit}, pruned by {_code(made_by)} in one shot. {pruned} Kept weights {bits}.",
         "## How to load it",
         DENSE if dense else PACKED,
         "## Measured",

@@ -102,7 +102,8 @@ class FileRecord(Struct, frozen=True):
 class Manifest(Struct, frozen=True):
     """What a finished output says of itself. `identity` is what determined its bytes, as nested plain data.
 
-    Version 1 of the format has neither the source's name nor by which version it was made.
+    Version 1 of the format has neither the source's name nor by which version it was made. `source_revision` is the
+    commit of a source in a hub's cache, and None for others.
     """
 
     format_version: Count
@@ -114,6 +115,7 @@ class Manifest(Struct, frozen=True):
     files: dict[str, FileRecord]
     source_name: str | None = None
     made_by: str | None = None
+    source_revision: str | None = None
 
     @property
     def layout(self) -> Layout:

@@ -23,6 +23,7 @@ from streamprune.errors import CheckpointError, NumericsError
 from streamprune_kernels import all_finite
 
 SAFETENSORS_INDEX, BIN_INDEX = INDEX_FILES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+SAFETENSORS_FILE, BIN_FILE = "model.safetensors", "pytorch_model.bin"
 SAMPLE_BYTES = 65_536  # of each tensor, for the fingerprint
 Empty = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]  # a tensor of a shape and dtype, uninitialised
 PIECE_BYTES = 1 << 23  # of a large tensor that is copied: allocators reuse pieces of this size, not larger ones
@@ -199,14 +200,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder that holds config.json and the weights")
     for single, index, opener in (  # a single file goes before an index, as in from_pretrained
-        ("model.safetensors", SAFETENSORS_INDEX, _open_safetensors),
-        ("pytorch_model.bin", BIN_INDEX, _open_bin),
+        (SAFETENSORS_FILE, SAFETENSORS_INDEX, _open_safetensors),
+        (BIN_FILE, BIN_INDEX, _open_bin),
     ):
         if (folder / single).exists():
             return Checkpoint(folder, opener(folder / single))
         if (folder / index).exists():
             return Checkpoint(folder, _open_sharded(folder, folder / index, opener))
-    raise CheckpointError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, sharded or single")
+    raise CheckpointError(f"{folder}: holds neither {SAFETENSORS_FILE} nor {BIN_FILE}, sharded or single")
 
 
 def open_index(path: Path) -> Checkpoint:

@@ -7,6 +7,7 @@ model's own attribute, since files need names that are not found without this pl
 It is imported while transformers imports itself: what stands on models is imported when it is used.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import canonical_json
 from streamprune.config import NMPattern, PathLike
 from streamprune.errors import CheckpointError, OutputError, SettingsError
+from streamprune.model.hub import parse_name
 from streamprune.model.packed_linear import PackedLinear, is_permutation
 
 if TYPE_CHECKING:
@@ -41,9 +43,10 @@ def load(
 ) -> "PreTrainedModel":
     """An output of `compress` as a transformers model, its pruned layers packed in memory; ready for `generate`.
 
-    `folder` is an output's, or its name on the hub. `device` is "cuda", "cpu" and so on, by default a GPU where there
-    is one; `dtype` what all else is computed in ("auto": the source's). `more` goes to `from_pretrained`: `device_map`
-    in place of `device`, say. Returns a transformers.PreTrainedModel. Raises CheckpointError for what is no output.
+    `folder` is an output's, or its name on the hub, ORG/MODEL or ORG/MODEL@REVISION. `device` is "cuda", "cpu" and so
+    on, by default a GPU where there is one; `dtype` what all else is computed in ("auto": the source's). `more` goes to
+    `from_pretrained`: `device_map` in place of `device`, say. Returns a transformers.PreTrainedModel. Raises
+    CheckpointError for what is no output.
 
     >>> loaded = streamprune.load(pruned)
     >>> loaded.get_submodule("model.layers.0.mlp.down_proj")
@@ -53,6 +56,8 @@ def load(
 
     if Path(folder).is_dir():
         packed_layout(Path(folder))
+    elif (named := parse_name(os.fspath(folder))) is not None and named[1] is not None:
+        folder, more["revision"] = named
     if "device_map" not in more:
         more["device_map"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
     elif device is not None:

@@ -48,8 +48,19 @@ def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmet
 
     auto is the source's dtype on a GPU. On a CPU it is bfloat16 where the source is and the processor has instructions
     for it, else float32: bfloat16 products without them are slower than float32's, fp16 products about 100 times, and
-    bfloat16 would take three bits of mantissa from an fp16 source. Raises SettingsError for what is not there.
+    bfloat16 would take three bits of mantissa from an fp16 source. Raises SettingsError as `check_arithmetic`.
     """
+    resolved = check_arithmetic(device, dtype)
+    if resolved.type == "cuda" and (reason := unsupported_reason(resolved)):
+        logger.warning("%s (plain ones run in place of them, slower)", reason)
+    if dtype == "auto":
+        kept = source in DTYPES.values() if resolved.type == "cuda" else source == torch.bfloat16 and has_bfloat16()
+        return Arithmetic(resolved, source if kept else torch.float32)
+    return Arithmetic(resolved, DTYPES[dtype])
+
+
+def check_arithmetic(device: str, dtype: str) -> torch.device:
+    """The device that is meant, with nothing opened yet. Raises SettingsError for what is not there."""
     if device not in ("auto", "cpu", "cuda"):
         raise SettingsError(f"device {device!r} is none of auto, cpu, cuda")
     if dtype != "auto" and dtype not in DTYPES:
@@ -58,14 +69,9 @@ def resolve_arithmetic(device: str, dtype: str, source: torch.dtype) -> Arithmet
     if device == "cuda" and not has_gpu:
         raise SettingsError("device cuda: torch sees no GPU on this machine; use --device cpu")
     resolved = torch.device("cuda" if device != "cpu" and has_gpu else "cpu")
-    if resolved.type == "cuda" and (reason := unsupported_reason(resolved)):
-        logger.warning("%s (plain ones run in place of them, slower)", reason)
-    if dtype == "auto":
-        kept = source in DTYPES.values() if resolved.type == "cuda" else source == torch.bfloat16 and has_bfloat16()
-        return Arithmetic(resolved, source if kept else torch.float32)
     if dtype == "float16" and resolved.type == "cpu":
         raise SettingsError("dtype float16 is about 100 times slower than float32 on a CPU; use float32 or bfloat16")
-    return Arithmetic(resolved, DTYPES[dtype])
+    return resolved
 
 
 def has_bfloat16() -> bool:

@@ -40,6 +40,7 @@ from streamprune.config import (
     settings_spelled,
 )
 from streamprune.errors import JobMismatchError, OutputError, SettingsError
+from streamprune.model.hub import folder_of
 from streamprune.model.machine import former_instruction_set
 from streamprune.pipeline.gate import check_outcomes
 from streamprune.pipeline.planning.job import Job, resolve_job, surroundings, versions, without_budget
@@ -62,7 +63,7 @@ from streamprune.pipeline.writing.journal import (
 )
 from streamprune.process import peak_memory_bytes, return_free_memory
 from streamprune.text.calibration import Calibration
-from streamprune.text.documents import TEXT_COLUMN
+from streamprune.text.documents import TEXT_COLUMN, check_named
 
 WORST_LAYERS = 5
 
@@ -122,6 +123,7 @@ def compress(
 ) -> CompressResult:
     """Prune a causal LM to N:M sparsity, block by block from disk, into the folder `out`.
 
+    `model` is a folder, or ORG/MODEL or ORG/MODEL@REVISION on the hub: then what its cache lacks is downloaded.
     The method's settings are the fields of streamprune.PruneConfig, each by keyword or all in `config`. `calibration`
     is a file's path, the name of a data set, or an iterable of strings (default: the text that ships with the package);
     `text_column` holds the texts in JSON, .parquet or a data set. `sequence_length` is by default 2048 tokens, or the
@@ -144,10 +146,12 @@ def compress(
     config, text = config_of(config, settings), Calibration(calibration, text_column, samples, sequence_length, seed)
     limits = Limits.parse(max_memory, max_device_memory)
     resources = Resources(device, dtype, limits, micro_batch, prefetch, min_coverage)
-    model, out = path_of("model", model), path_of("out", out)
-    scratch = None if scratch is None else path_of("scratch", scratch)
+    out, scratch = path_of("out", out), None if scratch is None else path_of("scratch", scratch)
     if not callable(should_stop := should_stop or _never):
         raise SettingsError(f"should_stop {should_stop!r:.40} is no function")
+    if config.validate:
+        check_named(calibration)
+    model = folder_of("model", model, progress, should_stop)
     check_outside(out, model)
     job = resolve_job(model, config, text, resources)
     if is_finished(out) and not restart and not (out / WORK_FOLDER).exists():

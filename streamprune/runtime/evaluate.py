@@ -21,6 +21,7 @@ from streamprune.errors import CalibrationError, CheckpointError, NumericsError,
 from streamprune.model.arithmetic import (
     Arithmetic,
     against_overflow,
+    check_arithmetic,
     name_of,
     resolve_arithmetic,
     warn_without_kernels,
@@ -28,6 +29,7 @@ from streamprune.model.arithmetic import (
 from streamprune.model.blocks import load_block
 from streamprune.model.expert_streaming import advance_by_parts
 from streamprune.model.forward import run_tail
+from streamprune.model.hub import folder_of
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.source import Source, open_source
 from streamprune.model.streaming import embed, text_inputs
@@ -98,13 +100,18 @@ def evaluate(
     start = time.perf_counter()
     check_settings(sequence_length=sequence_length, max_tokens=max_tokens, text_column=text_column)
     check_settings(device=device, dtype=dtype, progress=progress)
-    folder, text = path_of("model", model), None if text is None else path_of("text", text)
+    path_of("model", model)
+    text = None if text is None else path_of("text", text)
     if text is None and tasks is None:
         raise SettingsError("give text, tasks, or both")
     if scratch is not None and not path_of("scratch", scratch).is_dir():
         raise SettingsError(f"scratch {scratch}: no such folder")
+    if text is not None:
+        check_file(text)
     file = None if tasks is None else check_harness(tasks)
     warn_without_kernels()
+    check_arithmetic(device, dtype)
+    folder = folder_of("model", model, progress)
     source = open_source(folder)
     source.check_tied()
     arithmetic = resolve_arithmetic(device, dtype, source.dtype)
@@ -176,7 +183,6 @@ def _windows(folder: Path, text: Path, text_column: str, sequence_length: int, m
 
 def _ids(tokenizer: Any, path: Path, text_column: str, max_tokens: int | None) -> list[int]:
     """Ids of a whole text, or of its first documents until they give `max_tokens`."""
-    check_file(path)
     separator = "" if kind_of(path)[0] == ".txt" else "\n\n"
     most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * (max_tokens or 0))
     read: list[str] = []

@@ -25,6 +25,7 @@ from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import write_json, write_safetensors, write_text
 from streamprune.config import ExportFormat, PathLike, check_settings, path_of
 from streamprune.errors import OutputError
+from streamprune.model.hub import folder_of
 from streamprune.model.source import Source, open_output
 from streamprune_kernels import expand
 
@@ -54,17 +55,19 @@ def export(folder: PathLike, *, out: PathLike, to: ExportFormat = "dense", progr
     True
     """
     check_settings(to=to, progress=progress)
-    folder, out = path_of("folder", folder), path_of("out", out)
+    out = path_of("out", out)
+    partial = out.parent / f".{out.name}.partial"
+    path_of("folder", folder)
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"{out}: exists already; choose another --out")
+    if partial.is_symlink():
+        raise OutputError(f"{partial}: is a symbolic link where the export is made; remove it and run again")
+    folder = folder_of("folder", folder, progress)
     opened = open_output(folder)
     checkpoint, layers = opened.checkpoint, opened.packed
     manifest, layout, shards = read_manifest(folder / MANIFEST_FILE), packed_layout(folder), _shards(checkpoint)
     card = (README,) if layout.version > 1 else ()  # in version 1 it is the source's
     beside = list_beside(folder, {*OWN_FILES, *layout.files, *shards, *card})
-    partial = out.parent / f".{out.name}.partial"
-    if out.exists() or out.is_symlink():
-        raise OutputError(f"{out}: exists already; choose another --out")
-    if partial.is_symlink():
-        raise OutputError(f"{partial}: is a symbolic link where the export is made; remove it and run again")
     temporary = partial / ".temporary"
     try:
         shutil.rmtree(partial, ignore_errors=True)

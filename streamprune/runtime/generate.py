@@ -19,10 +19,12 @@ from streamprune.errors import CalibrationError, CheckpointError, NumericsError,
 from streamprune.model.arithmetic import (
     Arithmetic,
     against_overflow,
+    check_arithmetic,
     name_of,
     resolve_arithmetic,
     warn_without_kernels,
 )
+from streamprune.model.hub import folder_of
 from streamprune.model.residency import (
     BlockStream,
     StoredBlock,
@@ -108,9 +110,12 @@ def generate(
     check_settings(device=device, dtype=dtype, progress=progress)
     if on_text is not None and not callable(on_text):
         raise SettingsError(f"on_text {on_text!r:.40} is no function")
-    folder, prompts = path_of("model", model), _prompts(prompt, prompt_file)
+    path_of("model", model)
+    prompts = _prompts(prompt, prompt_file)
     limits = parse_bytes(max_memory), parse_bytes(max_device_memory)
     warn_without_kernels()
+    check_arithmetic(device, dtype)
+    folder = folder_of("model", model, progress)
     source, tokenizer = open_source(folder), load_tokenizer(folder)
     source.check_tied()
     ids = [prompt_ids(tokenizer, text) for text in prompts]

@@ -5,8 +5,9 @@ from typing import Any
 
 from streamprune.checkpoint.manifest import plain, read_manifest
 from streamprune.checkpoint.packed import MANIFEST_FILE, open_packed, packed_shape
-from streamprune.config import PathLike, path_of
+from streamprune.config import PathLike, check_settings
 from streamprune.errors import CheckpointError
+from streamprune.model.hub import folder_of
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,17 @@ class InspectResult:
     permutation_bytes: int
 
 
-def inspect(folder: PathLike) -> InspectResult:
+def inspect(folder: PathLike, *, progress: bool = False) -> InspectResult:
     """List the layers of an output folder. Raises CheckpointError where it is not a finished one.
+
+    `progress` shows the download of an output that is named on the hub.
 
     >>> layer = streamprune.inspect(pruned).layers[0]
     >>> layer.name, layer.pattern
     ('model.layers.0.self_attn.q_proj', '2:4')
     """
-    folder = path_of("folder", folder)
+    check_settings(progress=progress)
+    folder = folder_of("folder", folder, progress)
     checkpoint, layers, _ = open_packed(folder)
     manifest = read_manifest(folder / MANIFEST_FILE)
     rows = [

@@ -35,6 +35,7 @@ from streamprune.config import Device, PathLike, check_settings, path_of
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.model.arithmetic import resolve_arithmetic
 from streamprune.model.configuration import forward_settings, model_config
+from streamprune.model.hub import folder_of
 from streamprune.model.names import match_names, with_experts_apart
 from streamprune.model.source import Source, open_output
 from streamprune.pruning.selection import weighted_error
@@ -123,11 +124,13 @@ def verify(
     check_settings(quick=quick, device=device, progress=progress)
     if quick and source is not None:
         raise SettingsError("--quick reads no weights that --source could be compared with; give one of the two")
-    folder = path_of("folder", folder)
+    if source is not None:
+        path_of("source", source)
+    where = resolve_arithmetic(device, "float32", torch.float32).device
+    folder = folder_of("folder", folder, progress)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    where = resolve_arithmetic(device, "float32", torch.float32).device
-    original = _open_source(path_of("source", source)) if source is not None else None
+    original = _open_source(folder_of("source", source, progress)) if source is not None else None
     findings = _Findings()
     compared = reconstructed = validated = False
     try:

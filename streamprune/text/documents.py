@@ -45,10 +45,10 @@ def documents(text: Texts | None, column: str = TEXT_COLUMN) -> Iterator[str]:
         return
     path = path_of("text", text)
     kind, compression = kind_of(path)
-    if not path.is_file() and not kind:
+    check_named(path)
+    if not path.is_file():
         yield from _read_dataset(str(text), column)
         return
-    check_file(path)
     if kind == ".txt":
         _check_no_column(str(path), column)
     if kind == ".parquet":
@@ -71,6 +71,12 @@ def check_texts(text: Any) -> None:
         path_of("calibration", text)
     elif text is not None and (isinstance(text, bytes | Mapping) or not isinstance(text, Iterable)):
         raise SettingsError(f"calibration {text!r:.40} is no path, no name, and no iterable of strings")
+
+
+def check_named(text: Texts | None) -> None:
+    """Raise CalibrationError for a file that `documents` cannot read; nothing is read, and no data set looked for."""
+    if isinstance(text, str | os.PathLike) and (Path(text).is_file() or kind_of(Path(text))[0]):
+        check_file(Path(text))
 
 
 def _given(texts: Iterable[str]) -> Iterator[str]:

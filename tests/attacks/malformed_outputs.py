@@ -77,6 +77,7 @@ FIELDS: dict[tuple[Any, ...], tuple[Any, ...]] = {  # each with values of other 
     ("format_version",): (None, "2", True, 2.0, [2]),
     ("source_name",): (None, 5, ["x"]),
     ("made_by",): (None, {}, 1),
+    ("source_revision",): (5, ["x"]),
 }
 for path, values in FIELDS.items():
     shown = ".".join(map(str, path))
@@ -86,7 +87,7 @@ for path, values in FIELDS.items():
         message = "disagree" if value == "model.layers.9.mlp.up_proj" else "streamprune_manifest.json: is "
         make: Make = functools.partial(set_at, path=path, value=value)
         CATALOGUE.put(name, "packed", command, code_of(command), message, make, why)
-    if path[-1] != 1:
+    if path[-1] not in (1, "source_revision"):  # what may be missing
         make = functools.partial(remove_at, path=path)
         for command in ("inspect", "verify"):
             CATALOGUE.put(

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from streamprune import PackedLinear
 from streamprune.checkpoint.beside import list_beside
-from streamprune.checkpoint.card import Licence, model_card, source_licence, source_name
+from streamprune.checkpoint.card import Licence, model_card, source_licence, source_name, source_revision
 from streamprune.checkpoint.manifest import Manifest, record_of
 from streamprune.checkpoint.packed import open_packed
 from streamprune.config import PruneConfig
@@ -26,6 +26,7 @@ from streamprune.runtime.export import export
 
 Prune = Callable[..., CompressResult]
 MAGNITUDE: dict[str, Any] = {"metric": "magnitude", "refine": False, "shuffle": "none", "validate": False}
+COMMIT = "0123456789abcdef" * 2 + "01234567"
 HOSTILE = (
     "](https://x.example)<script>`|\n---\nlicense: mit",
     "a\r\n# title\n\n- item \u202e \x1b[2J",
@@ -184,6 +185,7 @@ def test_a_hostile_readme_takes_no_time(content: bytes, tmp_path: Path) -> None:
         ("llama", "a/b/c", "llama"),
         ("llama", {"a": 1}, "llama"),
         ("models--owner--name/snapshots/0a1b", None, "owner/name"),
+        ("models--owner--name/snapshots/0a1b", "its/base", "owner/name"),
         ("models--gpt2/snapshots/0a1b", "", "gpt2"),
         ("snapshots/0a1b", None, "0a1b"),
         ("a\nb\x1b", None, "a?b?"),
@@ -194,6 +196,21 @@ def test_a_sources_name(folder: str, given: Any, expected: str, tmp_path: Path) 
     assert source_name(tmp_path / folder, {"_name_or_path": given}) == expected
 
 
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        (f"models--owner--name/snapshots/{COMMIT}", COMMIT),
+        ("models--owner--name/snapshots/0a1b", None),
+        (f"snapshots/{COMMIT}", None),
+        (f"models--owner--name/{COMMIT}", None),
+        (f"models--owner--name/snapshots/{COMMIT}/original", None),
+        ("llama", None),
+    ],
+)
+def test_a_sources_commit(folder: str, expected: str | None, tmp_path: Path) -> None:
+    assert source_revision(tmp_path / folder) == expected
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text)[:30])
 def test_nothing_from_elsewhere_is_markup(text: str, outputs: Callable[..., Path]) -> None:
     """A name, a licence, a setting or a version that somebody forged: the same headings, rows and keys as ever."""
@@ -202,7 +219,7 @@ def test_nothing_from_elsewhere_is_markup(text: str, outputs: Callable[..., Path
     beside, manifest = list_beside(out), tiny.read_json(out / tiny.MANIFEST)
     sound = ModelCard(model_card(record_of(manifest, Manifest), layers, Licence(None, None, None), beside))
     forged = copy.deepcopy(manifest)
-    forged.update(source_name=text, made_by=text)
+    forged.update(source_name=text, made_by=text, source_revision=text)
     forged["identity"]["settings"].update(metric=text, pattern=[text])
     forged["identity"]["calibration"].update(seed={text: text})
     forged["blocks"][0].update(name=text, block_error=1e300)

@@ -60,19 +60,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def as_hub_cache(source: Path, folder: Path) -> Path:
-    """The same in the layout of a model hub's cache: blobs, and a snapshot of links to them."""
-    (folder / "blobs").mkdir(parents=True)
-    snapshot = folder / "snapshots" / "0a1b2c"
-    for path in source.rglob("*"):
-        link = snapshot / path.relative_to(source)
-        if path.is_file():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            blob = Path(shutil.copyfile(path, folder / "blobs" / tiny.sha256(path)))
-            link.symlink_to(os.path.relpath(blob, link.parent))
-    return snapshot
-
-
 def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
@@ -100,10 +87,10 @@ def test_a_hub_caches_links_give_the_same_bytes(source: Path, prune: Prune, tmp_
     named = Path(shutil.copytree(source, tmp_path / "named"))
     tiny.write_json(named / "config.json", {**tiny.read_json(named / "config.json"), "_name_or_path": "owner/model"})
     prune(named, tmp_path / "plain", **QUICK)
-    prune(as_hub_cache(named, tmp_path / "hub"), tmp_path / "linked", **QUICK)
+    prune(tiny.as_hub_cache(named, tmp_path / "hub"), tmp_path / "linked", **QUICK)
     assert tiny.digests(tmp_path / "plain") == tiny.digests(tmp_path / "linked")
     assert not any(path.is_symlink() for path in (tmp_path / "linked").rglob("*"))
-    packed = as_hub_cache(tmp_path / "plain", tmp_path / "hub of the output")
+    packed = tiny.as_hub_cache(tmp_path / "plain", tmp_path / "hub of the output")
     assert verify(packed, source=source).faults == []
     export(packed, out=tmp_path / "dense")
     assert names(tmp_path / "dense") >= KEPT

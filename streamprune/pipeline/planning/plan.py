@@ -10,7 +10,7 @@ from pathlib import Path
 from streamprune.checkpoint.scratch import allocated_bytes
 from streamprune.config import MIN_COVERAGE, OF_EXPERTS, NMPattern, PruneConfig, check_settings
 from streamprune.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
-from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.arithmetic import Arithmetic, check_arithmetic
 from streamprune.model.skeleton import Block
 from streamprune.model.source import Source
 from streamprune.model.weights import WeightView
@@ -97,6 +97,7 @@ class Resources:
     def __post_init__(self) -> None:
         check_settings(device=self.device, dtype=self.dtype, micro_batch=self.micro_batch, prefetch=self.prefetch)
         check_settings(min_coverage=self.min_coverage)
+        check_arithmetic(self.device, self.dtype)
 
 
 def plan_layers(source: Source, pattern: NMPattern) -> tuple[tuple[dict[str, LayerPlan], ...], dict[str, str]]:

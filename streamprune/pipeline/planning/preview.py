@@ -20,6 +20,7 @@ from streamprune.config import (
     settings_spelled,
 )
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic
+from streamprune.model.hub import folder_of
 from streamprune.model.source import Source, open_dense
 from streamprune.pipeline.planning.memory import Limits, Memory
 from streamprune.pipeline.planning.plan import Plan, Resources, check_outside, make_plan
@@ -85,27 +86,28 @@ def plan(
     min_coverage: float = MIN_COVERAGE,
     scratch: PathLike | None = None,
     restart: bool = False,
+    progress: bool = False,
     **settings: Unpack[Settings],
 ) -> PlanResult:
     """What `compress` with the same arguments would read, write, hold in memory and take; reads headers alone.
 
-    No text is read and nothing is looked for in `out` or `scratch`. Raises the errors that `compress` would:
-    SettingsError where the job does not fit `max_memory`, for one.
+    A model that is named on the hub is downloaded for that, which `progress` shows. No text is read and nothing is
+    looked for in `out` or `scratch`. Raises the errors that `compress` would: SettingsError where the job does not fit
+    `max_memory`, for one.
 
     >>> foretold = streamprune.plan(model, pattern="4:8")
     >>> foretold.blocks, foretold.layers
     (3, 21)
     """
-    check_settings(restart=restart)
+    check_settings(restart=restart, progress=progress)
     config = config_of(config, settings)
     text = Calibration(calibration, text_column, samples, sequence_length, seed)
     limits = Limits.parse(max_memory, max_device_memory)
     resources = Resources(device, dtype, limits, micro_batch, prefetch, min_coverage)
-    model = path_of("model", model)
+    out, scratch = (None if p is None else path_of(name, p) for name, p in (("out", out), ("scratch", scratch)))
+    model = folder_of("model", model, progress)
     if out is not None:
-        check_outside(path_of("out", out), model)
-    if scratch is not None:
-        path_of("scratch", scratch)
+        check_outside(out, model)
     source = open_dense(model)
     arithmetic = resolve_arithmetic(device, dtype, source.dtype)
     planned, config = make_plan(source, config, text, arithmetic, resources)

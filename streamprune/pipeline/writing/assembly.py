@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from streamprune.checkpoint.beside import README, copy_beside
-from streamprune.checkpoint.card import model_card, source_licence, source_name
+from streamprune.checkpoint.card import model_card, source_licence, source_name, source_revision
 from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.manifest import BlockRecord, FileRecord, JournalEntry, Manifest, plain
 from streamprune.checkpoint.packed import (
@@ -84,6 +84,7 @@ def assemble(run: Run, entries: Sequence[JournalEntry], outer: Staged, digests: 
         source_tensors=digests,
         files={name: _file_record(out / name, known.get(name)) for name in written},
         source_name=source_name(source, config),
+        source_revision=source_revision(source),
         made_by=f"streamprune {versions()['streamprune']}",
     )
     card = model_card(manifest, pruned, source_licence(source, job.beside), job.beside)
