@@ -23,6 +23,13 @@ WITH_HEADS = {**GROUPED, "head_dim": 8}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA4 = {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}
 WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+MAMBA2 = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16,
+}  # fmt: skip
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**GROUPED, "tie_word_embeddings": True},
     "ministral": {**WITH_HEADS, **WINDOW},
@@ -32,6 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**GROUPED, "head_dim": 16},
     "opt": {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "apertus": {**GROUPED, "rope_parameters": ROPE},
+    "bamba": {**GROUPED, **MAMBA2, "attn_layer_indices": [1]},
     "bloom": {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "n_head": 4, "n_layer": 2, **NO_TOKENS},
     "cohere": {**GROUPED, "use_qk_norm": True},
     "cohere2": {**GROUPED, **WINDOW},
@@ -46,17 +54,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {**GPT, "n_inner": 48},
     "gptj": {**GPT, "n_inner": 48, "rotary_dim": 4},
     "granite": {**GROUPED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "granitemoehybrid": {
+        **GROUPED, **MAMBA2, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+    },
     "hunyuan_v1_dense": {**WITH_HEADS},
+    "jamba": {
+        **GROUPED, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mpt": {
         "vocab_size": tiny.VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
         "expansion_ratio": 2, **NO_TOKENS,
     },
     "nemotron": GROUPED,
+    "nemotron_h": {
+        **WITH_HEADS, "num_hidden_layers": None, "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16,
+        "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 48,
+    },
     "olmo": {**GROUPED, "clip_qkv": 1.0},
     "olmo2": GROUPED,
     "olmo3": {**GROUPED, **WINDOW},
     "phi": {**PLAIN, "partial_rotary_factor": 0.5},
     "phi3": {**GROUPED, "sliding_window": 8},
+    "qwen3_5_text": {**WITH_HEADS, **DELTA},
+    "qwen3_next": {
+        **WITH_HEADS, **DELTA, "num_experts": 0, "num_experts_per_tok": 1, "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 48,
+    },
     "seed_oss": WITH_HEADS,
     "smollm3": {**GROUPED, "no_rope_layers": [1, 0]},
     "stablelm": {**GROUPED, "use_qkv_bias": True},
@@ -64,9 +91,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_family(folder: Path, model_type: str, **changes: Any) -> Path:
-    """A checkpoint of a family in float32, its weights random, as transformers saves it."""
+# Of a family's models such as are built otherwise: model_type, and what of its config.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt, post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+}
+
+
+def write_family(folder: Path, name: str, **changes: Any) -> Path:
+    """A checkpoint of a family or a variant in float32, its weights random, as transformers saves it."""
     torch.manual_seed(0)
+    model_type, own = VARIANTS.get(name, (name, {}))
+    changes = {**own, **changes}
     config = CONFIG_MAPPING[model_type](**{**FAMILIES[model_type], **changes})
     return tiny.write_model(folder, AutoModelForCausalLM.from_config(config), torch.float32)
 

@@ -22,6 +22,8 @@ from streamprune.model.library import (
     PretrainedConfig,
     config_fields,
     get_configuration_file,
+    special_floats,
+    without_special_floats,
 )
 
 logger = logging.getLogger("streamprune")
@@ -30,9 +32,18 @@ MAX_BLOCKS = 1000  # the deepest models have fewer than 200
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "head_dim", "word_embed_proj_dim")
 LENGTHS = ("max_position_embeddings", "sliding_window")  # that need not be a tensor's
-NO_DIMENSIONS = ("position", "window", "seq", "length", "token_id", "chunk")  # in names of other numbers beyond tensors
+NO_DIMENSIONS = (
+    "position",
+    "window",
+    "seq",
+    "length",
+    "token_id",
+    "chunk",
+    "multiple",
+)  # in names of other numbers beyond tensors
 MAX_LENGTH = 1 << 24  # of a sequence; some forwards make tensors of the longest
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor")
+LIMITS = "time_step_limit"  # of a range that may be open
 SHARES = ("partial_rotary_factor",)  # more than 1 would make rotary frequencies of any number
 # Fields that do not reach the logits of a causal LM: labels of other tasks, what else a forward returns, the dtype of
 # loading, how attention is computed, how devices share the work, notes. Some are dangerous to build (ten billion
@@ -69,7 +80,7 @@ def model_config(folder: Path, checkpoint: Checkpoint) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
-    values = read_json(path)
+    values = special_floats(read_json(path))
     config_class = config_class_of(path, values)
     if fault := next(_other_model(folder, values), None):
         raise CheckpointError(f"{path}: {fault}")
@@ -77,7 +88,10 @@ def model_config(folder: Path, checkpoint: Checkpoint) -> PretrainedConfig:
         raise CheckpointError(f"{path}: {fault}; give a config.json that belongs to the weights")
     if values.get("auto_map"):
         logger.warning("%s: names Python code of its own (auto_map); it is not run, transformers' own is", path)
-    return config_of(path, values)
+    config = config_of(path, values)
+    if (blocks := config.num_hidden_layers) > min(MAX_BLOCKS, len(checkpoint.tensors)):  # some list their blocks' kinds
+        raise CheckpointError(f"{path}: makes {blocks} blocks, too many for {len(checkpoint.tensors)} tensors")
+    return config
 
 
 def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
@@ -86,7 +100,7 @@ def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
     Raises CheckpointError where that is nothing, and for a field with the name of something else of the class and
     another value: it would change what the class does.
     """
-    config_class = CONFIG_MAPPING[model_type_in(values)]
+    config_class, values = CONFIG_MAPPING[model_type_in(values)], special_floats(values)
     unused = {*NOT_OF_THE_FORWARD, *(name for name in OTHER_PARTS if values.get(name) is None)}
     for name in sorted(values.keys() - config_fields(config_class) - unused - OLD_SPELLINGS):
         if hasattr(config_class, name) and getattr(config_class, name) != values[name]:
@@ -99,7 +113,7 @@ def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
 
 def forward_settings(config: PretrainedConfig) -> dict[str, Any]:
     """All of a config that reaches the forward, as plain data for JSON: two equal ones make the same model."""
-    return {"model_type": config.model_type, **_of_forward(config.to_dict())}
+    return {"model_type": config.model_type, **_of_forward(without_special_floats(config.to_dict()))}
 
 
 def _of_forward(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,10 +165,6 @@ def _unsupported(name: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield "it is made for masked or translated text, not for going on with one"
     if "text_config" in config_class.sub_configs:
         yield "it wraps a language model; its text part alone can be pruned yet"
-    counts = {key: values.get(key, getattr(config_class, key, None)) for key in config_fields(config_class)}
-    experts = (key for key, value in sorted(counts.items()) if "expert" in key and type(value) is int and value > 1)
-    if field := next(experts, None):
-        yield f"mixtures of experts are not supported yet ({field})"
 
 
 def _other_model(folder: Path, values: Mapping[str, Any]) -> Iterator[str]:
@@ -217,7 +227,8 @@ def _number_faults(values: Mapping[str, Any]) -> Iterator[str]:
         elif isinstance(value, dict):
             yield from _number_faults(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value) or (name in POSITIVE and value <= 0):
+            open_range = value == math.inf and name.startswith(LIMITS)
+            if not (math.isfinite(value) or open_range) or (name in POSITIVE and value <= 0):
                 yield f"{name} is {value!r:.40}, no {'positive ' if name in POSITIVE else ''}finite number"
             if name in SHARES and not 0 < value <= 1:
                 yield f"{name} is {value!r:.40}, no share from 0 to 1"

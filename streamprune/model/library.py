@@ -6,7 +6,7 @@ something, it is found there first, and mended here.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,11 +46,13 @@ __all__ = [
     "memory_of",
     "name_while_loading",
     "pass_on",
+    "special_floats",
     "tensors_without_numbers",
     "tied_parameters",
     "tree_flatten",
     "tree_map",
     "warnings_heard",
+    "without_special_floats",
 ]
 logger = logging.getLogger("streamprune")
 Memory = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
@@ -59,6 +61,18 @@ Memory = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 def config_fields(config_class: type) -> set[str]:
     """Names of the settings of a config class, its bases' among them; transformers' own are dataclasses."""
     return {field.name for field in dataclasses.fields(config_class)}
+
+
+def special_floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a config.json with the numbers that JSON lacks: transformers writes {"__float__": "Infinity"}."""
+    decoded: dict[str, Any] = PretrainedConfig._decode_special_floats(dict(values))
+    return decoded
+
+
+def without_special_floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse: entries that JSON has room for."""
+    encoded: dict[str, Any] = PretrainedConfig._encode_special_floats(dict(values))
+    return encoded
 
 
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:

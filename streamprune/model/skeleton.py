@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
+from streamprune.model.architectures import Architecture, Fold, architecture_of
 from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import FoundBlock, discover, shared_weight
 from streamprune.model.library import (
@@ -191,8 +191,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     path = f"{model.base_model_prefix}.{found.path}"
     modules = [*model.get_submodule(path).children()]
     blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))
-    batched = found.batched and config.model_type in ARCHITECTURES  # as tests show of these
-    return Skeleton(model, architecture, path, found.width, batched, blocks)
+    return Skeleton(model, architecture, path, found.width, found.batched and architecture.together, blocks)
 
 
 def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:

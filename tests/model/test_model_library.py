@@ -25,11 +25,13 @@ from streamprune.model.library import (
     get_configuration_file,
     memory_of,
     name_while_loading,
+    special_floats,
     tensors_without_numbers,
     tied_parameters,
     tree_flatten,
     tree_map,
     warnings_heard,
+    without_special_floats,
 )
 
 WTE = "transformer.wte"
@@ -56,10 +58,12 @@ def test_config_classes_are_dataclasses_of_their_settings(name: str) -> None:
     assert issubclass(config_class, PretrainedConfig)
     assert dataclasses.is_dataclass(config_class)
     assert config_fields(config_class) >= config_fields(PretrainedConfig)
-    own = {config_class.attribute_map.get(size, size) for size in SIZES}
+    kinds = families.FAMILIES[name].get("layers_block_type", ["all", "alike"])  # in place of their number
+    sizes = SIZES - {"num_hidden_layers"} if name == "nemotron_h" else SIZES
+    own = {config_class.attribute_map.get(size, size) for size in sizes}
     assert config_fields(config_class) >= {*own, "tie_word_embeddings"}
     made = config_class.from_dict(families.FAMILIES[name])
-    assert (made.hidden_size, made.num_hidden_layers, made.model_type) == (32, 2, name)
+    assert (made.hidden_size, made.num_hidden_layers, made.model_type) == (32, len(kinds), name)
 
 
 @pytest.mark.parametrize("name", list(families.FAMILIES))
@@ -72,6 +76,12 @@ def test_an_empty_model_has_buffers_and_no_weights(name: str) -> None:
     assert model.base_model.get_input_embeddings() is model.get_input_embeddings()
     assert list(nn.Linear(2, 2, bias=False).weight.shape) == [2, 2]  # the switches are back
     assert nn.init.ones_(torch.zeros(1)).item() == 1
+
+
+def test_numbers_that_json_lacks() -> None:
+    limits = {"inner": {"a": [0.0, float("inf")]}}
+    written = {"inner": {"a": [0.0, {"__float__": "Infinity"}]}}
+    assert (without_special_floats(limits), special_floats(written)) == (written, limits)
 
 
 def test_tied_parameters() -> None:

@@ -25,7 +25,8 @@ from streamprune.runtime.verify import verify
 Prune = Callable[..., CompressResult]
 TOKENS = torch.tensor([[ord(character) for character in "Twenty-nine letters and more."]])
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-RESUMED = ("bloom", "cohere", "gemma3_text", "gptj", "phi3")  # a kind of block each
+NAMES = [*families.FAMILIES, *families.VARIANTS]
+RESUMED = ("bloom", "cohere", "gemma3_text", "gptj", "nemotron_h", "phi3", "qwen3_5_text")  # a kind of block each
 
 
 def logits_of(folder: Path) -> torch.Tensor:
@@ -48,7 +49,7 @@ def check_the_whole_way(source: Path, out: Path, held_out: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", list(families.FAMILIES))
+@pytest.mark.parametrize("name", NAMES)
 def test_blocks_from_disk_say_what_the_loaded_model_says(
     name: str, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +66,7 @@ def test_blocks_from_disk_say_what_the_loaded_model_says(
         assert said[0, ids.shape[1] :].tolist() == tokens
 
 
-@pytest.mark.parametrize("name", list(families.FAMILIES))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_whole_way(name: str, prune: Prune, held_out: Path, tmp_path: Path) -> None:
     folder, out = families.write_family(tmp_path / "source", name), tmp_path / "out"
     prune(folder, out)
@@ -75,6 +76,12 @@ def test_the_whole_way(name: str, prune: Prune, held_out: Path, tmp_path: Path) 
     stored = {name.rpartition(".")[0] for name in tiny.read_tensors(out) if name.endswith(".input_permutation")}
     assert stored == {name for block in source.blocks for group in block.groups if not group.producers
                       for name in group.names}  # fmt: skip
+
+
+def test_the_residual_stream_of_post_norms(prune: Prune, held_out: Path, tmp_path: Path) -> None:
+    folder = families.write_family(tmp_path / "source", "opt, post-norm")
+    prune(folder, tmp_path / "out", shuffle="residual+assignment")
+    check_the_whole_way(folder, tmp_path / "out", held_out)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3"])
