@@ -8,8 +8,9 @@ from typing import Any
 
 import tiny
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
+from streamprune.model.library import auto_class
 from streamprune.model.source import Source
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -91,6 +92,44 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Models that hold one of those among other parts, most of them with pictures.
+TOWER = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 4,
+}  # fmt: skip
+VISUAL = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
+MROPE = {**ROPE, "mrope_section": [1, 1, 2]}
+INTERLEAVED = {**MROPE, "mrope_interleaved": True}
+SPECIAL = {"image_token_id": 125, "video_token_id": 126, "vision_start_token_id": 123, "vision_end_token_id": 124}
+WRAPPED: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": FAMILIES["gemma3_text"], "vision_config": {**TOWER, "vision_use_head": False}, **NO_TOKENS,
+        "mm_tokens_per_image": 4, "image_token_index": 126, "boi_token_index": 125, "eoi_token_index": 124,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **FAMILIES["mistral"]}, "image_token_index": 126,
+        "vision_config": {"model_type": "pixtral", **TOWER, "head_dim": 8},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**GROUPED, "rope_parameters": MROPE},
+        "vision_config": {**VISUAL, "fullatt_block_indexes": [1], "window_size": 8}, **SPECIAL,
+    },
+    "qwen3_5": {
+        "text_config": {**FAMILIES["qwen3_5_text"], "rope_parameters": {**INTERLEAVED, "partial_rotary_factor": 1.0}},
+        "vision_config": {**VISUAL, "num_position_embeddings": 16}, **SPECIAL,
+    },
+    "qwen3_vl": {
+        "text_config": {**WITH_HEADS, "rope_parameters": INTERLEAVED},
+        "vision_config": {**VISUAL, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}, **SPECIAL,
+    },
+}  # fmt: skip
 # Of a family's models such as are built otherwise: model_type, and what of its config.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt, post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
@@ -101,9 +140,15 @@ def write_family(folder: Path, name: str, **changes: Any) -> Path:
     """A checkpoint of a family or a variant in float32, its weights random, as transformers saves it."""
     torch.manual_seed(0)
     model_type, own = VARIANTS.get(name, (name, {}))
-    changes = {**own, **changes}
-    config = CONFIG_MAPPING[model_type](**{**FAMILIES[model_type], **changes})
-    return tiny.write_model(folder, AutoModelForCausalLM.from_config(config), torch.float32)
+    config = CONFIG_MAPPING[model_type](**{**{**FAMILIES, **WRAPPED}[model_type], **own, **changes})
+    return tiny.write_model(folder, auto_class(type(config)).from_config(config), torch.float32)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """As transformers loads it, with all its parts."""
+    config = AutoConfig.from_pretrained(folder)
+    model: PreTrainedModel = auto_class(type(config)).from_pretrained(folder, dtype=dtype)
+    return model.eval()
 
 
 HEAD = (

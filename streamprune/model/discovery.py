@@ -211,15 +211,20 @@ def discover(model: PreTrainedModel) -> Found:
 
 
 def _path_of_blocks(model: PreTrainedModel) -> str:
-    """The list that holds most of the base model's parameters, of as many modules as its config says blocks."""
+    """The list that holds most of the base model's parameters, of as many modules as its config says blocks.
+
+    Of a model that wraps a language model: of that one's.
+    """
     kind = type(model).__name__
     if model.base_model is model:
         raise UnsupportedModelError(f"{kind} has no base model under its head")
-    count = getattr(model.config, "num_hidden_layers", None)
+    text = model.config.get_text_config()
+    count, whole = getattr(text, "num_hidden_layers", None), text is model.config
+    inside = {*(model.base_model if whole else model.get_decoder()).modules()}
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
     }
     if not sizes or not count:
         raise UnsupportedModelError(f"{kind} has no list of {count} blocks (num_hidden_layers of its config)")

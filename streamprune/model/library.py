@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -33,15 +34,16 @@ from streamprune.errors import UnsupportedModelError
 
 __all__ = [
     "CONFIG_MAPPING",
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
     "Conv1D",
     "Memory",
     "PretrainedConfig",
+    "auto_class",
     "bare_model",
     "config_fields",
     "empty_model",
     "get_configuration_file",
+    "goes_on_with_text",
     "linear_shape",
     "memory_of",
     "name_while_loading",
@@ -53,6 +55,7 @@ __all__ = [
     "tree_map",
     "warnings_heard",
     "without_special_floats",
+    "wraps_text",
 ]
 logger = logging.getLogger("streamprune")
 Memory = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
@@ -75,10 +78,27 @@ def without_special_floats(values: Mapping[str, Any]) -> dict[str, Any]:
     return encoded
 
 
+def wraps_text(config_class: type[PretrainedConfig]) -> bool:
+    """Whether its models hold a language model among other parts, which a config inside the config describes."""
+    return "text_config" in config_class.sub_configs
+
+
+def auto_class(config_class: type[PretrainedConfig]) -> Any:
+    """What makes a model that goes on with text, and loads it: with its other parts where it has any."""
+    wrapped = wraps_text(config_class) and config_class in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+
+
+def goes_on_with_text(config_class: type[PretrainedConfig]) -> bool:
+    """Whether transformers has a model of this config that is made for it."""
+    return config_class in auto_class(config_class)._model_mapping
+
+
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:
     """A causal LM of which nothing takes memory, buffers neither: to see what it would take."""
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(type(config)).from_config(config, dtype=torch.float32)
+    return model
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -90,7 +110,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(type(config)).from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model
 

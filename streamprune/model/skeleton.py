@@ -3,6 +3,7 @@
 The modules are transformers' own, on the meta device (real buffers: rotary frequencies are computed, not loaded).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import FoundBlock, discover, shared_weight
 from streamprune.model.library import (
     Conv1D,
+    PretrainedConfig,
     bare_model,
     empty_model,
     linear_shape,
@@ -100,6 +102,12 @@ class Skeleton:
     batched: bool
     blocks: tuple[Block, ...]
 
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The config of what text passes through: the model's own, or that of the language model that it wraps."""
+        config: PretrainedConfig = self.model.config.get_text_config()
+        return config
+
     @cached_property
     def embedding(self) -> str:
         """Name of the matrix of input embeddings. Raises UnsupportedModelError where they have more parameters."""
@@ -118,7 +126,7 @@ class Skeleton:
     @property
     def positions(self) -> int | None:
         """Tokens of the longest sequence that the model is made for; None where its config does not say."""
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        longest = getattr(self.text_config, "max_position_embeddings", None)
         return None if longest is None else int(longest)
 
     @property
@@ -133,6 +141,14 @@ class Skeleton:
         return tuple(name for name in self.shapes if name not in inside and name not in self.tied)
 
     @cached_property
+    def aside(self) -> frozenset[str]:
+        """Of `outer_parameters` those that no text passes through: all of a wrapped model but its language model."""
+        if self.text_config is self.model.config:
+            return frozenset()
+        text = f"{self.path.rpartition('.')[0]}."
+        return frozenset(n for n in self.outer_parameters if n.startswith(self.base_prefix) and not n.startswith(text))
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all that is stored, tied parameters too: parameters, and buffers that are no constants of the class."""
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
@@ -145,7 +161,7 @@ class Skeleton:
     @cached_property
     def heads(self) -> Heads:
         """Of attention in every block; one where the config does not say."""
-        config = self.model.config
+        config = self.text_config
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or self.hidden_size // heads))
@@ -187,7 +203,10 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
         except Exception as error:
             raise CheckpointError(f"{where}: makes no model ({one_line(error)})") from error
     pass_on(where, warnings)
-    architecture = architecture_of(config.model_type)
+    text = config.get_text_config()
+    architecture = architecture_of(text.model_type)
+    if text is not config:  # what comes of pictures joins the residual stream
+        architecture = dataclasses.replace(architecture, residual=None)
     path = f"{model.base_model_prefix}.{found.path}"
     modules = [*model.get_submodule(path).children()]
     blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))

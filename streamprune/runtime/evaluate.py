@@ -148,7 +148,8 @@ def _losses(
             advance(RunnableBlock(block.name, module, arguments[block.index]), states, following, arithmetic, tick)
             files.reverse()
         # the tail is given embeddings, so that their matrix is needed where the head is tied to it alone
-        needed = [n for n in skeleton.outer_parameters if n != skeleton.embedding or n in skeleton.tied.values()]
+        outer = [name for name in skeleton.outer_parameters if name not in skeleton.aside]
+        needed = [name for name in outer if name != skeleton.embedding or name in skeleton.tied.values()]
         tail = {n: tensor.to(arithmetic.device, arithmetic.dtype) for n, tensor in source.read(needed).items()}
         losses = []
         for index, window in enumerate(windows):

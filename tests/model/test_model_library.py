@@ -16,13 +16,13 @@ import streamprune
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.library import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     PretrainedConfig,
     bare_model,
     config_fields,
     empty_model,
     get_configuration_file,
+    goes_on_with_text,
     memory_of,
     name_while_loading,
     special_floats,
@@ -32,6 +32,7 @@ from streamprune.model.library import (
     tree_map,
     warnings_heard,
     without_special_floats,
+    wraps_text,
 )
 
 WTE = "transformer.wte"
@@ -118,10 +119,13 @@ def test_names_while_loading() -> None:
         mixtral("model.layers.0.block_sparse_moe.experts.0.w1.weight")
 
 
-def test_mappings_know_causal_and_masked_models() -> None:
-    for name, causal, masked in (("llama", True, False), ("bert", True, True), ("clip", False, False)):
+def test_what_goes_on_with_text() -> None:
+    for name, wraps, causal, masked in (
+        *(("llama", False, True, False), ("bert", False, True, True), ("clip", True, False, False)),
+        *(("gemma3", True, True, False), ("mistral3", True, True, False)),
+    ):
         config_class = CONFIG_MAPPING[name]
-        assert (config_class in MODEL_FOR_CAUSAL_LM_MAPPING) == causal
+        assert (wraps_text(config_class), goes_on_with_text(config_class)) == (wraps, causal)
         assert (config_class in MODEL_FOR_MASKED_LM_MAPPING) == masked
 
 
