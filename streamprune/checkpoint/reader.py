@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,12 +35,16 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One tensor of a checkpoint: the file it lies in, its dtype and shape; `entry` for safetensors only."""
+    """One tensor of a checkpoint: the file it lies in, its dtype and shape; `entry` for safetensors only.
+
+    slice_of: it is that tensor's slice of that number along the first dimension.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     entry: TensorEntry | None
+    slice_of: tuple[str, int] | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -93,12 +97,12 @@ class Checkpoint:
     def row_reader(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function from row numbers int64 [n] to those rows [n, width] of a matrix, which itself is not read."""
         source = self.tensors[name]
-        matrix = load_bin(source.path)[name] if source.entry is None else None
+        matrix = _of_bin(load_bin(source.path), name, source) if source.entry is None else None
 
         def rows_of(rows: torch.Tensor) -> torch.Tensor:
             wanted, places = rows.unique(return_inverse=True)
             if matrix is not None:
-                found = matrix.detach()[wanted]
+                found = matrix[wanted]
             else:
                 entry = _entry_of(source)
                 found = torch.empty(len(wanted), *entry.shape[1:], dtype=entry.dtype)
@@ -118,13 +122,13 @@ class Checkpoint:
         if not source.shape or source.size_bytes <= PIECE_BYTES:
             yield self.read([name])[name]
             return
-        matrix = load_bin(source.path)[name] if source.entry is None else None
+        matrix = _of_bin(load_bin(source.path), name, source) if source.entry is None else None
         row_bytes = source.size_bytes // source.shape[0]
         rows = max(1, PIECE_BYTES // row_bytes)
         for first in range(0, source.shape[0], rows):
             count = min(rows, source.shape[0] - first)
             if matrix is not None:
-                piece = matrix.detach()[first : first + count].clone()
+                piece = matrix[first : first + count].clone()
             else:
                 entry = _entry_of(source)
                 piece = torch.empty(count, *source.shape[1:], dtype=source.dtype)
@@ -151,7 +155,20 @@ class Checkpoint:
 
     def _read_bin(self, path: Path, names: list[str], empty: Empty) -> dict[str, torch.Tensor]:
         state = load_bin(path)
-        return {name: empty(tuple(state[name].shape), state[name].dtype).copy_(state[name].detach()) for name in names}
+        found = {name: _of_bin(state, name, self.tensors[name]) for name in names}
+        return {name: empty(tuple(tensor.shape), tensor.dtype).copy_(tensor) for name, tensor in found.items()}
+
+    def sliced(self, names: Iterable[str]) -> "Checkpoint":
+        """This checkpoint with the slices along the first dimension of the named tensors, "NAME[0]" and so on, in their
+        places. Raises CheckpointError for a tensor without that dimension.
+        """
+        tensors = dict(self.tensors)
+        for name in names:
+            whole = tensors.pop(name)
+            if not whole.shape:
+                raise CheckpointError(f"{self.folder}: tensor {name} is one number, and no row of experts")
+            tensors.update({f"{name}[{place}]": _slice(name, whole, place) for place in range(whole.shape[0])})
+        return Checkpoint(self.folder, tensors)
 
     def fingerprint(self) -> str:
         """sha256 over names, dtypes, shapes and 64 KiB from the middle of each tensor.
@@ -234,6 +251,20 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable, without a copy."""
     array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()  # a buffer to type checkers from Python 3.12 on
     return memoryview(array)
+
+
+def _slice(name: str, whole: TensorSource, place: int) -> TensorSource:
+    shape, entry = whole.shape[1:], whole.entry
+    if entry is not None:
+        size = whole.dtype.itemsize * math.prod(shape)
+        entry = replace(entry, shape=shape, offset_bytes=entry.offset_bytes + place * size)
+    return TensorSource(whole.path, whole.dtype, shape, entry, (name, place))
+
+
+def _of_bin(state: Mapping[str, torch.Tensor], name: str, source: TensorSource) -> torch.Tensor:
+    """A tensor of a .bin shard, or a slice of one; in its mapped memory."""
+    whole, place = source.slice_of or (name, None)
+    return state[whole].detach() if place is None else state[whole].detach()[place]
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -15,12 +15,14 @@ class Fold:
     per_head:  the input is attention's output: a permutation must stay inside heads, and is one for all the query
                heads that share a KV head, whose value rows are the producer's
     times:     how often the producer's rows hold the channels, one range after the other (2: gate and up fused)
+    interleaved: or all rows of the first channel, then those of the second
     """
 
     layer: str
     producers: tuple[str, ...]
     per_head: bool = False
     times: int = 1
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from streamprune.errors import UnsupportedModelError
+from streamprune.model.experts import ExpertLayers
 from streamprune.model.library import (
     Conv1D,
     Memory,
@@ -30,7 +31,7 @@ from streamprune.model.stand_in import StandIn
 
 TOKENS = 8  # of the run: more than one, so that no dimension of 1 stands for them
 CALLED_ONCE = "is not called once, and alone, when its block runs"
-EXPERTS = "experts"  # what transformers calls a module that holds them
+ROUTERS = ("gate", "router", "_gate")  # how names of what chooses experts end
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class FoundBlock:
 
     groups   layers that share an input, in the order of their calls
     dense    linear layers that cannot be replaced by packed ones, with reasons
+    experts  the module that holds its experts, whose layers are in no group here
     returns  how many values the block returns in a tuple, hidden states first; None: hidden states alone
     """
 
     groups: tuple[tuple[str, ...], ...]
     dense: dict[str, str]
     returns: int | None
+    experts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class _Run:
     passed_on: list[torch.Tensor] = field(default_factory=list)  # what blocks returned beside hidden states
     calls: dict[tuple[int, str], list[Memory]] = field(default_factory=dict)
     touched: dict[tuple[int, str], str] = field(default_factory=dict)
+    experts: dict[int, list[str]] = field(default_factory=dict)
     width: int = 0
     batched: bool = True
     alive: list[torch.Tensor] = field(default_factory=list)
@@ -100,6 +104,19 @@ class _Probe(nn.Module):
         self.run.alive.append(x)
         self.run.calls.setdefault(self.place, []).append(memory_of(x))
         return x.new_empty((*x.shape[:-1], self.out_features))
+
+
+class _ExpertsProbe(nn.Module):
+    """The place of a block's experts, which are known: notes that it is called."""
+
+    def __init__(self, place: tuple[int, str], run: _Run) -> None:
+        super().__init__()
+        self.__dict__.update(place=place, run=run)
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        index, name = self.place
+        self.run.experts.setdefault(index, []).append(name)
+        return torch.empty_like(hidden_states)
 
 
 class _Stage(StandIn):
@@ -169,13 +186,13 @@ def _serves_two(
     """
     two = (torch.cat([args[0]] * 2), *args[1:]) if args else ()
     named = kwargs if args else {**kwargs, "hidden_states": torch.cat([kwargs["hidden_states"]] * 2)}
-    calls, run.calls = run.calls, {}
+    calls, run.calls, experts, run.experts = run.calls, {}, run.experts, {}
     try:
         functional_call(block, state, two, named)
     except RuntimeError:
         return False
     finally:
-        run.calls = calls
+        run.calls, run.experts = calls, experts
     return True
 
 
@@ -190,8 +207,6 @@ def discover(model: PreTrainedModel) -> Found:
     whatever the forward raises for sizes that do not fit each other.
     """
     path = _path_of_blocks(model)
-    if named := next((n for n, _ in model.named_parameters() if f".{EXPERTS}." in f".{n}."), None):
-        raise UnsupportedModelError(f"{named}: mixtures of experts are not supported yet")
     base: nn.Module = copy.deepcopy(model.base_model)  # its modules are replaced, and it may change its buffers
     blocks = [*base.get_submodule(path).children()]
     run = _Run()
@@ -248,12 +263,23 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _probed(block: nn.Module, index: int, run: _Run) -> dict[str, str | None]:
     """Put probes in the places of a block's linear layers; their names, with the reason of those that stay."""
+    experts = {name: module for name, module in block.named_modules() if isinstance(module, ExpertLayers)}
+    for name in experts:
+        block.set_submodule(name, _ExpertsProbe((index, name), run))
     linears = {name: module for name, module in block.named_modules() if linear_shape(module)}
-    reasons = {name: _more_than_linear(module) for name, module in linears.items()}
+    counts = {module.count for module in experts.values()}
+    reasons = {name: _routes(name, module, counts) or _more_than_linear(module) for name, module in linears.items()}
     for name, reason in reasons.items():
         if reason is None:
             block.set_submodule(name, _Probe(linears[name], (index, name), run))
     return reasons
+
+
+def _routes(name: str, module: nn.Module, experts: set[int]) -> str | None:
+    """Why a linear layer of a block with so many experts is left dense: it weighs them, or what is beside them."""
+    outputs, _ = linear_shape(module) or (0, 0)
+    routes = experts and outputs in {1, *experts} and any(part.endswith(ROUTERS) for part in name.split("."))
+    return "it routes tokens to experts" if routes else None
 
 
 def _more_than_linear(module: nn.Module) -> str | None:
@@ -275,6 +301,9 @@ def _more_than_linear(module: nn.Module) -> str | None:
 def _found(run: _Run, index: int, linears: dict[str, str | None], returns: int | None) -> FoundBlock:
     dense = {name: reason for name, reason in linears.items() if reason is not None}
     calls = {name: memories for (place, name), memories in run.calls.items() if place == index}
+    experts = run.experts.get(index, [])
+    if len(experts) > 1:
+        raise UnsupportedModelError("a block of this model calls experts more than once")
     for name in linears.keys() - dense.keys():
         if reason := run.touched.get((index, name)):
             dense[name] = reason
@@ -284,4 +313,5 @@ def _found(run: _Run, index: int, linears: dict[str, str | None], returns: int |
     for name, memories in calls.items():  # in the order of first calls
         if name not in dense:
             groups.setdefault(memories[0], []).append(name)
-    return FoundBlock(tuple(map(tuple, groups.values())), dict(sorted(dense.items())), returns)
+    found = tuple(map(tuple, groups.values()))
+    return FoundBlock(found, dict(sorted(dense.items())), returns, experts[0] if experts else None)

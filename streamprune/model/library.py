@@ -7,7 +7,7 @@ something, it is found there first, and mended here.
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -25,12 +25,16 @@ from transformers import (
 )
 from transformers.configuration_utils import get_configuration_file
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import warning_once
-
-from streamprune.errors import UnsupportedModelError
 
 __all__ = [
     "CONFIG_MAPPING",
@@ -42,10 +46,15 @@ __all__ = [
     "bare_model",
     "config_fields",
     "empty_model",
+    "expert_parts",
+    "experts_without_router",
     "get_configuration_file",
     "goes_on_with_text",
+    "is_experts",
     "linear_shape",
     "memory_of",
+    "merged_while_loading",
+    "modules_uninitialised",
     "name_while_loading",
     "pass_on",
     "special_floats",
@@ -115,22 +124,56 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def name_while_loading(model: PreTrainedModel) -> Callable[[str], str]:
-    """What from_pretrained makes of a checkpoint's name of a tensor: old ones are new ones.
+def name_while_loading(model: Any) -> Callable[[str], str]:
+    """What from_pretrained makes of a checkpoint's name of a tensor: old ones are new ones."""
+    renamings, _ = _transforms(model)
+    return lambda name: str(rename_source_key(name, renamings, [])[0])
 
-    Raises UnsupportedModelError, when it is called, for a tensor that from_pretrained makes into another.
-    """
+
+def merged_while_loading(model: Any) -> Callable[[str], bool]:
+    """Whether from_pretrained makes the tensor of such a name in a checkpoint into another tensor."""
+    renamings, converters = _transforms(model)
+    return lambda name: rename_source_key(name, renamings, converters)[1] is not None
+
+
+def _transforms(model: Any) -> tuple[list[Any], list[Any]]:
+    """What from_pretrained does with a checkpoint's names and tensors: renamings, and what makes tensors of others."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    return renamings, [transform for transform in transforms if isinstance(transform, WeightConverter)]
 
-    def renamed(name: str) -> str:
-        new, converted = rename_source_key(name, renamings, converters)
-        if converted is not None:
-            raise UnsupportedModelError(f"{name}: transformers merges or splits it while loading; not supported yet")
-        return str(new)
 
-    return renamed
+def expert_parts(model: Any, parameter: str) -> tuple[str, ...]:
+    """Layers of one expert, by their names in a checkpoint, of whose weights from_pretrained makes a 3-D parameter of
+    all experts: stacked, and one after the other along the outputs. None where it does not know of any.
+    """
+    renamings, converters = _transforms(model)
+    path = parameter.rpartition(".")[0]
+    for converter in converters:
+        patterns = [pattern.replace("\\", "") for pattern in converter._original_source_patterns]
+        parts = tuple(pattern.rpartition("*.")[2].removesuffix(".weight") for pattern in patterns)
+        made = {rename_source_key(f"{path}.0.{part}.weight", renamings, converters)[0] for part in parts}
+        kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
+        stacked = kinds == [(MergeModulelist, 0), (Concatenate, 1)][: 2 if len(parts) > 1 else 1]
+        if made == {parameter} and stacked and len(kinds) == len(converter.operations):
+            return parts
+    return ()
+
+
+def is_experts(module: object) -> bool:
+    """Whether a module holds all experts of a block in 3-D parameters, as transformers' own do."""
+    return isinstance(module, nn.Module) and (hasattr(module, "has_gate") or experts_without_router(module))
+
+
+def experts_without_router(module: object) -> bool:
+    """Llama 4's, which are given the rows of each expert one after the other, and whose weights are [in, out]."""
+    return type(module).__name__ == "Llama4TextExperts"
+
+
+def modules_uninitialised() -> AbstractContextManager[Any]:
+    """While open, modules that are made do not draw numbers for their weights."""
+    context: AbstractContextManager[Any] = no_init_weights()
+    return context
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:

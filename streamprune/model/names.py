@@ -8,8 +8,8 @@ import torch
 from streamprune.checkpoint.packed import packed_shape
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.config import NMPattern
-from streamprune.errors import CheckpointError
-from streamprune.model.library import name_while_loading
+from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.model.library import merged_while_loading, name_while_loading
 from streamprune.model.skeleton import Skeleton
 
 logger = logging.getLogger("streamprune")
@@ -19,21 +19,50 @@ OBSOLETE_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 UNKNOWN_LISTED = 10  # tensors that belong to no parameter
 
 
+def candidates(name: str, prefix: str) -> tuple[str, str, str]:
+    """What a tensor may be called in the model: one of the base model lacks the prefix, or has one too many."""
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def with_experts_apart(skeleton: Skeleton, checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint with the slices of each tensor that holds all experts of a block in that one's place.
+
+    Raises CheckpointError where such a tensor has not as many.
+    """
+    renamed = name_while_loading(skeleton.model)
+    counts = {}
+    for name in checkpoint.tensors if skeleton.fused else ():
+        known = (new for new in candidates(renamed(name), skeleton.base_prefix) if new in skeleton.fused)
+        if (parameter := next(known, None)) is not None:
+            counts[name] = skeleton.fused[parameter].count
+    for name, count in counts.items():
+        if (shape := checkpoint.tensors[name].shape)[:1] != (count,):
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {name} has shape {list(shape)}, config.json makes it {count} experts"
+            )
+    return checkpoint.sliced(counts)
+
+
 def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter name to the checkpoint's name for it, by the rules of from_pretrained.
 
-    A checkpoint of the base model lacks the prefix ("decoder.layers..." for "model.decoder.layers..."). Raises
-    CheckpointError for a parameter without tensor or with one of another shape; tensors without parameter are logged.
+    A checkpoint of the base model lacks the prefix ("decoder.layers..." for "model.decoder.layers..."), and its experts
+    are apart (`with_experts_apart`). Raises CheckpointError for a parameter without tensor or with one of another
+    shape, UnsupportedModelError for tensors that are merged while loading; those without parameter are logged.
     """
-    shapes, renamed = skeleton.shapes, name_while_loading(skeleton.model)
+    shapes, renamed, merged = skeleton.shapes, name_while_loading(skeleton.model), merged_while_loading(skeleton.model)
     prefix = skeleton.base_prefix
     tied = skeleton.tied
     names: dict[str, str] = {}
     unknown = []
     for name in checkpoint.tensors:
-        new = renamed(name)
-        candidates = (new, prefix + new, new.removeprefix(prefix))
-        parameter = next((candidate for candidate in candidates if candidate in shapes), None)
+        whole, place = checkpoint.tensors[name].slice_of or (name, None)
+        found = candidates(renamed(whole), prefix)
+        if place is not None:
+            found = tuple(skeleton.fused[one].slices.format(place) for one in found if one in skeleton.fused)
+        parameter = next((candidate for candidate in found if candidate in shapes), None)
+        if parameter is None and place is None and merged(name):
+            raise UnsupportedModelError(f"{name}: transformers merges or splits it while loading; not supported yet")
         if parameter is None:
             unknown.append(name)
         else:

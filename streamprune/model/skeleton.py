@@ -3,8 +3,7 @@
 The modules are transformers' own, on the meta device (real buffers: rotary frequencies are computed, not loaded).
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +16,14 @@ from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture, Fold, architecture_of
 from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import FoundBlock, discover, shared_weight
+from streamprune.model.experts import EXPERTS, ExpertLayers, FusedTensor, fused_tensors, replace_experts
 from streamprune.model.library import (
     Conv1D,
     PretrainedConfig,
     bare_model,
     empty_model,
     linear_shape,
+    name_while_loading,
     pass_on,
     tied_parameters,
     warnings_heard,
@@ -50,6 +51,7 @@ class LayerGroup:
     producers: tuple[str, ...]
     per_head: bool
     times: int = 1
+    interleaved: bool = False
 
     @property
     def name(self) -> str:
@@ -67,7 +69,7 @@ class Block:
 
     No weight that is pruned lies outside `groups`. `ungrouped` are its other matrices, by their layers' names, with the
     reasons why no packed layer can replace them; `returns` how many values the block returns in a tuple, or None:
-    hidden states alone.
+    hidden states alone; `experts` the full name of the module that holds its experts, or None.
     """
 
     index: int
@@ -76,6 +78,25 @@ class Block:
     groups: tuple[LayerGroup, ...]
     ungrouped: dict[str, str]
     returns: int | None = None
+    experts: str | None = None
+
+    @cached_property
+    def parts(self) -> tuple["Block", ...]:
+        """What of the block is pruned by itself: all but its experts, and each expert; the block itself without any."""
+        if self.experts is None:
+            return (self,)
+        names: dict[str, list[str]] = {"": []}
+        groups: dict[str, list[LayerGroup]] = {"": []}
+        for name in self.parameters:
+            names.setdefault(self._expert_of(name), []).append(name)
+        for group in self.groups:
+            groups.setdefault(self._expert_of(group.name), []).append(group)
+        return tuple(replace(self, parameters=tuple(names[e]), groups=tuple(groups.get(e, ()))) for e in names)
+
+    def _expert_of(self, name: str) -> str:
+        """The number of the expert that something with a full name is of; "" if it is of none."""
+        inside = f"{self.experts}."
+        return name.removeprefix(inside).partition(".")[0] if name.startswith(inside) else ""
 
     @property
     def layers(self) -> dict[str, WeightView]:
@@ -92,7 +113,8 @@ class Skeleton:
     """A causal LM on the meta device, in evaluation mode.
 
     path is the module of its blocks' list, hidden_size the width of the states that go through them. `batched`: several
-    sequences may go through a block at once, and become what each would alone.
+    sequences may go through a block at once, and become what each would alone. `fused`: tensors that hold all experts
+    of a block in the checkpoint, by what they are called while they are loaded.
     """
 
     model: PreTrainedModel
@@ -101,6 +123,7 @@ class Skeleton:
     hidden_size: int
     batched: bool
     blocks: tuple[Block, ...]
+    fused: dict[str, FusedTensor] = field(default_factory=dict)
 
     @property
     def text_config(self) -> PretrainedConfig:
@@ -197,6 +220,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
             if name := shared_weight(bare):
                 raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
             model = empty_model(config).eval()
+            experts = replace_experts(model, _names_while_loading(model, checkpoint))
             found = discover(model)
         except UnsupportedModelError as error:
             raise unsupported(where, config.model_type, str(error)) from error
@@ -206,28 +230,55 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     text = config.get_text_config()
     architecture = architecture_of(text.model_type)
     if text is not config:  # what comes of pictures joins the residual stream
-        architecture = dataclasses.replace(architecture, residual=None)
+        architecture = replace(architecture, residual=None)
     path = f"{model.base_model_prefix}.{found.path}"
     modules = [*model.get_submodule(path).children()]
     blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))
-    return Skeleton(model, architecture, path, found.width, found.batched and architecture.together, blocks)
+    batched = found.batched and not experts and architecture.together
+    return Skeleton(model, architecture, path, found.width, batched, blocks, fused_tensors(experts))
+
+
+def _names_while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:
+    """What a checkpoint's tensors of experts may be called in the model."""
+    renamed, prefix = name_while_loading(model), f"{model.base_model_prefix}."
+    names = (renamed(name) for name in checkpoint.tensors if EXPERTS in name.split("."))
+    return {candidate for name in names for candidate in (name, prefix + name, name.removeprefix(prefix))}
 
 
 def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:
     parameters = tuple(f"{name}.{parameter}" for parameter in module.state_dict(keep_vars=True))
     folds = {fold.layer: fold for fold in architecture.folds}
-    grouped = {layer for group in found.groups for layer in group}
+    found_groups, of_experts = found.groups, {}
+    if found.experts is not None:
+        layers_of = module.get_submodule(found.experts)
+        assert isinstance(layers_of, ExpertLayers)
+        of_experts = expert_folds(found.experts, layers_of)
+        found_groups += tuple(of_experts)
+    grouped = {layer for group in found_groups for layer in group}
     groups = []
-    for layers in found.groups:
-        fold = folds.get(layers[0])
+    for layers in found_groups:
+        fold = of_experts[layers] if layers in of_experts else folds.get(layers[0])
         if fold is None or len(layers) > 1 or not grouped.issuperset(fold.producers):
             fold = Fold(layers[0], ())
         producers = tuple(f"{name}.{producer}" for producer in fold.producers)
         views = tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers)
-        groups.append(LayerGroup(views, producers, fold.per_head, fold.times))
+        groups.append(LayerGroup(views, producers, fold.per_head, fold.times, fold.interleaved))
     dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys())}
     ungrouped = {f"{name}.{layer}": reason for layer, reason in dense.items()}
-    return Block(index, name, parameters, tuple(groups), ungrouped, found.returns)
+    experts = None if found.experts is None else f"{name}.{found.experts}"
+    return Block(index, name, parameters, tuple(groups), ungrouped, found.returns, experts)
+
+
+def expert_folds(path: str, experts: ExpertLayers) -> dict[tuple[str, ...], Fold | None]:
+    """The input groups of every expert, by names inside the block, and where each one's permutation folds."""
+    times = 2 if experts.gated and len(experts.names.up) == 1 else 1
+    folds = experts.gate_is_elementwise()
+    found: dict[tuple[str, ...], Fold | None] = {}
+    for number in range(experts.count):
+        up, down = (tuple(f"{path}.{name}" for name in names) for names in experts.layer_names(number))
+        found[up] = None
+        found[down] = Fold(down[0], up, times=times, interleaved=experts.interleaved) if folds else None
+    return found
 
 
 def _other_matrices(module: nn.Module, linears: set[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from streamprune.checkpoint.packed import is_packed, open_packed
 from streamprune.checkpoint.reader import Checkpoint, TensorSource, open_checkpoint
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError
-from streamprune.model.names import check_tied, match_names, output_names
+from streamprune.model.names import check_tied, match_names, output_names, with_experts_apart
 from streamprune.model.skeleton import Block, Skeleton, build_skeleton
 
 
@@ -91,4 +91,5 @@ def open_dense(folder: Path) -> Source:
         raise CheckpointError(f"{folder}: is already an output of streamprune; give the dense model")
     checkpoint = open_checkpoint(folder)
     skeleton = build_skeleton(folder, checkpoint)
+    checkpoint = with_experts_apart(skeleton, checkpoint)
     return Source(skeleton, checkpoint, match_names(skeleton, checkpoint))

@@ -151,21 +151,23 @@ def folded_permutations(
     sides = [((view.parameter, 1 - view.input_dim), (f"{view.name}.bias", 0)) for view in views]
     rows, reader = tuple(side for pair in sides for side in pair), group.layers[0]
     name, columns = f"{group.name}.input_permutation", ((reader.parameter, reader.input_dim),)
-    of_rows = _of_producer(permutation, group.times, heads)
+    of_rows = _of_producer(permutation, group, heads)
     if of_rows is permutation:
         return [FoldedPermutation(name, permutation, columns + rows)]
     producer = f"{group.producers[0]}.output_permutation"
     return [FoldedPermutation(name, permutation, columns), FoldedPermutation(producer, of_rows, rows)]
 
 
-def _of_producer(permutation: torch.Tensor, times: int, heads: Heads | None) -> torch.Tensor:
+def _of_producer(permutation: torch.Tensor, group: LayerGroup, heads: Heads | None) -> torch.Tensor:
     """The permutation of a producer's rows, int64 [rows]: the input's own, unless they are fewer or more."""
     if heads is not None and heads.queries != heads.key_values:  # value rows are fewer than the inputs that they make
         permutation = permutation.view(heads.key_values, -1, heads.size)[:, 0] % heads.size
         starts = heads.size * torch.arange(heads.key_values, device=permutation.device)[:, None]
         permutation = (permutation + starts).reshape(-1)
-    if times > 1:
-        permutation = torch.cat([permutation + place * len(permutation) for place in range(times)])
+    if group.times > 1:
+        rows = torch.arange(group.times * len(permutation), device=permutation.device)
+        rows = rows.view(-1, group.times).T if group.interleaved else rows.view(group.times, -1)
+        permutation = rows[:, permutation].T.flatten() if group.interleaved else rows[:, permutation].flatten()
     return permutation
 
 

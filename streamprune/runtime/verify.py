@@ -35,7 +35,7 @@ from streamprune.config import Device, PathLike, check_settings, path_of
 from streamprune.errors import CheckpointError, NumericsError, SettingsError
 from streamprune.model.arithmetic import resolve_arithmetic
 from streamprune.model.configuration import forward_settings, model_config
-from streamprune.model.names import match_names
+from streamprune.model.names import match_names, with_experts_apart
 from streamprune.model.source import Source, open_output
 from streamprune.pruning.selection import weighted_error
 from streamprune.runtime.products import Product, products, unpacked_mask
@@ -258,6 +258,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _check_against_source(output: _Output, checkpoint: Checkpoint, findings: _Findings, progress: bool) -> None:
     findings.faults += _other_settings(output, checkpoint)
+    checkpoint = with_experts_apart(output.opened.skeleton, checkpoint)
     names = match_names(output.opened.skeleton, checkpoint)
     views = {view.parameter: view for view in output.opened.skeleton.views.values()}
     orders = _orders(output)

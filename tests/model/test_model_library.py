@@ -46,7 +46,7 @@ REGISTER = {
     }
 }
 # Of transformers, imported from its top.
-DOCUMENTED = {"AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "PreTrainedModel"}
+DOCUMENTED = {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "PreTrainedModel"}
 
 
 def model_of(name: str, **settings: Any) -> Any:
