@@ -49,6 +49,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": WITH_HEADS,
     "gemma2": {**WITH_HEADS, **WINDOW, "query_pre_attn_scalar": 8},
     "gemma3_text": {**WITH_HEADS, **WINDOW, "query_pre_attn_scalar": 8},
+    "gemma4_text": {
+        **WITH_HEADS, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 16, "sliding_window": 8, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": tiny.VOCABULARY,
+    },
     "glm": {**WITH_HEADS, "attention_bias": True},
     "glm4": WITH_HEADS,
     "gpt_neox": PLAIN,
@@ -113,6 +118,12 @@ WRAPPED: dict[str, dict[str, Any]] = {
         "text_config": FAMILIES["gemma3_text"], "vision_config": {**TOWER, "vision_use_head": False}, **NO_TOKENS,
         "mm_tokens_per_image": 4, "image_token_index": 126, "boi_token_index": 125, "eoi_token_index": 124,
     },
+    "gemma4": {
+        "text_config": {**FAMILIES["gemma4_text"], "pad_token_id": 0}, **NO_TOKENS, "image_token_id": 126,
+        "vision_config": {**TOWER, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64},
+        "boi_token_id": 125, "eoi_token_id": 124, "video_token_id": 123, "audio_token_id": 122, "boa_token_id": 121,
+        "eoa_token_index": 120, "audio_config": None,
+    },
     "mistral3": {
         "text_config": {"model_type": "mistral", **FAMILIES["mistral"]}, "image_token_index": 126,
         "vision_config": {"model_type": "pixtral", **TOWER, "head_dim": 8},
@@ -132,6 +143,10 @@ WRAPPED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Of a family's models such as are built otherwise: model_type, and what of its config.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text, plain": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True},
+    ),
     "opt, post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
 }
 

@@ -118,6 +118,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(_GATED),
     ),
     **dict.fromkeys(("qwen2_5_vl_text", "qwen3_vl_text"), Architecture(_GATED)),
+    "gemma4_text": Architecture(_GATED[1:], together=False),  # heads of its blocks differ in size
     **dict.fromkeys(("apertus", "nemotron"), Architecture(_UNGATED)),
     **dict.fromkeys(("glm", "glm4"), Architecture((_ATTENTION, _FUSED_GATE))),
     "phi3": Architecture((_FUSED_GATE,)),

@@ -55,6 +55,7 @@ NOT_OF_THE_FORWARD = frozenset(
 )
 NAMES = frozenset({"model_type"})  # that choose the classes of a config inside a config
 OLD_SPELLINGS = frozenset({"rope_scaling"})  # properties of the class that published configs set
+SHAPED = ("gemma4_text",)  # whose own config class says blocks' different shapes in per_layer_config
 # Beside these fields and tensors from_pretrained would take something else too.
 OTHER_PARTS = {
     "compression_config": f"says that {QUANTISED}",
@@ -92,7 +93,7 @@ def _check(
     path: Path, values: Mapping[str, Any], checkpoint: Checkpoint, config_class: type[PretrainedConfig], part: str = ""
 ) -> None:
     """Raise CheckpointError for what a config, or a `part` of it, cannot be, or cannot be of these weights."""
-    if fault := next(_other_model(path.parent, values), None):
+    if fault := next(_other_model(path.parent, {**values, **dict.fromkeys(_own_parts(values))}), None):
         raise CheckpointError(f"{path}: {part}{fault}")
     if fault := next(_faults(values, checkpoint, config_class), None):
         raise CheckpointError(f"{path}: {part}{fault}; give a config.json that belongs to the weights")
@@ -110,12 +111,12 @@ def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
     another value: it would change what the class does.
     """
     config_class, values = CONFIG_MAPPING[model_type_in(values)], special_floats(values)
-    unused = {*NOT_OF_THE_FORWARD, *(name for name in OTHER_PARTS if values.get(name) is None)}
     _check_names(path, values, config_class)
     inside = _inside(values, config_class)
-    parts = {name: {k: v for k, v in part.items() if k in NAMES or k not in unused} for name, part in inside.items()}
+    parts = {name: {k: v for k, v in part.items() if k in NAMES or k not in _unused(part)}
+             for name, part in inside.items()}  # fmt: skip
     try:
-        config = config_class.from_dict({k: v for k, v in {**values, **parts}.items() if k not in unused})
+        config = config_class.from_dict({k: v for k, v in {**values, **parts}.items() if k not in _unused(values)})
     except Exception as error:  # transformers raises many kinds for a bad config
         raise CheckpointError(f"{path}: makes no model ({one_line(error)})") from error
     for name, part in inside.items():
@@ -123,11 +124,21 @@ def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
     return config
 
 
+def _unused(values: Mapping[str, Any]) -> set[str]:
+    """Names of entries that transformers need not be given."""
+    return {*NOT_OF_THE_FORWARD, *(name for name in OTHER_PARTS if values.get(name) is None)}
+
+
 def _check_names(path: Path, values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> None:
-    unused = {*NOT_OF_THE_FORWARD, *(name for name in OTHER_PARTS if values.get(name) is None)}
-    for name in sorted(values.keys() - config_fields(config_class) - unused - OLD_SPELLINGS):
+    known = config_fields(config_class) | _unused(values) | OLD_SPELLINGS
+    for name in sorted(values.keys() - known - _own_parts(values)):
         if hasattr(config_class, name) and getattr(config_class, name) != values[name]:
             raise CheckpointError(f"{path}: {name} is not a setting but a name of transformers' own; remove it")
+
+
+def _own_parts(values: Mapping[str, Any]) -> set[str]:
+    """Of OTHER_PARTS those that a config class makes itself."""
+    return {"per_layer_config"} if values.get("model_type") in SHAPED else set()
 
 
 def forward_settings(config: PretrainedConfig) -> dict[str, Any]:

@@ -51,6 +51,7 @@ __all__ = [
     "get_configuration_file",
     "goes_on_with_text",
     "is_experts",
+    "layer_configs",
     "linear_shape",
     "memory_of",
     "merged_while_loading",
@@ -101,6 +102,11 @@ def auto_class(config_class: type[PretrainedConfig]) -> Any:
 def goes_on_with_text(config_class: type[PretrainedConfig]) -> bool:
     """Whether transformers has a model of this config that is made for it."""
     return config_class in auto_class(config_class)._model_mapping
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """A config for each block where they differ in shape, else the config itself."""
+    return [*config.per_layer_config] if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture, Fold, architecture_of
+from streamprune.model.carried import Channels, lay_out_channels
 from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import FoundBlock, discover, shared_weight
 from streamprune.model.experts import EXPERTS, ExpertLayers, FusedTensor, fused_tensors, replace_experts
@@ -22,6 +23,7 @@ from streamprune.model.library import (
     PretrainedConfig,
     bare_model,
     empty_model,
+    layer_configs,
     linear_shape,
     name_while_loading,
     pass_on,
@@ -79,6 +81,7 @@ class Block:
     ungrouped: dict[str, str]
     returns: int | None = None
     experts: str | None = None
+    channels: Channels | None = None
 
     @cached_property
     def parts(self) -> tuple["Block", ...]:
@@ -112,15 +115,18 @@ class Block:
 class Skeleton:
     """A causal LM on the meta device, in evaluation mode.
 
-    path is the module of its blocks' list, hidden_size the width of the states that go through them. `batched`: several
-    sequences may go through a block at once, and become what each would alone. `fused`: tensors that hold all experts
-    of a block in the checkpoint, by what they are called while they are loaded.
+    path is the module of its blocks' list, hidden_size the width of the states that go through them, stream_width that
+    of all that does (streamprune/model/carried.py); `tables` are further embeddings than the first, by their modules.
+    `batched`: several sequences may go through a block at once, and become what each would alone. `fused`: tensors that
+    hold all experts of a block in the checkpoint, by what they are called while they are loaded.
     """
 
     model: PreTrainedModel
     architecture: Architecture
     path: str
     hidden_size: int
+    stream_width: int
+    tables: tuple[str, ...]
     batched: bool
     blocks: tuple[Block, ...]
     fused: dict[str, FusedTensor] = field(default_factory=dict)
@@ -163,6 +169,11 @@ class Skeleton:
         inside = {name for block in self.blocks for name in block.parameters}
         return tuple(name for name in self.shapes if name not in inside and name not in self.tied)
 
+    @property
+    def read_by_rows(self) -> frozenset[str]:
+        """Parameters of which a text needs a few rows: those that embed tokens."""
+        return frozenset({self.embedding, *(f"{table}.weight" for table in self.tables)})
+
     @cached_property
     def aside(self) -> frozenset[str]:
         """Of `outer_parameters` those that no text passes through: all of a wrapped model but its language model."""
@@ -183,8 +194,12 @@ class Skeleton:
 
     @cached_property
     def heads(self) -> Heads:
-        """Of attention in every block; one where the config does not say."""
-        config = self.text_config
+        """Of attention in every block, the largest where they differ; one where the config does not say."""
+        return max(
+            map(self._heads_by, layer_configs(self.text_config)), key=lambda heads: heads.key_values * heads.size
+        )
+
+    def _heads_by(self, config: PretrainedConfig) -> Heads:
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or self.hidden_size // heads))
@@ -234,8 +249,13 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     path = f"{model.base_model_prefix}.{found.path}"
     modules = [*model.get_submodule(path).children()]
     blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))
+    channels, width = lay_out_channels(found.width, [one.beside for one in found.blocks])
+    if width > found.width:
+        blocks = tuple(replace(block, channels=part) for block, part in zip(blocks, channels, strict=True))
+    tables = tuple(f"{model.base_model_prefix}.{name}" for name in found.tables)
     batched = found.batched and not experts and architecture.together
-    return Skeleton(model, architecture, path, found.width, batched, blocks, fused_tensors(experts))
+    fused = fused_tensors(experts)
+    return Skeleton(model, architecture, path, found.width, width, tables, batched, blocks, fused)
 
 
 def _names_while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:

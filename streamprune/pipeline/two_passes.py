@@ -163,10 +163,11 @@ def _sparse_pass(
         module = load_block(written_source(job, block, shard, pruned.layers), block, job.arithmetic)
     samples = {group.name: InputSample(len(job.tokens)) for group in block.groups if group.name in pruned.layers}
     observers: dict[str, Observer] = {block.local(name): sample.observe for name, sample in samples.items()}
-    total = BlockErrorSum()
+    total, hidden = BlockErrorSum(), job.source.skeleton.hidden_size
 
     def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        total.add(x, work.dense.read(sequence).to(x.device), y)
+        dense = work.dense.read(sequence).to(x.device)
+        total.add(*(states[..., :hidden] for states in (x, dense, y)))
 
     with timed("sparse pass"), layers_observed(module, observers, job.tokens.shape[1]):
         run.advance(RunnableBlock(block.name, module, work.arguments), work.inputs.hidden, work.outputs.hidden, observe)

@@ -136,7 +136,7 @@ def _losses(
 ) -> list[float]:
     """Each window's loss, as `_window_loss`; hidden states lie in the folder `scratch`."""
     skeleton, on_gpu = source.skeleton, arithmetic.device.type == "cuda"
-    sizes = (*windows.shape, skeleton.hidden_size, arithmetic.dtype)
+    sizes = (*windows.shape, skeleton.stream_width, arithmetic.dtype)
     with ExitStack() as open_files:
         files = [HiddenStates(scratch / f"{number}.bin", *sizes, for_gpu=on_gpu) for number in (0, 1)]
         for file in files:
@@ -148,8 +148,8 @@ def _losses(
             advance(RunnableBlock(block.name, module, arguments[block.index]), states, following, arithmetic, tick)
             files.reverse()
         # the tail is given embeddings, so that their matrix is needed where the head is tied to it alone
-        outer = [name for name in skeleton.outer_parameters if name not in skeleton.aside]
-        needed = [name for name in outer if name != skeleton.embedding or name in skeleton.tied.values()]
+        spared = skeleton.aside | skeleton.read_by_rows - {*skeleton.tied.values()}
+        needed = [name for name in skeleton.outer_parameters if name not in spared]
         tail = {n: tensor.to(arithmetic.device, arithmetic.dtype) for n, tensor in source.read(needed).items()}
         losses = []
         for index, window in enumerate(windows):

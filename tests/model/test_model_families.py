@@ -88,7 +88,7 @@ def test_every_fold_of_the_table_leaves_the_logits(name: str, tmp_path: Path) ->
 def test_sequences_become_the_same_together_and_alone(name: str, tmp_path: Path) -> None:
     """Bit by bit, or they go one by one."""
     source = open_dense(written(tmp_path, name))
-    assert source.skeleton.batched == (name not in ("bloom", "jamba"))
+    assert source.skeleton.batched == (name not in ("bloom", "gemma4_text", "jamba"))
     tokens = torch.arange(2 * 40).view(2, 40) % 64
     inputs = [recorded(source, row[None]) for row in tokens]
     states = torch.cat([one.hidden_states for one in inputs])
@@ -117,7 +117,7 @@ def other_values(config: PretrainedConfig, field: str) -> Iterator[Any]:
     elif isinstance(value, dict):
         yield {**value, "rope_theta": 10.0}
     else:
-        yield from (True, 2, 0.5, "relu")
+        yield from (True, 2, 0.5, "relu", "all")
 
 
 def settings_with(name: str, field: str, value: Any) -> dict[str, Any]:
@@ -168,7 +168,15 @@ def check_field(folder: Path, name: str, field: str) -> int:
 # makes a mixture of experts.
 ALONE = {
     *("num_hidden_layers", "num_ln_in_parallel_attn", "attn_config", "full_attn_idxs"),
-    *("mamba_d_head", "mamba_expand", "mamba_n_heads", "num_experts", "num_local_experts", "output_router_logits"),
+    *(
+        "mamba_d_head",
+        "mamba_expand",
+        "mamba_n_heads",
+        "num_experts",
+        "num_local_experts",
+        "output_router_logits",
+        "enable_moe_block",
+    ),
     *("text_config.hidden_size", "text_config.num_attention_heads"),  # rotary sections are shares of a head
 }
 

@@ -163,7 +163,7 @@ def _staged(sizes: Sizes, block: Block, config: PruneConfig) -> int:
     itemsize = sizes.source.stored(block.parameters[0]).dtype.itemsize
     packed = int(sum(elements) * (itemsize * share + 1 / 8))
     compared = max(elements, default=0) * (itemsize + 1) if config.validate else 0
-    chunk = sizes.tokens * sizes.source.skeleton.hidden_size * sizes.dtype.itemsize if config.validate else 0
+    chunk = sizes.tokens * sizes.source.skeleton.stream_width * sizes.dtype.itemsize if config.validate else 0
     return packed + compared + PAGE_LOCKED_CHUNKS * chunk
 
 
@@ -174,8 +174,9 @@ def _copied_memory(sizes: Sizes) -> int:
 
 def _embedding_memory(sizes: Sizes) -> int:
     """Bytes of what embeds one sequence."""
-    small, source = sizes.source.small_parameters, sizes.source.stored(sizes.source.skeleton.embedding)
-    rows = sizes.tokens * source.shape[1] * 2 * (source.dtype.itemsize + sizes.dtype.itemsize)
+    small, tables = sizes.source.small_parameters, map(sizes.source.stored, sizes.source.skeleton.read_by_rows)
+    width = sum(table.shape[1] * 2 * (table.dtype.itemsize + sizes.dtype.itemsize) for table in tables)
+    rows = sizes.tokens * width
     return sizes.stored(small) + sizes.computed(small) + rows
 
 

@@ -159,7 +159,7 @@ def make_plan(
     # hidden states in, dense and out; with correction the reference in and out, of every k-th sequence
     sets = 3 + (2 / config.correction_stride if config.correction else 0)
     tokens = math.ceil(sets * calibration.samples * length)
-    scratch_bytes = tokens * source.skeleton.hidden_size * arithmetic.dtype.itemsize
+    scratch_bytes = tokens * source.skeleton.stream_width * arithmetic.dtype.itemsize
     needs = source_bytes, source_bytes - saved, scratch_bytes, estimate_memory(sizes, config, pace)
     return Plan(blocks, dense, *needs, accounts, pace.micro_batch, length), config
 
