@@ -20,6 +20,7 @@ EntropyRange = Literal["channel", "layer"]
 Objective = Literal["score", "energy"]
 Fold = Literal["heads", "across-heads"]
 OnExcess = Literal["stop", "keep-dense", "warn"]
+Starved = Literal["pool", "magnitude", "dense"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExportFormat = Literal["dense"]
@@ -30,6 +31,7 @@ CHOICES = {
     "objective": Objective,
     "fold": Fold,
     "on_excess": OnExcess,
+    "starved": Starved,
     "device": Device,
     "dtype": Dtype,
     "to": ExportFormat,
@@ -43,6 +45,9 @@ MAX_BYTES = 2**63 - 1
 SEARCHES = ("stride", "global", "local", "assignment")
 RESIDUAL = "residual"
 DEFAULT_CORRECTION = 0.2
+OF_ENTROPY = ("alpha", "entropy_bins", "entropy_range", "amplitude", "relative")
+OF_MOMENTS = ("shrinkage", "correction", "correction_stride")
+OF_EXPERTS = ("starved", "min_expert_tokens")
 MIN_COVERAGE = 0.9  # of the blocks' matrices
 
 
@@ -75,6 +80,7 @@ NUMBERS = {
     "correction_stride": Bounds(1, MAX_COUNT),
     "moments_width": Bounds(64, MAX_COUNT),
     "max_block_error": Bounds(0, 10**6, whole=False, optional=True),
+    "min_expert_tokens": Bounds(0, MAX_COUNT),
     "min_coverage": Bounds(0, 1, whole=False),
 }
 FLAGS = frozenset({"progress", "quick", "reconstruct", "refine", "relative", "restart", "validate"})
@@ -184,6 +190,10 @@ class PruneConfig:
     reconstruct     fit the kept weights to the dense layer's outputs: they are then no longer the source's
     max_block_error budget on what a block adds, relative (Frobenius); None: no budget
     on_excess       what to do with a block above the budget
+    starved         what ranks the weights of an expert that sees fewer than min_expert_tokens of the text's tokens:
+                    "pool", what it makes of inputs of the block's other experts, as many as an expert sees on average;
+                    "magnitude", its weights alone; or it stays "dense"
+    min_expert_tokens  tokens with which an expert is not starved
     validate        run the calibration text through the model: the method and all error figures need it. Without it no
                     forward pass is made, which works only for a method that needs nothing but weights
 
@@ -211,6 +221,8 @@ class PruneConfig:
     reconstruct: bool = False
     max_block_error: float | None = None
     on_excess: OnExcess = "stop"
+    starved: Starved = "pool"
+    min_expert_tokens: int = 128
     validate: bool = True
 
     def __post_init__(self) -> None:
@@ -237,14 +249,15 @@ class PruneConfig:
 
     def _check_effects(self) -> None:
         """Raise SettingsError for a setting that is not the default and that the others leave without effect."""
-        entropies = ("alpha", "entropy_bins", "entropy_range", "amplitude", "relative")
         idle = {
-            **dict.fromkeys(entropies, f"with metric {self.metric}" if self.metric != "esparse" else None),
+            **dict.fromkeys(OF_ENTROPY, f"with metric {self.metric}" if self.metric != "esparse" else None),
             "objective": None if self.search_stages or self.residual else "without a shuffle",
             "fold": None if self.search_stages else "without a shuffle",
             "shuffle_block": None if "local" in self.search_stages else "without the local shuffle",
             "shrinkage": None if self.needs_moments else "without refinement or reconstruction",
             "correction_stride": None if self.correction else "without correction",
+            "starved": None if self.validate else "without validation",
+            "min_expert_tokens": None if self.validate else "without validation",
             "on_excess": None if self.max_block_error is not None else "without a budget (max_block_error)",
         }
         for field in dataclasses.fields(self):
@@ -278,6 +291,11 @@ class PruneConfig:
                 f"without validation no text passes the model, and {', '.join(needed)} need"
                 f"{'s' if len(needed) == 1 else ''} one; use --metric magnitude --no-refine, or validate"
             )
+
+    def of_weights_alone(self) -> "PruneConfig":
+        """The same for a layer whose inputs are not known: by magnitude, without what needs second moments."""
+        unused: dict[str, Any] = {name: getattr(PruneConfig, name) for name in (*OF_ENTROPY, *OF_MOMENTS)}
+        return dataclasses.replace(self, metric="magnitude", refine=False, reconstruct=False, **unused)
 
     @property
     def search_stages(self) -> tuple[str, ...]:
@@ -323,6 +341,8 @@ class Settings(TypedDict, total=False):
     reconstruct: bool
     max_block_error: float | None
     on_excess: OnExcess
+    starved: Starved
+    min_expert_tokens: int
     validate: bool
 
 

@@ -175,6 +175,21 @@ METHOD = options(
         help="Run every k-th sequence through the dense blocks too, to measure that error.",
     ),
     click.option(
+        "--starved",
+        type=Choice("starved"),
+        default=PruneConfig.starved,
+        show_default=True,
+        help="An expert that sees fewer tokens than --min-expert-tokens: rank its weights by what it makes of inputs "
+        "of the other experts (pool) or by their magnitude alone (magnitude), or leave it as it is (dense).",
+    ),
+    click.option(
+        "--min-expert-tokens",
+        type=integer,
+        default=PruneConfig.min_expert_tokens,
+        show_default=True,
+        help="Tokens of the calibration text with which an expert is not starved.",
+    ),
+    click.option(
         "--moments-width",
         type=integer,
         default=PruneConfig.moments_width,

@@ -54,14 +54,18 @@ class MomentsRecord(Struct, frozen=True):
     layers_in_blocks: tuple[str, ...]
 
 
-class BlockRecord(Struct, frozen=True):
-    """A block in the manifest. `block_error` is None where no text was run."""
+class BlockRecord(Struct, frozen=True, omit_defaults=True):
+    """A block in the manifest. `block_error` is None where no text was run.
+
+    starved  experts that saw too few tokens, with how many; absent where there are none
+    """
 
     name: str
     outcome: str
     block_error: Number | None
     moments: MomentsRecord
     layers: tuple[LayerRecord, ...]
+    starved: dict[str, Count] = msgspec.field(default_factory=dict)
 
 
 class BlockTimings(Struct, frozen=True):

@@ -7,7 +7,9 @@ import ctypes
 import errno
 import os
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -51,6 +53,24 @@ def _fallocate(descriptor: int, count: int) -> int:
     return ctypes.get_errno() if call(descriptor, 0, 0, count) else 0
 
 
+def _reserved(path: Path, count: int) -> FileIO:
+    """A scratch file, opened, with space for `count` bytes. Raises OutputError."""
+    file = None
+    try:
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+")
+        reserve(file.fileno(), count)
+    except OSError as error:
+        if file is not None:
+            file.close()
+        if error.errno == errno.ELOOP:
+            raise OutputError(f"{path}: is a symbolic link where hidden states belong; remove it") from error
+        raise OutputError(
+            f"{path}: no room for {count} bytes of hidden states ({error.strerror}); free space or give --scratch a "
+            "larger folder"
+        ) from error
+    return file
+
+
 class HiddenStates:
     """`sequences` chunks of shape [1, tokens, hidden] in one file.
 
@@ -71,21 +91,7 @@ class HiddenStates:
         self._worker = ThreadPoolExecutor(1, "hidden-states") if for_gpu else None  # in the order of what it is given
         self._writing: deque[Future[None]] = deque()
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
-        file = None
-        try:
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", buffering=0)
-            reserve(file.fileno(), sequences * self.chunk_bytes)
-        except OSError as error:
-            if file is not None:
-                file.close()
-            if error.errno == errno.ELOOP:
-                raise OutputError(f"{path}: is a symbolic link where hidden states belong; remove it") from error
-            raise OutputError(
-                f"{path}: no room for {sequences * self.chunk_bytes} bytes of hidden states ({error.strerror}); "
-                "free space or give --scratch a larger folder"
-            ) from error
-
-        self._file = file
+        self._file = _reserved(path, sequences * self.chunk_bytes)
 
     def __len__(self) -> int:
         return len(self.checksums)
@@ -137,10 +143,8 @@ class HiddenStates:
 
     def _store(self, index: int, chunk: torch.Tensor) -> None:
         view = byte_view(chunk)
-        done = 0
         with output_errors(self.path):
-            while done < len(view):
-                done += os.pwrite(self._file.fileno(), view[done:], index * self.chunk_bytes + done)
+            _write_at(self._file.fileno(), view, index * self.chunk_bytes)
         self.checksums[index] = xxhash.xxh3_64_intdigest(view)
 
     def _load(self, index: int) -> torch.Tensor:
@@ -149,3 +153,64 @@ class HiddenStates:
         if xxhash.xxh3_64_intdigest(byte_view(chunk)) != self.checksums[index]:
             raise CheckpointError(f"{self.path}: hidden states of sequence {index} are damaged")
         return chunk
+
+
+class RowFile:
+    """Rows [sequences, rows, width] in one file, read and written some at a time.
+
+    For what lives while a block is worked on: there is no checksum, and nothing is left to be gone on with.
+    """
+
+    def __init__(self, path: Path, sequences: int, rows: int, width: int, dtype: torch.dtype) -> None:
+        self.path, self.rows, self.width, self.dtype = path, rows, width, dtype
+        self.row_bytes = width * dtype.itemsize
+        self._file = _reserved(path, sequences * rows * self.row_bytes)
+
+    def write(self, sequence: int, first: int, rows: torch.Tensor) -> None:
+        """Store consecutive rows [n, width] from the place `first` on."""
+        view = byte_view(rows.detach().to("cpu", self.dtype).contiguous())
+        with output_errors(self.path):
+            _write_at(self._file.fileno(), view, self._offset(sequence, first))
+
+    def read(self, sequence: int, first: int, count: int) -> torch.Tensor:
+        """Consecutive rows [count, width] on the CPU."""
+        rows = torch.empty(count, self.width, dtype=self.dtype)
+        read_into(self._file.fileno(), rows, self._offset(sequence, first), self.path)
+        return rows
+
+    def take(self, sequence: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of ascending places int64 [n], [n, width] on the CPU."""
+        found = torch.empty(len(rows), self.width, dtype=self.dtype)
+        for place, first, count in _runs(rows):
+            part = found[place : place + count]
+            read_into(self._file.fileno(), part, self._offset(sequence, first), self.path)
+        return found
+
+    def put(self, sequence: int, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Store values [n, width] at ascending places int64 [n]."""
+        for place, first, count in _runs(rows):
+            self.write(sequence, first, values[place : place + count])
+
+    def close(self) -> None:
+        """Close the file and remove it."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _offset(self, sequence: int, row: int) -> int:
+        return (sequence * self.rows + row) * self.row_bytes
+
+
+def _runs(rows: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Of ascending numbers int64 [n] the runs without a gap: place of the first, the first, how many."""
+    if not len(rows):
+        return
+    starts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist(), len(rows)]
+    numbers = rows[starts[:-1]].tolist()
+    for start, end, number in zip(starts, starts[1:], numbers, strict=False):
+        yield start, number, end - start
+
+
+def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], offset + done)

@@ -1,6 +1,5 @@
 """One block made real: dense from source tensors, or sparse from packed ones; and running it."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ def dense_block(
     skeleton: Skeleton, block: Block, tensors: Mapping[str, torch.Tensor], arithmetic: Arithmetic
 ) -> nn.Module:
     """A block with dense weights, from its parameters by full name, in the arithmetic's dtype."""
-    module = copy.deepcopy(skeleton.module(block))
+    module = skeleton.without_weights(block)
     device, dtype = arithmetic.device, arithmetic.dtype
     state = {block.local(name): tensors[name].to(device, dtype) for name in block.parameters}
     module.load_state_dict(state, strict=True, assign=True)
@@ -40,7 +39,7 @@ def packed_block(
     arithmetic: Arithmetic,
 ) -> nn.Module:
     """A block from the tensors of its shard: `layers` (full names) stay packed, everything else is dense."""
-    module = copy.deepcopy(skeleton.module(block))
+    module = skeleton.without_weights(block)
     for name in sorted(layers):
         layer, bias = layer_from_tensors(name, tensors), tensors.get(f"{name}.bias")
         packed = PackedLinear.from_packed(

@@ -119,8 +119,8 @@ class _ExpertsProbe(nn.Module):
         self.__dict__.update(place=place, run=run)
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        index, name = self.place
-        self.run.experts.setdefault(index, []).append(name)
+        place, run = self.__dict__["place"], self.__dict__["run"]
+        run.experts.setdefault(place[0], []).append(place[1])
         return torch.empty_like(hidden_states)
 
 

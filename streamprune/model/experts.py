@@ -62,7 +62,8 @@ class TransposedLinear(Conv1D):
         nn.Module.__init__(self)
         self.nf, self.nx = out_features, in_features
         self.weight = nn.Parameter(torch.empty(in_features, out_features, device=device))
-        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
+        offset = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
+        self.register_parameter("bias", offset)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., out] of x [..., in]."""
@@ -78,7 +79,9 @@ class ExpertLayers(nn.Module):
 
     def __init__(self, own: nn.Module, names: ExpertNames) -> None:
         super().__init__()
-        self.names, self.function, self.routed = names, None, None  # type: Any
+        self.names = names
+        self.function: Function | None = None
+        self.routed: torch.Tensor | None = None
         fused, down = _parameters_of(own)
         transposed = bool(getattr(own, "is_transposed", experts_without_router(own)))
         shapes = [tuple(own.get_parameter(name).shape) for name in (fused, down)]
@@ -96,6 +99,10 @@ class ExpertLayers(nn.Module):
             layers.add_module(names.down, kind(*sides[1], biased, device="meta"))
             self.add_module(str(expert), layers)
         self.__dict__["own"] = own  # for its gate and its settings, no submodule
+
+    def leave_out(self) -> None:
+        """Hold no experts any more: they come one at a time."""
+        self._modules.clear()
 
     def expert(self, number: int) -> nn.Module:
         """The layers of one expert."""

@@ -57,7 +57,7 @@ def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
     unknown = []
     for name in checkpoint.tensors:
         whole, place = checkpoint.tensors[name].slice_of or (name, None)
-        found = candidates(renamed(whole), prefix)
+        found: tuple[str, ...] = candidates(renamed(whole), prefix)
         if place is not None:
             found = tuple(skeleton.fused[one].slices.format(place) for one in found if one in skeleton.fused)
         parameter = next((candidate for candidate in found if candidate in shapes), None)

@@ -3,6 +3,7 @@
 The modules are transformers' own, on the meta device (real buffers: rotary frequencies are computed, not loaded).
 """
 
+import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -85,16 +86,22 @@ class Block:
 
     @cached_property
     def parts(self) -> tuple["Block", ...]:
-        """What of the block is pruned by itself: all but its experts, and each expert; the block itself without any."""
+        """What of the block is worked on by itself: all but its experts, called as the block, and then each expert,
+        called by its module. The block alone where it has none.
+        """
         if self.experts is None:
             return (self,)
-        names: dict[str, list[str]] = {"": []}
-        groups: dict[str, list[LayerGroup]] = {"": []}
+        parameters: dict[str, list[str]] = {"": []}
+        groups: dict[str, list[LayerGroup]] = {}
         for name in self.parameters:
-            names.setdefault(self._expert_of(name), []).append(name)
+            parameters.setdefault(self._expert_of(name), []).append(name)
         for group in self.groups:
             groups.setdefault(self._expert_of(group.name), []).append(group)
-        return tuple(replace(self, parameters=tuple(names[e]), groups=tuple(groups.get(e, ()))) for e in names)
+        return tuple(
+            replace(self, name=f"{self.experts}.{part}" if part else self.name, parameters=tuple(names),
+                    groups=tuple(groups.get(part, ())), experts=None)
+            for part, names in parameters.items()
+        )  # fmt: skip
 
     def _expert_of(self, name: str) -> str:
         """The number of the expert that something with a full name is of; "" if it is of none."""
@@ -214,8 +221,18 @@ class Skeleton:
         return self.views[name].parameter if name in self.views else name if name in self.shapes else f"{name}.weight"
 
     def module(self, block: Block) -> nn.Module:
-        """The meta module of a block."""
+        """The meta module of a block, or of a part of one."""
         return self.model.get_submodule(block.name)
+
+    def without_weights(self, block: Block) -> nn.Module:
+        """A copy of a block's module, on the meta device; of a part that leaves out the experts, without them."""
+        module = copy.deepcopy(self.module(block))
+        for name, experts in [*module.named_modules()]:
+            if isinstance(experts, ExpertLayers) and not any(
+                parameter.startswith(f"{block.name}.{name}.") for parameter in block.parameters
+            ):
+                experts.leave_out()
+        return module
 
 
 def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:

@@ -6,13 +6,13 @@ Hidden states wait in scratch files between blocks; only one block is in memory.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
-from streamprune.model.blocks import RunnableBlock
 from streamprune.model.forward import (
     Arguments,
     BlockInputs,
@@ -122,8 +122,15 @@ def sequences_at_once(micro_batch: int, tokens: int, device: torch.device) -> in
     return 1 if tokens <= few else micro_batch
 
 
+class Runnable(Protocol):
+    """What runs a block, with weights and with what it is called with beside hidden states."""
+
+    def run(self, states: torch.Tensor) -> torch.Tensor:
+        """Outputs [sequences, tokens, hidden] of hidden states of that shape."""
+
+
 def advance(
-    block: RunnableBlock,
+    block: Runnable,
     states: HiddenStates,
     target: HiddenStates,
     arithmetic: Arithmetic,

@@ -91,6 +91,7 @@ class CompressResult:
     moments_bytes: int  # of second moments held at once, most of any block
     layers_in_moment_blocks: tuple[str, ...]  # whose inputs were too wide for one matrix of second moments
     reconstructed: bool  # kept weights were fitted: they are not the source's
+    starved: dict[str, int]  # experts that saw fewer tokens of the text than min_expert_tokens, with how many
     left_out: dict[str, str]  # files beside the source's weights that were not copied, with reasons
     manifest_sha256: str
 
@@ -313,6 +314,7 @@ def _result(status: str, out: Path, job: Job, manifest: Manifest, timings: Timin
         moments_bytes=max(block.moments.bytes for block in blocks),
         layers_in_moment_blocks=tuple(name for block in blocks for name in block.moments.layers_in_blocks),
         reconstructed=manifest.reconstructed,
+        starved={name: seen for block in blocks for name, seen in block.starved.items()},
         left_out=job.beside.left_out,
         manifest_sha256=file_digest(out / MANIFEST_FILE),
     )

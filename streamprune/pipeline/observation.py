@@ -20,6 +20,8 @@ class BlockObservation:
 
     State that must live somewhere: the accumulators, and what sequences that have a reference were at each layer, from
     the pass behind pruned blocks until the same sequence has passed behind dense ones.
+
+    `sequence` is the number of the one that passes, where not all do; None: they pass one after the other.
     """
 
     def __init__(self, job: Job, block: Block, timed: StageTimes) -> None:
@@ -27,9 +29,10 @@ class BlockObservation:
         self.accumulators: dict[str, StatisticsAccumulator] = {}  # by the name of each input group
         self._awaiting: dict[str, deque[LayerTokens]] = {}
         self._behind_dense: dict[str, LayerTokens] | None = None
+        self.sequence: int | None = None
         heads = job.source.skeleton.heads
         for group in block.groups:
-            if group.name in job.plan.blocks[block.index]:
+            if group.name in job.plan.layers:
                 out_features, channels = group.layers[0].shape
                 unit = moment_unit(group, heads, job.config)
                 outputs = out_features if len(group.layers) == 1 else None
@@ -43,17 +46,31 @@ class BlockObservation:
         """One for each input, by the name that a layer which takes it has inside the block."""
         return {self.block.local(name): functools.partial(self._see, name) for name in self.accumulators}
 
-    def compare(self, run_dense: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run the next sequence that has a reference behind dense blocks, and note how its layers differ."""
+    def compare(
+        self, run_dense: Callable[[], torch.Tensor], shared: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Run the next sequence that has a reference behind dense blocks, and note how its layers differ.
+
+        `shared`: where its tokens are not the same ones, the places int64 [n] of those that are, behind pruned blocks
+        and behind dense ones.
+        """
         self._behind_dense = {}
         try:
             output = run_dense()
             with self.timed("statistics"):
                 for name, accumulator in self.accumulators.items():
-                    accumulator.add_reference(self._behind_dense[name], self._awaiting[name].popleft())
+                    dense, pruned = self._behind_dense[name], self._awaiting[name].popleft()
+                    if shared is not None:
+                        pruned, dense = pruned.at(shared[0]), dense.at(shared[1])
+                    accumulator.add_reference(dense, pruned)
         finally:
             self._behind_dense = None
         return output
+
+    def without_reference(self) -> None:
+        """Go on where the last sequence has no tokens to be compared with."""
+        for awaiting in self._awaiting.values():
+            awaiting.clear()
 
     def result(self) -> dict[str, ChannelStatistics]:
         """Statistics by the full name of each layer that takes the input; each accumulator is freed as it is read."""
@@ -69,7 +86,8 @@ class BlockObservation:
         if self._behind_dense is not None:
             self._behind_dense[name] = accumulator.to_compare(x, y)
             return
-        if config.correction and accumulator.sequences % config.correction_stride == 0:
+        number = accumulator.sequences if self.sequence is None else self.sequence
+        if config.correction and number % config.correction_stride == 0:
             self._awaiting[name].append(accumulator.to_compare(x, y))
         with self.timed("statistics"), numerics_named(name):
             accumulator.add(x)

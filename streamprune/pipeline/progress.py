@@ -87,6 +87,11 @@ class StageTimes:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent - self._inner.pop()
             self._inner[-1] += spent
 
+    def add(self, other: "StageTimes") -> None:
+        """Count what was spent elsewhere."""
+        for stage, spent in other.seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

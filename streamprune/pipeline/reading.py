@@ -10,6 +10,7 @@ import torch
 from streamprune.checkpoint.buffers import Buffers
 from streamprune.checkpoint.reader import Empty, new_tensor, tensor_digest
 from streamprune.model.skeleton import Block
+from streamprune.model.source import Source
 from streamprune.pipeline.ahead import ahead
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.planning.job import Job
@@ -27,25 +28,34 @@ class BlockTensors:
 
 
 def read_ahead(job: Job, blocks: Iterable[Block]) -> Generator[BlockTensors, None, None]:
-    """The tensors of blocks in order; while one is worked on, as many as the plan allows are read.
+    """The tensors of blocks' parts in order; while one is worked on, as many as the plan allows are read.
 
     The thread that reads makes no arithmetic but checksums. Its memory is used again where a block soon leaves it, for
     a GPU or for the disk; between two passes over a text it would lie idle.
     """
     on_gpu = job.arithmetic.device.type == "cuda"
     empty = Buffers(pinned=on_gpu).empty if on_gpu or not job.config.validate else new_tensor
-    return ahead(map(partial(read_block, job, empty=empty), blocks), job.plan.memory.blocks_ahead, "read-ahead")
+    parts = (part for block in blocks for part in block.parts)
+    return ahead(map(partial(read_part, job, empty=empty), parts), job.plan.memory.blocks_ahead, "read-ahead")
 
 
-def read_block(job: Job, block: Block, empty: Empty = new_tensor) -> BlockTensors:
-    """One block, its digests taken, its values not looked at; `empty` makes the tensors that are read into."""
+def read_part(job: Job, part: Block, empty: Empty = new_tensor) -> BlockTensors:
+    """One block or part, its digests taken, its values not looked at; `empty` makes the tensors that are read into."""
     start = time.perf_counter()
     source = job.source
-    if block.index + 1 < len(source.blocks) and job.plan.memory.blocks_ahead:
-        source.checkpoint.will_read(source.stored_names(source.blocks[block.index + 1].parameters))
-    tensors = source.checkpoint.read_unchecked(source.stored_names(block.parameters), empty)
+    following = _following(source, part)
+    if following is not None and job.plan.memory.blocks_ahead:
+        source.checkpoint.will_read(source.stored_names(following.parameters))
+    tensors = source.checkpoint.read_unchecked(source.stored_names(part.parameters), empty)
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-    return BlockTensors(block, tensors, digests, time.perf_counter() - start)
+    return BlockTensors(part, tensors, digests, time.perf_counter() - start)
+
+
+def _following(source: Source, part: Block) -> Block | None:
+    """The part that is read after this one."""
+    parts = [one for block in source.blocks[part.index : part.index + 2] for one in block.parts]
+    place = next(place for place, one in enumerate(parts) if one.name == part.name)
+    return parts[place + 1] if place + 1 < len(parts) else None
 
 
 def parameters_of(job: Job, read: BlockTensors, residual: FoldedPermutation | None) -> dict[str, torch.Tensor]:

@@ -10,8 +10,7 @@ import torch
 
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import Interrupted
-from streamprune.model.blocks import RunnableBlock
-from streamprune.model.streaming import advance
+from streamprune.model.streaming import Runnable, advance
 from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.progress import Progress
@@ -64,7 +63,7 @@ class Run:
 
     def advance(
         self,
-        block: RunnableBlock,
+        block: Runnable,
         states: HiddenStates,
         target: HiddenStates,
         observe: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda index, x, y: None,

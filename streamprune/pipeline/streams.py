@@ -10,12 +10,13 @@ from streamprune.checkpoint.manifest import JournalEntry
 from streamprune.checkpoint.reader import Checkpoint, open_file
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import CheckpointError
-from streamprune.model.blocks import RunnableBlock, dense_block, load_block
+from streamprune.model.blocks import dense_block, load_block
+from streamprune.model.expert_streaming import Load, advance_by_parts
 from streamprune.model.skeleton import Block
 from streamprune.model.source import Source
 from streamprune.model.streaming import BlockArguments, TextInputs, embed, text_inputs
 from streamprune.pipeline.planning.job import Job
-from streamprune.pipeline.reading import parameters_of, read_block
+from streamprune.pipeline.reading import parameters_of, read_part
 from streamprune.pipeline.residual import reordered
 from streamprune.pipeline.run import Run
 
@@ -50,7 +51,7 @@ def _resumed(
     entries: Sequence[JournalEntry],
     kind: str,
     tokens: torch.Tensor,
-    block_of: Callable[[Run, Block, JournalEntry], nn.Module],
+    parts_of: Callable[[Run, Block, JournalEntry], Load],
 ) -> tuple[BlockArguments, HiddenStates]:
     job, finished = run.job, len(entries)
     if finished:
@@ -65,18 +66,21 @@ def _resumed(
     arguments = embed(job.source.skeleton, inputs, tokens, job.arithmetic, states, run.watch.tick)
     for block, entry in zip(job.source.blocks, entries, strict=False):
         run.watch.progress.stage("replaying")
-        runnable = RunnableBlock(block.name, block_of(run, block, entry), arguments[block.index])
         following = run.inputs_of(block.index + 1, kind, len(tokens))
-        run.advance(runnable, states, following)
+        load, streams = parts_of(run, block, entry), (states, following)
+        advance_by_parts(
+            block, load, arguments[block.index], streams, job.arithmetic, run.scratch, run.watch.tick,
+            job.plan.micro_batch,
+        )  # fmt: skip
         states.close()
         states = following
     return arguments, states
 
 
-def _written_block(run: Run, block: Block, entry: JournalEntry) -> nn.Module:
+def _written_block(run: Run, block: Block, entry: JournalEntry) -> Load:
     shard = open_file(run.journal.out / run.job.shard_name(block))
     written = written_source(run.job, block, shard, (layer.name for layer in entry.record.layers))
-    return load_block(written, block, run.job.arithmetic)
+    return lambda part: load_block(written, part, run.job.arithmetic)
 
 
 def written_source(job: Job, block: Block, shard: Checkpoint, pruned: Iterable[str]) -> Source:
@@ -85,9 +89,14 @@ def written_source(job: Job, block: Block, shard: Checkpoint, pruned: Iterable[s
     return Source(job.source.skeleton, shard, names, dict.fromkeys(pruned, job.config.pattern))
 
 
-def _source_block(run: Run, block: Block, entry: JournalEntry) -> nn.Module:
-    tensors = parameters_of(run.job, read_block(run.job, block), run.residual)
-    return dense_block(run.job.source.skeleton, block, tensors, run.job.arithmetic)
+def _source_block(run: Run, block: Block, entry: JournalEntry) -> Load:
+    job = run.job
+
+    def load(part: Block) -> nn.Module:
+        tensors = parameters_of(job, read_part(job, part), run.residual)
+        return dense_block(job.source.skeleton, part, tensors, job.arithmetic)
+
+    return load
 
 
 def _is_whole(states: HiddenStates) -> bool:

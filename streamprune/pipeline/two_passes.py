@@ -7,36 +7,32 @@ Where refinement corrects for the error of earlier blocks, pass 1 also carries s
 blocks alone (the reference), and compares each layer's inputs there with those that it will have.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from streamprune.checkpoint.manifest import BlockRecord, BlockTimings, JournalEntry, LayerRecord
-from streamprune.checkpoint.packed import layer_from_tensors, tensor_names
+from streamprune.checkpoint.manifest import BlockRecord, BlockTimings, JournalEntry
 from streamprune.checkpoint.reader import Checkpoint, open_file
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.model.blocks import Observer, RunnableBlock, dense_block, layers_observed, load_block
+from streamprune.model.expert_streaming import ExpertStage, passage
 from streamprune.model.forward import Arguments
-from streamprune.model.packed_linear import PackedLinear
 from streamprune.model.skeleton import Block
+from streamprune.model.streaming import Runnable
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
+from streamprune.pipeline.expert_pruning import ExpertStreams, PrunedExpert, name_starved, pruned_experts
 from streamprune.pipeline.gate import gate
 from streamprune.pipeline.observation import BlockObservation
 from streamprune.pipeline.progress import StageTimes
-from streamprune.pipeline.reading import BlockTensors, parameters_of, read_ahead, read_block
+from streamprune.pipeline.reading import BlockTensors, parameters_of, read_ahead, read_part
 from streamprune.pipeline.run import Run
 from streamprune.pipeline.streams import Streams, inputs_of_next_block, written_source
-from streamprune.pipeline.validation import (
-    BlockErrorSum,
-    InputSample,
-    check_bits,
-    check_packed_bits,
-    layer_errors,
-)
-from streamprune.pipeline.writing.entries import StagedBlock, digests_of, layer_record, moments_record, stage_block
+from streamprune.pipeline.validation import BlockErrorSum, InputSample, validated
+from streamprune.pipeline.writing.entries import StagedBlock, digests_of, moments_record, stage_block, write_part
 from streamprune.process import peak_memory_bytes
 from streamprune.pruning.statistics import ChannelStatistics
 
@@ -91,25 +87,31 @@ def _compress_block(work: BlockWork, sources: Iterator[BlockTensors]) -> Journal
         read = next(sources)
         digests, tensors = read.digests, parameters_of(job, read, run.residual)
         del read
-    statistics = _dense_pass(work, tensors)
-    moments = moments_record(statistics)
-    layers, heads = job.plan.blocks[block.index], job.source.skeleton.heads
-    pruned = prune_block(block, tensors, statistics, layers, heads, job.config, timed)
+    statistics, experts = _dense_pass(work, tensors, sources)
+    for expert in experts:
+        digests |= expert.source_tensors
+    moments, starved = (
+        moments_record(statistics, [e.moments for e in experts]),
+        name_starved(block, experts, job.config),
+    )
+    layers, heads = job.plan.of(block.parts[0]), job.source.skeleton.heads
+    pruned = prune_block(block.parts[0], tensors, statistics, layers, heads, job.config, timed)
     del tensors, statistics
     with timed("write"):
-        staged = stage_block(run, block, pruned)
+        staged = stage_block(run, block, pruned, [expert.part for expert in experts])
     synced: list[Future[None]] = [run.background.submit(file.sync) for file in staged]
     if work.outputs.reference is not None:
         synced.append(run.background.submit(work.outputs.reference.sync))
-    shard = open_file(staged.shard.temporary)
-    module, samples, error = _sparse_pass(work, pruned, shard)
+    shard, records = open_file(staged.shard.temporary), tuple(r for expert in experts for r in expert.records)
+    packed = [*pruned.layers, *(record.name for record in records)]
+    module, samples, error = _sparse_pass(work, packed, shard)
     synced.append(run.background.submit(work.outputs.hidden.sync))
     with timed("validate"):
-        records = tuple(_validated(work, pruned, shard, module, samples))
+        records = (*validated(job, block.parts[0], pruned, shard, module, samples), *records)
     del pruned, module, samples
     outcome = gate(block.name, error, job.config)
     if outcome == "kept dense":
-        staged, records = _kept_dense(work), ()
+        staged, records, starved = _kept_dense(work), (), {}
         synced += [run.background.submit(file.sync) for file in (*staged, work.outputs.hidden)]
     work.dense.close()
     with timed("write"):
@@ -119,7 +121,7 @@ def _compress_block(work: BlockWork, sources: Iterator[BlockTensors]) -> Journal
             file.publish()
     reference = work.outputs.reference
     return JournalEntry(
-        record=BlockRecord(block.name, outcome, error, moments, records),
+        record=BlockRecord(block.name, outcome, error, moments, records, starved),
         source_tensors=digests,
         files=digests_of(run, staged),
         hidden_states=tuple(work.outputs.hidden.checksums),
@@ -128,75 +130,94 @@ def _compress_block(work: BlockWork, sources: Iterator[BlockTensors]) -> Journal
     )
 
 
-def _dense_pass(work: BlockWork, tensors: dict[str, torch.Tensor]) -> dict[str, ChannelStatistics]:
-    """Pass 1: the dense block's outputs, and the statistics of every layer's input, by the layer's full name.
+def _dense_pass(
+    work: BlockWork, tensors: dict[str, torch.Tensor], sources: Iterator[BlockTensors]
+) -> tuple[dict[str, ChannelStatistics], list[PrunedExpert]]:
+    """Pass 1: the dense block's outputs, and the statistics of every layer's input, by the layer's full name; its
+    experts, which are pruned already.
 
     Every `correction_stride`-th sequence also goes through the block behind dense blocks alone.
     """
     run, job, block, timed = work.run, work.run.job, work.block, work.timed
     run.watch.progress.stage(f"{block.name} dense")
-    module = dense_block(job.source.skeleton, block, tensors, job.arithmetic)
+    module = dense_block(job.source.skeleton, block.parts[0], tensors, job.arithmetic)
     runnable = RunnableBlock(block.name, module, work.arguments)
-    observation = BlockObservation(job, block, timed)
+    observation = BlockObservation(job, block.parts[0], timed)
     behind_dense, reference = work.inputs.reference, work.outputs.reference
+    experts: list[PrunedExpert] = []
+    with ExitStack() as passages, timed("dense pass"):
+        compared: Runnable | None = None
+        if behind_dense is not None:
+            compared = passages.enter_context(_passage(work, runnable, behind_dense, lambda stage: None))
 
-    def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        position, skipped = divmod(sequence, job.config.correction_stride)
-        if behind_dense is None or reference is None or skipped:
-            return
-        with timed("reference pass"):
-            states = behind_dense.read(position).to(job.arithmetic.device)
-            reference.write(position, observation.compare(lambda: runnable.run(states)))
+        def experts_work(stage: ExpertStage) -> None:
+            streams = ExpertStreams(stage, compared if isinstance(compared, ExpertStage) else None)
+            experts.extend(pruned_experts(run, block, sources, streams, timed))
 
-    with timed("dense pass"), layers_observed(module, observation.observers, job.tokens.shape[1]):
-        run.advance(runnable, work.inputs.hidden, work.dense, observe)
-    return observation.result()
+        passing = passages.enter_context(_passage(work, runnable, work.inputs.hidden, experts_work))
+
+        def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
+            position, skipped = divmod(sequence, job.config.correction_stride)
+            if behind_dense is None or reference is None or compared is None or skipped:
+                return
+            with timed("reference pass"):
+                states = behind_dense.read(position).to(job.arithmetic.device)
+                reference.write(position, observation.compare(lambda: compared.run(states)))
+
+        with layers_observed(module, observation.observers, job.tokens.shape[1]):
+            run.advance(passing, work.inputs.hidden, work.dense, observe)
+    return observation.result(), experts
+
+
+def _passage(
+    work: BlockWork, block: RunnableBlock, states: HiddenStates, experts_work: Callable[[ExpertStage], None]
+) -> AbstractContextManager[Runnable]:
+    run = work.run
+    return passage(block, states, run.job.arithmetic, run.scratch, experts_work, run.watch.check)
 
 
 def _sparse_pass(
-    work: BlockWork, pruned: PrunedBlock, shard: Checkpoint
+    work: BlockWork, packed: Iterable[str], shard: Checkpoint
 ) -> tuple[nn.Module, dict[str, InputSample], float]:
-    """Pass 2, from the shard as read back: the module, a sample of each input by its group's name, its error."""
+    """Pass 2, from the shard as read back, whose layers `packed` are pruned: the module without its experts, a sample
+    of each input by its group's name, the block's error.
+    """
     run, job, block, timed = work.run, work.run.job, work.block, work.timed
     run.watch.progress.stage(f"{block.name} sparse")
+    written, resident = written_source(job, block, shard, packed), block.parts[0]
     with timed("read"):
-        module = load_block(written_source(job, block, shard, pruned.layers), block, job.arithmetic)
-    samples = {group.name: InputSample(len(job.tokens)) for group in block.groups if group.name in pruned.layers}
+        module = load_block(written, resident, job.arithmetic)
+    groups = [group.name for group in resident.groups if group.name in written.packed]
+    samples = {name: InputSample(len(job.tokens)) for name in groups}
     observers: dict[str, Observer] = {block.local(name): sample.observe for name, sample in samples.items()}
     total, hidden = BlockErrorSum(), job.source.skeleton.hidden_size
+
+    def experts_work(stage: ExpertStage) -> None:
+        for number, part in enumerate(block.parts[1:]):
+            run.watch.check()
+            stage.work(number, load_block(written, part, job.arithmetic))
 
     def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
         dense = work.dense.read(sequence).to(x.device)
         total.add(*(states[..., :hidden] for states in (x, dense, y)))
 
-    with timed("sparse pass"), layers_observed(module, observers, job.tokens.shape[1]):
-        run.advance(RunnableBlock(block.name, module, work.arguments), work.inputs.hidden, work.outputs.hidden, observe)
+    runnable = RunnableBlock(block.name, module, work.arguments)
+    observed = layers_observed(module, observers, job.tokens.shape[1])
+    with timed("sparse pass"), _passage(work, runnable, work.inputs.hidden, experts_work) as passing, observed:
+        run.advance(passing, work.inputs.hidden, work.outputs.hidden, observe)
     return module, samples, total.value
-
-
-def _validated(
-    work: BlockWork, pruned: PrunedBlock, shard: Checkpoint, module: nn.Module, samples: Mapping[str, InputSample]
-) -> Iterator[LayerRecord]:
-    """The records of a written block's layers. Raises KernelFault where a bit or a product is not what it must be."""
-    job, block = work.run.job, work.block
-    for group in block.groups:
-        for name in group.names if group.name in samples else ():
-            written = module.get_submodule(block.local(name))
-            assert isinstance(written, PackedLinear)
-            layer, bias, x = pruned.layers[name], pruned.others.get(f"{name}.bias"), samples[group.name].tokens
-            errors = layer_errors(name, written, layer, bias, x, job.arithmetic)
-            yield layer_record(job, block, name, layer, errors)
-            check_packed_bits(name, layer, layer_from_tensors(name, shard.read(tensor_names(shard, name))))
-    for parameter, tensor in pruned.others.items():
-        check_bits(parameter, tensor, shard.read([parameter])[parameter])
 
 
 def _kept_dense(work: BlockWork) -> StagedBlock:
     """Write the block as the source has it, and make pass 1's outputs the next block's inputs."""
     run = work.run
     with work.timed("write"):
-        tensors = parameters_of(run.job, read_block(run.job, work.block), run.residual)
-        staged = stage_block(run, work.block, PrunedBlock({}, tensors, ()))
+        parts = []
+        for part in work.block.parts[1:]:
+            tensors = parameters_of(run.job, read_part(run.job, part), None)
+            parts.append(write_part(run, part, PrunedBlock({}, tensors, ())))
+        tensors = parameters_of(run.job, read_part(run.job, work.block.parts[0]), run.residual)
+        staged = stage_block(run, work.block, PrunedBlock({}, tensors, ()), parts)
     for sequence in range(len(work.dense)):
         work.outputs.hidden.write(sequence, work.dense.read(sequence))
     return staged

@@ -1,16 +1,23 @@
 """Pass 2's figures: is a written layer right (kernel_error), and what does pruning cost (layer_error, block_error)."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-from streamprune.checkpoint.packed import PackedLayer
+from streamprune.checkpoint.manifest import LayerRecord
+from streamprune.checkpoint.packed import PackedLayer, layer_from_tensors, tensor_names
+from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import KernelFault, NumericsError
 from streamprune.model.arithmetic import Arithmetic, against_overflow
 from streamprune.model.packed_linear import PackedLinear
-from streamprune.pipeline.block_pruning import PrunedLayer
+from streamprune.model.skeleton import Block
+from streamprune.pipeline.block_pruning import PrunedBlock, PrunedLayer
+from streamprune.pipeline.planning.job import Job
+from streamprune.pipeline.writing.entries import layer_record
 from streamprune.pruning.selection import relative, stable_sum
 from streamprune_kernels import all_finite, pack_values, squared_distances, unpack_mask
 
@@ -86,6 +93,30 @@ def layer_errors(
             "does not compute what its masked weight does; check the disk and memory, then run again"
         )
     return LayerErrors(kernel_error, _relative(squared_error, squared_norm))
+
+
+def validated(
+    job: Job,
+    block: Block,
+    pruned: PrunedBlock,
+    shard: Checkpoint,
+    module: nn.Module,
+    samples: Mapping[str, InputSample],
+) -> Iterator[LayerRecord]:
+    """The records of a written block's layers, of inputs by their groups' names.
+
+    Raises KernelFault where a bit or a product is not what it must be.
+    """
+    for group in block.groups:
+        for name in group.names if group.name in samples else ():
+            written = module.get_submodule(block.local(name))
+            assert isinstance(written, PackedLinear)
+            layer, bias, x = pruned.layers[name], pruned.others.get(f"{name}.bias"), samples[group.name].tokens
+            errors = layer_errors(name, written, layer, bias, x, job.arithmetic)
+            yield layer_record(job, name, layer, errors)
+            check_packed_bits(name, layer, layer_from_tensors(name, shard.read(tensor_names(shard, name))))
+    for parameter, tensor in pruned.others.items():
+        check_bits(parameter, tensor, shard.read([parameter])[parameter])
 
 
 def check_packed_bits(name: str, pruned: PrunedLayer, written: PackedLayer) -> None:

@@ -28,6 +28,10 @@ class LayerTokens:
     inputs: torch.Tensor
     outputs: torch.Tensor | None
 
+    def at(self, places: torch.Tensor) -> "LayerTokens":
+        """Those of its tokens that are at places int64 [n]."""
+        return LayerTokens(self.inputs[places], None if self.outputs is None else self.outputs[places])
+
 
 @dataclass(frozen=True)
 class ChannelStatistics:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from streamprune.model.arithmetic import (
     resolve_arithmetic,
     warn_without_kernels,
 )
-from streamprune.model.blocks import RunnableBlock, load_block
+from streamprune.model.blocks import load_block
+from streamprune.model.expert_streaming import advance_by_parts
 from streamprune.model.forward import run_tail
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.source import Source, open_source
-from streamprune.model.streaming import advance, embed, text_inputs
+from streamprune.model.streaming import embed, text_inputs
 from streamprune.process import peak_memory_bytes
 from streamprune.runtime.tasks import check_harness, run_tasks
 from streamprune.text.documents import (
@@ -142,10 +144,10 @@ def _losses(
         for file in files:
             open_files.callback(file.close)
         arguments = embed(skeleton, text_inputs(source), windows, arithmetic, files[0], tick)
+        load = partial(load_block, source, arithmetic=arithmetic, untrusted=True)
         for block in source.blocks:
-            module = load_block(source, block, arithmetic, untrusted=True)
-            states, following = files
-            advance(RunnableBlock(block.name, module, arguments[block.index]), states, following, arithmetic, tick)
+            streams = files[0], files[1]
+            advance_by_parts(block, load, arguments[block.index], streams, arithmetic, scratch, tick)
             files.reverse()
         # the tail is given embeddings, so that their matrix is needed where the head is tied to it alone
         spared = skeleton.aside | skeleton.read_by_rows - {*skeleton.tied.values()}

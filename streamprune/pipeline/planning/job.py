@@ -12,7 +12,7 @@ import torch
 from streamprune.checkpoint.beside import Beside, list_beside
 from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.reader import INDEX_FILES
-from streamprune.config import PruneConfig
+from streamprune.config import OF_EXPERTS, PruneConfig
 from streamprune.errors import CheckpointError
 from streamprune.model.arithmetic import Arithmetic, resolve_arithmetic, warn_without_kernels
 from streamprune.model.configuration import forward_settings
@@ -85,6 +85,7 @@ def _identity(
     source: Source, config: PruneConfig, calibration: Calibration, tokens: torch.Tensor, compute: dict[str, Any]
 ) -> dict[str, Any]:
     """What determines the output's bytes, as nested plain data."""
+    idle = () if any(block.experts for block in source.blocks) else OF_EXPERTS
     amount = {"samples": len(tokens), "sequence_length": tokens.shape[1], "seed": calibration.seed}
     return {
         "source": {
@@ -93,7 +94,7 @@ def _identity(
             "tokenizer": tokenizer_digests(source.folder),
         },
         "calibration": {"tokens": tokens_digest(tokens), **amount} if config.validate else None,
-        "settings": config.to_dict(),
+        "settings": {name: value for name, value in config.to_dict().items() if name not in idle},
         "compute": compute,
     }
 

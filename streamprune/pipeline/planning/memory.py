@@ -115,10 +115,11 @@ class Sizes:
 def estimate_memory(sizes: Sizes, config: PruneConfig, pace: Pace) -> Memory:
     """What the job holds at once, stage by stage."""
     by_size = {sizes.stored(block.parameters): block for block in sizes.source.blocks}
-    blocks = [_block_memory(sizes, block, config, pace) for block in by_size.values()]  # equal blocks need the same
+    blocks = [_stages(sizes, block, config, pace) for block in by_size.values()]  # equal blocks need the same
+    parts = {sizes.stored(part.parameters): part for block in by_size.values() for part in block.parts}
     dense_pass, pruning, sparse_pass = (int(HEAP_SLACK * max(values)) for values in zip(*blocks, strict=True))
-    one_block = max(_page_locked(sizes, block) for block in by_size.values()) if sizes.on_gpu else max(by_size)
-    on_its_way = max(one_block + _staged(sizes, block, config) for block in by_size.values()) if sizes.on_gpu else 0
+    one_block = max(_page_locked(sizes, part) for part in parts.values()) if sizes.on_gpu else max(parts)
+    on_its_way = max(one_block + _staged(sizes, part, config) for part in parts.values()) if sizes.on_gpu else 0
     libraries = (GPU_LIBRARIES_BYTES if sizes.on_gpu else LIBRARIES_BYTES) + _copied_memory(sizes)
     embeddings = _embedding_memory(sizes) if config.validate else 0
     read_ahead, ahead = pace.blocks_ahead * one_block, pace.blocks_ahead
@@ -159,7 +160,7 @@ def _page_locked(sizes: Sizes, block: Block) -> int:
 def _staged(sizes: Sizes, block: Block, config: PruneConfig) -> int:
     """Bytes on a GPU's host of a packed block, of the largest layer that is compared with it, and of hidden states."""
     share = config.pattern.kept / config.pattern.group_size
-    elements = [math.prod(shape) for shape in sizes.layers[block.index].values()]
+    elements = [math.prod(shape) for name, shape in sizes.layers[block.index].items() if name in block.layers]
     itemsize = sizes.source.stored(block.parameters[0]).dtype.itemsize
     packed = int(sum(elements) * (itemsize * share + 1 / 8))
     compared = max(elements, default=0) * (itemsize + 1) if config.validate else 0
@@ -180,15 +181,31 @@ def _embedding_memory(sizes: Sizes) -> int:
     return sizes.stored(small) + sizes.computed(small) + rows
 
 
+def _stages(sizes: Sizes, block: Block, config: PruneConfig, pace: Pace) -> tuple[int, int, int]:
+    """Bytes of a block's dense pass, pruning and sparse pass, its experts coming one at a time."""
+    resident, *experts = block.parts
+    dense, pruning, sparse = _block_memory(sizes, resident, config, pace)
+    if not experts:
+        return dense, pruning, sparse
+    largest = max(experts, key=lambda part: sizes.stored(part.parameters))
+    of_expert = _block_memory(sizes, largest, config, pace)
+    if not config.validate:
+        return dense, pruning + of_expert[1], sparse
+    return dense + max(of_expert), pruning, sparse + of_expert[2]
+
+
 def _block_memory(sizes: Sizes, block: Block, config: PruneConfig, pace: Pace) -> tuple[int, int, int]:
     """Bytes of a block's dense pass, pruning and sparse pass."""
-    layers, heads = sizes.layers[block.index], sizes.source.skeleton.heads
+    layers = {name: shape for name, shape in sizes.layers[block.index].items() if name in block.layers}
+    heads = sizes.source.skeleton.heads
     source, computed = sizes.stored(block.parameters), sizes.computed(block.parameters)
     elements = {name: math.prod(shape) for name, shape in layers.items()}
     largest = max(elements.values(), default=0)
     widest = max((max(shape) for shape in layers.values()), default=0)
     # what attention and the MLP hold at once, and the tokens of layers that are kept for correction
-    activations = 4 * pace.micro_batch * sizes.tokens * (16 * sizes.source.skeleton.hidden_size + 10 * widest)
+    skeleton = sizes.source.skeleton
+    beside = skeleton.stream_width - skeleton.hidden_size  # which is there as input, copied, and as two outputs
+    activations = 4 * pace.micro_batch * sizes.tokens * (16 * skeleton.hidden_size + 4 * beside + 10 * widest)
     groups = [group for group in block.groups if group.name in layers]
     inputs = [layers[group.name][1] for group in groups]
     histograms = 4 * (FINE_BINS + ROW_GAP) * sum(inputs) if config.metric == "esparse" else 0

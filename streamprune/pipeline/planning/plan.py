@@ -4,12 +4,14 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from streamprune.checkpoint.scratch import allocated_bytes
-from streamprune.config import MIN_COVERAGE, NMPattern, PruneConfig, check_settings
+from streamprune.config import MIN_COVERAGE, OF_EXPERTS, NMPattern, PruneConfig, check_settings
 from streamprune.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
 from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.skeleton import Block
 from streamprune.model.source import Source
 from streamprune.model.weights import WeightView
 from streamprune.pipeline.planning.memory import Limits, Memory, Pace, Sizes, estimate_memory, fit_memory
@@ -62,9 +64,14 @@ class Plan:
     micro_batch: int
     sequence_length: int
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, LayerPlan]:
+        """Those to prune in the whole model, by full name."""
         return {name: layer for block in self.blocks for name, layer in block.items()}
+
+    def of(self, part: Block) -> dict[str, LayerPlan]:
+        """Those of a block, or of a part of one."""
+        return {name: self.blocks[part.index][name] for name in part.layers if name in self.blocks[part.index]}
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,8 @@ def make_plan(
     if config.residual and source.skeleton.architecture.residual is None:
         kind = source.skeleton.model.config.model_type
         raise SettingsError(f"shuffle residual: is not known of model type {kind!r}; give a --shuffle without residual")
+    if not any(block.experts for block in source.blocks):
+        check_no_experts(config)
     length = fitting_length(calibration.sequence_length, source.skeleton.positions) if config.validate else 0
     blocks, dense = plan_layers(source, config.pattern)
     accounts = account(source, blocks, dense)
@@ -160,8 +169,18 @@ def make_plan(
     sets = 3 + (2 / config.correction_stride if config.correction else 0)
     tokens = math.ceil(sets * calibration.samples * length)
     scratch_bytes = tokens * source.skeleton.stream_width * arithmetic.dtype.itemsize
+    if any(block.experts for block in source.blocks):  # their inputs, and in float32 their outputs, of two streams
+        streams = tokens * (sets - 2) / sets
+        scratch_bytes += math.ceil(streams * source.skeleton.hidden_size * (arithmetic.dtype.itemsize + 4))
     needs = source_bytes, source_bytes - saved, scratch_bytes, estimate_memory(sizes, config, pace)
     return Plan(blocks, dense, *needs, accounts, pace.micro_batch, length), config
+
+
+def check_no_experts(config: PruneConfig) -> None:
+    """Raise SettingsError for a setting that only experts heed."""
+    for name in OF_EXPERTS:
+        if getattr(config, name) != getattr(PruneConfig, name):
+            raise SettingsError(f"{name} {getattr(config, name)} has no effect: the model has no experts; leave it out")
 
 
 def _not_covered(source: Source) -> dict[str, str]:

@@ -149,7 +149,9 @@ def _dense_layers(job: Job, blocks: Sequence[BlockRecord], pruned: set[str]) -> 
     reasons = dict(job.plan.dense)
     for block, layers in zip(blocks, job.plan.blocks, strict=True):
         for name in sorted(layers.keys() - pruned):
-            reasons[name] = f"block error {block.block_error:.6g} is above the budget"
+            seen = block.starved.get(name.rpartition(".")[0])
+            fewer = f"its expert saw {seen} tokens, fewer than {job.config.min_expert_tokens}"
+            reasons[name] = f"block error {block.block_error:.6g} is above the budget" if seen is None else fewer
     return reasons
 
 
