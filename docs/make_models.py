@@ -37,7 +37,10 @@ between them share an input, and its permutation.
 def page() -> str:
     """The whole of docs/models.md."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row(families.write_family(Path(folder) / name, name)) for name in sorted(families.FAMILIES)]
+        rows = [
+            row(families.write_family(Path(folder) / name, name))
+            for name in sorted(families.FAMILIES | families.WRAPPED)
+        ]
     return "\n".join([TOP, families.HEAD, *rows]) + "\n"
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import tiny
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
+from streamprune.model.library import auto_class
 from streamprune.model.source import Source
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -23,6 +24,13 @@ WITH_HEADS = {**GROUPED, "head_dim": 8}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA4 = {**ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16}
 WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+MAMBA2 = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16,
+}  # fmt: skip
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {**GROUPED, "tie_word_embeddings": True},
     "ministral": {**WITH_HEADS, **WINDOW},
@@ -32,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**GROUPED, "head_dim": 16},
     "opt": {**PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "apertus": {**GROUPED, "rope_parameters": ROPE},
+    "bamba": {**GROUPED, **MAMBA2, "attn_layer_indices": [1]},
     "bloom": {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "n_head": 4, "n_layer": 2, **NO_TOKENS},
     "cohere": {**GROUPED, "use_qk_norm": True},
     "cohere2": {**GROUPED, **WINDOW},
@@ -40,23 +49,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": WITH_HEADS,
     "gemma2": {**WITH_HEADS, **WINDOW, "query_pre_attn_scalar": 8},
     "gemma3_text": {**WITH_HEADS, **WINDOW, "query_pre_attn_scalar": 8},
+    "gemma4_text": {
+        **WITH_HEADS, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 16, "sliding_window": 8, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": tiny.VOCABULARY,
+    },
     "glm": {**WITH_HEADS, "attention_bias": True},
     "glm4": WITH_HEADS,
     "gpt_neox": PLAIN,
     "gpt2": {**GPT, "n_inner": 48},
     "gptj": {**GPT, "n_inner": 48, "rotary_dim": 4},
     "granite": {**GROUPED, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "granitemoehybrid": {
+        **GROUPED, **MAMBA2, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+    },
     "hunyuan_v1_dense": {**WITH_HEADS},
+    "jamba": {
+        **GROUPED, "num_experts": 1, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "lfm2": {**GROUPED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "mpt": {
         "vocab_size": tiny.VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
         "expansion_ratio": 2, **NO_TOKENS,
     },
     "nemotron": GROUPED,
+    "nemotron_h": {
+        **WITH_HEADS, "num_hidden_layers": None, "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+        "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16,
+        "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 48,
+    },
     "olmo": {**GROUPED, "clip_qkv": 1.0},
     "olmo2": GROUPED,
     "olmo3": {**GROUPED, **WINDOW},
     "phi": {**PLAIN, "partial_rotary_factor": 0.5},
     "phi3": {**GROUPED, "sliding_window": 8},
+    "qwen3_5_text": {**WITH_HEADS, **DELTA},
+    "qwen3_next": {
+        **WITH_HEADS, **DELTA, "num_experts": 0, "num_experts_per_tok": 1, "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 48,
+    },
     "seed_oss": WITH_HEADS,
     "smollm3": {**GROUPED, "no_rope_layers": [1, 0]},
     "stablelm": {**GROUPED, "use_qkv_bias": True},
@@ -64,11 +97,73 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def write_family(folder: Path, model_type: str, **changes: Any) -> Path:
-    """A checkpoint of a family in float32, its weights random, as transformers saves it."""
+# Models that hold one of those among other parts, most of them with pictures.
+TOWER = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 4,
+}  # fmt: skip
+VISUAL = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+}
+MROPE = {**ROPE, "mrope_section": [1, 1, 2]}
+INTERLEAVED = {**MROPE, "mrope_interleaved": True}
+SPECIAL = {"image_token_id": 125, "video_token_id": 126, "vision_start_token_id": 123, "vision_end_token_id": 124}
+WRAPPED: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": FAMILIES["gemma3_text"], "vision_config": {**TOWER, "vision_use_head": False}, **NO_TOKENS,
+        "mm_tokens_per_image": 4, "image_token_index": 126, "boi_token_index": 125, "eoi_token_index": 124,
+    },
+    "gemma4": {
+        "text_config": {**FAMILIES["gemma4_text"], "pad_token_id": 0}, **NO_TOKENS, "image_token_id": 126,
+        "vision_config": {**TOWER, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64},
+        "boi_token_id": 125, "eoi_token_id": 124, "video_token_id": 123, "audio_token_id": 122, "boa_token_id": 121,
+        "eoa_token_index": 120, "audio_config": None,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **FAMILIES["mistral"]}, "image_token_index": 126,
+        "vision_config": {"model_type": "pixtral", **TOWER, "head_dim": 8},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**GROUPED, "rope_parameters": MROPE},
+        "vision_config": {**VISUAL, "fullatt_block_indexes": [1], "window_size": 8}, **SPECIAL,
+    },
+    "qwen3_5": {
+        "text_config": {**FAMILIES["qwen3_5_text"], "rope_parameters": {**INTERLEAVED, "partial_rotary_factor": 1.0}},
+        "vision_config": {**VISUAL, "num_position_embeddings": 16}, **SPECIAL,
+    },
+    "qwen3_vl": {
+        "text_config": {**WITH_HEADS, "rope_parameters": INTERLEAVED},
+        "vision_config": {**VISUAL, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}, **SPECIAL,
+    },
+}  # fmt: skip
+# Of a family's models such as are built otherwise: model_type, and what of its config.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text, plain": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True},
+    ),
+    "opt, post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+}
+
+
+def write_family(folder: Path, name: str, **changes: Any) -> Path:
+    """A checkpoint of a family or a variant in float32, its weights random, as transformers saves it."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**{**FAMILIES[model_type], **changes})
-    return tiny.write_model(folder, AutoModelForCausalLM.from_config(config), torch.float32)
+    model_type, own = VARIANTS.get(name, (name, {}))
+    config = CONFIG_MAPPING[model_type](**{**{**FAMILIES, **WRAPPED}[model_type], **own, **changes})
+    return tiny.write_model(folder, auto_class(type(config)).from_config(config), torch.float32)
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """As transformers loads it, with all its parts."""
+    config = AutoConfig.from_pretrained(folder)
+    model: PreTrainedModel = auto_class(type(config)).from_pretrained(folder, dtype=dtype)
+    return model.eval()
 
 
 HEAD = (

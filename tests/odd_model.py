@@ -48,7 +48,9 @@ class Cell(nn.Module):
         self.scaled, self.twice, self.read = Scaled(size, size), nn.Linear(size, size), nn.Linear(size, size)
         self.idle = nn.Linear(size, size)
 
-    def forward(self, states: torch.Tensor, mask: torch.Tensor, notes: Any = None, *, strength: float = 1.0) -> Any:
+    def forward(
+        self, states: torch.Tensor, mask: torch.Tensor, notes: Any = None, *, strength: float = 1.0, left: Any = None
+    ) -> Any:
         q, k, v = self.mix(self.before(states)).chunk(3, dim=-1)
         weights = (strength * q @ k.transpose(1, 2) * states.shape[-1] ** -0.5 + mask).softmax(dim=-1)
         states = states + self.gather(weights @ v)
@@ -60,6 +62,10 @@ class Cell(nn.Module):
             states = -states
         if self.odd == "changes its arguments":
             notes.append(states)
+        if self.odd == "spoken":
+            states = states + 0.5 * notes
+        if self.odd == "leaves":
+            left["states"] = states
         return states, weights
 
 
@@ -88,8 +94,11 @@ class OddTrunk(OddPreTrained):
         length, odd = states.shape[1], self.config.odd
         mask = torch.full((length, length), float("-inf"), device=states.device).triu(1)
         notes: Any = [] if odd == "changes its arguments" else None
+        notes = self.signs(input_ids) * 2 if odd == "spoken" else notes
+        mask = mask + states[0, 0, 0] if odd == "masked by words" else mask
+        left: Any = {} if odd == "leaves" else None
         for cell in reversed(self.cells) if odd == "order" else self.cells:
-            states, weights = cell(states, mask, notes, strength=0.5)
+            states, weights = cell(states, mask, notes, strength=0.5, left=left)
             if odd == "between":
                 states = states * 2
             if odd == "hands on":

@@ -20,7 +20,9 @@ def outer_tensors(source: Source) -> dict[str, torch.Tensor]:
 def recorded(source: Source, tokens: torch.Tensor = TOKENS) -> BlockInputs:
     outer = outer_tensors(source)
     rows = outer[source.skeleton.embedding][tokens[0]]
-    return record_block_inputs(source.skeleton, outer, embedded(source.skeleton, rows)[None])
+    skeleton = source.skeleton
+    further = {name: embedded(skeleton, outer[f"{name}.weight"][tokens[0]], name)[None] for name in skeleton.tables}
+    return record_block_inputs(skeleton, outer, embedded(skeleton, rows)[None], further)
 
 
 def runnable(source: Source, index: int, inputs: BlockInputs) -> RunnableBlock:

@@ -30,9 +30,9 @@ The weights lie here packed, and stay so in memory. transformers loads them once
 an error without it. With the folder of this file, or its name on the hub, for FOLDER:
 
     import streamprune
-    from transformers import AutoModelForCausalLM
+    from transformers import LOADER
 
-    model = AutoModelForCausalLM.from_pretrained("FOLDER")
+    model = LOADER.from_pretrained("FOLDER")
 
 What else there is, for the folder:
 
@@ -42,9 +42,9 @@ What else there is, for the folder:
 DENSE = """\
 It is a plain checkpoint with zeros in the dropped places. With the folder of this file for FOLDER:
 
-    from transformers import AutoModelForCausalLM
+    from transformers import LOADER
 
-    model = AutoModelForCausalLM.from_pretrained("FOLDER")"""
+    model = LOADER.from_pretrained("FOLDER")"""
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,18 @@ def model_card(
 ) -> str:
     """The card of a packed output with the pruned `layers`, or of its dense export, of `dense_bytes` in all."""
     name, made_by = manifest.source_name or "a model", manifest.made_by or "streamprune"
-    dense = dense_bytes is not None
+    dense, wraps = dense_bytes is not None, _wraps_text(manifest.identity)
+    loader = "AutoModelForImageTextToText" if wraps else "AutoModelForCausalLM"
     commit = f" (commit {_code(manifest.source_revision)})" if manifest.source_revision else ""
     patterns = ", ".join(sorted({str(pattern) for pattern in layers.values()}))
     bits = "were fitted to the dense layers' outputs" if manifest.reconstructed else "have the source's bits"
     pruned = f"In its linear layers N of every M input channels of a row are kept ({patterns}), the others are zero."
     sections = [
-        _front_matter(name, patterns, licence, dense),
+        _front_matter(name, patterns, licence, dense, wraps),
         f"# {_code(name)}, pruned",
         f"{_code(name)}{commit}, pruned by {_code(made_by)} in one shot. {pruned} Kept weights {bits}.",
         "## How to load it",
-        DENSE if dense else PACKED,
+        (DENSE if dense else PACKED).replace("LOADER", loader),
         "## Measured",
         _table(_figures(manifest, layers, manifest.weights_bytes if dense_bytes is None else dense_bytes)),
         "A block error is that of what a block adds to its inputs, relative to what it adds in the dense model "
@@ -143,7 +144,13 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(name: Any, patterns: str, licence: Licence, dense: bool) -> str:
+def _wraps_text(identity: Mapping[str, Any]) -> bool:
+    """Whether the model holds other parts than its language model."""
+    source = identity.get("source")
+    return isinstance(source, dict) and isinstance(source.get("config"), dict) and "text_config" in source["config"]
+
+
+def _front_matter(name: Any, patterns: str, licence: Licence, dense: bool, wraps: bool) -> str:
     """YAML: each value is JSON in ASCII, which is YAML too."""
     values: dict[str, Any] = {
         "base_model": name if isinstance(name, str) and _is_repository(name) else None,
@@ -151,7 +158,7 @@ def _front_matter(name: Any, patterns: str, licence: Licence, dense: bool) -> st
         "license": licence.identifier or ("other" if licence.file else None),
         "license_name": licence.name,
         "license_link": licence.file if licence.identifier in (None, "other") else None,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if wraps else "text-generation",
         "tags": ["streamprune", "pruned", "sparse", *filter(None, patterns.split(", "))],
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value is not None]

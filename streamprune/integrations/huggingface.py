@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 WIDE = (torch.float32, torch.float64)  # hold every value of a narrower type: values stay as they are stored
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 PLAIN_STEM = "model"  # how transformers begins the names of shards
 
 
@@ -52,8 +53,6 @@ def load(
     >>> loaded.get_submodule("model.layers.0.mlp.down_proj")
     PackedLinear(in_features=160, out_features=64, pattern=2:4, bias=True, dtype=bfloat16)
     """
-    from transformers import AutoModelForCausalLM
-
     if Path(folder).is_dir():
         packed_layout(Path(folder))
     elif (named := parse_name(os.fspath(folder))) is not None and named[1] is not None:
@@ -62,10 +61,22 @@ def load(
         more["device_map"] = device or ("cuda" if torch.cuda.is_available() else "cpu")
     elif device is not None:
         raise SettingsError("give device or device_map, not both")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+    model: PreTrainedModel = _auto_class(folder, more).from_pretrained(folder, dtype=dtype, **more)
     if not isinstance(getattr(model, "hf_quantizer", None), PackedQuantizer):
         raise CheckpointError(f"{folder}: is not an output of streamprune; load it with transformers")
     return model
+
+
+def _auto_class(folder: PathLike, more: Mapping[str, Any]) -> Any:
+    """The class that loads a model by its config, which lies where the weights do."""
+    from transformers import AutoConfig
+
+    from streamprune.model.library import PretrainedConfig, auto_class
+
+    if isinstance(config := more.get("config"), PretrainedConfig):
+        return auto_class(type(config))
+    where = {name: more[name] for name in WHERE if name in more}
+    return auto_class(type(AutoConfig.from_pretrained(folder, **where)))
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -38,16 +38,21 @@ class ResidualStream:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The folds of a block, and the residual stream where it is known; without it that is never permuted."""
+    """The folds of a block, and the residual stream where it is known; without it that is never permuted.
+
+    together: whether sequences that go through a block at once become, bit by bit, what each would alone
+    """
 
     folds: tuple[Fold, ...] = ()
     residual: ResidualStream | None = None
+    together: bool = True
 
 
 _ATTENTION = Fold("self_attn.o_proj", ("self_attn.v_proj",), per_head=True)
 _GATED = (_ATTENTION, Fold("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj")))
 _UNGATED = (_ATTENTION, Fold("mlp.down_proj", ("mlp.up_proj",)))
 _FUSED_GATE = Fold("mlp.down_proj", ("mlp.gate_up_proj",), times=2)
+_FEED_FORWARD = (_ATTENTION, Fold("feed_forward.down_proj", ("feed_forward.gate_proj", "feed_forward.up_proj")))
 _BESIDE_FUSED = (Fold("mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),)
 
 _LLAMA = Architecture(
@@ -112,6 +117,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(_GATED),
     ),
+    **dict.fromkeys(("qwen2_5_vl_text", "qwen3_vl_text"), Architecture(_GATED)),
+    "gemma4_text": Architecture(_GATED[1:], together=False),  # heads of its blocks differ in size
     **dict.fromkeys(("apertus", "nemotron"), Architecture(_UNGATED)),
     **dict.fromkeys(("glm", "glm4"), Architecture((_ATTENTION, _FUSED_GATE))),
     "phi3": Architecture((_FUSED_GATE,)),
@@ -120,10 +127,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gptj": Architecture((Fold("attn.out_proj", ("attn.v_proj",), per_head=True), Fold("mlp.fc_out", ("mlp.fc_in",)))),
     "gpt2": Architecture((Fold("mlp.c_proj", ("mlp.c_fc",)),)),
     **dict.fromkeys(("bloom", "falcon", "gpt_neox"), Architecture(_BESIDE_FUSED)),
+    # hybrids: Qwen's attention has a gate, which no value row holds
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next"), Architecture(_GATED[1:])),
+    "bamba": Architecture(_FEED_FORWARD),
+    "jamba": Architecture(_FEED_FORWARD, together=False),
+    "granitemoehybrid": Architecture(
+        (_ATTENTION, Fold("shared_mlp.output_linear", ("shared_mlp.input_linear",), times=2))
+    ),
+    "lfm2": Architecture(
+        (
+            Fold("self_attn.out_proj", ("self_attn.v_proj",), per_head=True),
+            Fold("feed_forward.w2", ("feed_forward.w1", "feed_forward.w3")),
+        )
+    ),
+    "nemotron_h": Architecture(
+        (
+            Fold("mixer.o_proj", ("mixer.v_proj",), per_head=True),
+            Fold("mixer.down_proj", ("mixer.up_proj",)),
+        )
+    ),
     "mpt": Architecture((Fold("ffn.down_proj", ("ffn.up_proj",)),)),
 }
 
 
 def architecture_of(model_type: str) -> Architecture:
     """The row of a model_type; one without folds where there is none."""
-    return ARCHITECTURES.get(model_type, Architecture())
+    return ARCHITECTURES.get(model_type, Architecture(together=False))

@@ -89,10 +89,17 @@ class RunnableBlock:
     arguments: Arguments
 
     def run(self, states: torch.Tensor) -> torch.Tensor:
-        """Its output [sequences, tokens, hidden]. Raises NumericsError where that is not finite."""
+        """What follows `states` [sequences, tokens, stream width]. Raises NumericsError where that is not finite."""
+        args, kwargs, channels = self.arguments
+        hidden = states
         with torch.inference_mode():
-            output = self.module(states, *self.arguments.args, **self.arguments.kwargs)
-        output = output[0] if isinstance(output, tuple) else output
+            if channels is not None:
+                args, kwargs = channels.arguments(states, args, kwargs)
+                hidden = states[..., : channels.hidden].contiguous()
+            output = self.module(hidden, *args, **kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+            if channels is not None:
+                output = channels.following(states, output, kwargs)
         if not all_finite(output):
             raise NumericsError(f"{self.name}: its output holds NaN or infinity; {against_overflow(states.dtype)}")
         return output

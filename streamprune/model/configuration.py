@@ -17,11 +17,13 @@ from streamprune.checkpoint.untrusted import read_json
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.library import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     PretrainedConfig,
     config_fields,
     get_configuration_file,
+    goes_on_with_text,
+    special_floats,
+    without_special_floats,
 )
 
 logger = logging.getLogger("streamprune")
@@ -30,9 +32,11 @@ MAX_BLOCKS = 1000  # the deepest models have fewer than 200
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "head_dim", "word_embed_proj_dim")
 LENGTHS = ("max_position_embeddings", "sliding_window")  # that need not be a tensor's
-NO_DIMENSIONS = ("position", "window", "seq", "length", "token_id", "chunk")  # in names of other numbers beyond tensors
+# In names of other numbers beyond tensors.
+NO_DIMENSIONS = ("position", "window", "seq", "length", "token_id", "token_index", "chunk", "multiple")
 MAX_LENGTH = 1 << 24  # of a sequence; some forwards make tensors of the longest
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor")
+LIMITS = "time_step_limit"  # of a range that may be open
 SHARES = ("partial_rotary_factor",)  # more than 1 would make rotary frequencies of any number
 # Fields that do not reach the logits of a causal LM: labels of other tasks, what else a forward returns, the dtype of
 # loading, how attention is computed, how devices share the work, notes. Some are dangerous to build (ten billion
@@ -49,7 +53,9 @@ NOT_OF_THE_FORWARD = frozenset(
         *("quantization_config", "configuration_files"),  # looked at by _other_model
     }
 )
+NAMES = frozenset({"model_type"})  # that choose the classes of a config inside a config
 OLD_SPELLINGS = frozenset({"rope_scaling"})  # properties of the class that published configs set
+SHAPED = ("gemma4_text",)  # whose own config class says blocks' different shapes in per_layer_config
 # Beside these fields and tensors from_pretrained would take something else too.
 OTHER_PARTS = {
     "compression_config": f"says that {QUANTISED}",
@@ -69,15 +75,33 @@ def model_config(folder: Path, checkpoint: Checkpoint) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: has no config.json; give the folder of a transformers checkpoint")
-    values = read_json(path)
+    values = special_floats(read_json(path))
     config_class = config_class_of(path, values)
-    if fault := next(_other_model(folder, values), None):
-        raise CheckpointError(f"{path}: {fault}")
-    if fault := next(_faults(values, checkpoint, config_class), None):
-        raise CheckpointError(f"{path}: {fault}; give a config.json that belongs to the weights")
+    _check(path, values, checkpoint, config_class)
     if values.get("auto_map"):
         logger.warning("%s: names Python code of its own (auto_map); it is not run, transformers' own is", path)
-    return config_of(path, values)
+    config = config_of(path, values)
+    for name, inner in _inside(values, config_class).items():
+        _check(path, inner, checkpoint, type(getattr(config, name)), f"{name}: ")
+    blocks = config.get_text_config().num_hidden_layers
+    if blocks > min(MAX_BLOCKS, len(checkpoint.tensors)):  # some classes count a list of kinds
+        raise CheckpointError(f"{path}: makes {blocks} blocks, too many for {len(checkpoint.tensors)} tensors")
+    return config
+
+
+def _check(
+    path: Path, values: Mapping[str, Any], checkpoint: Checkpoint, config_class: type[PretrainedConfig], part: str = ""
+) -> None:
+    """Raise CheckpointError for what a config, or a `part` of it, cannot be, or cannot be of these weights."""
+    if fault := next(_other_model(path.parent, {**values, **dict.fromkeys(_own_parts(values))}), None):
+        raise CheckpointError(f"{path}: {part}{fault}")
+    if fault := next(_faults(values, checkpoint, config_class), None):
+        raise CheckpointError(f"{path}: {part}{fault}; give a config.json that belongs to the weights")
+
+
+def _inside(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> dict[str, dict[str, Any]]:
+    """The configs inside a config, of the parts of a model that holds a language model among them."""
+    return {name: values[name] for name in config_class.sub_configs if isinstance(values.get(name), dict)}
 
 
 def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
@@ -86,25 +110,45 @@ def config_of(path: Path, values: Mapping[str, Any]) -> PretrainedConfig:
     Raises CheckpointError where that is nothing, and for a field with the name of something else of the class and
     another value: it would change what the class does.
     """
-    config_class = CONFIG_MAPPING[model_type_in(values)]
-    unused = {*NOT_OF_THE_FORWARD, *(name for name in OTHER_PARTS if values.get(name) is None)}
-    for name in sorted(values.keys() - config_fields(config_class) - unused - OLD_SPELLINGS):
-        if hasattr(config_class, name) and getattr(config_class, name) != values[name]:
-            raise CheckpointError(f"{path}: {name} is not a setting but a name of transformers' own; remove it")
+    config_class, values = CONFIG_MAPPING[model_type_in(values)], special_floats(values)
+    _check_names(path, values, config_class)
+    inside = _inside(values, config_class)
+    parts = {name: {k: v for k, v in part.items() if k in NAMES or k not in _unused(part)}
+             for name, part in inside.items()}  # fmt: skip
     try:
-        return config_class.from_dict({k: v for k, v in values.items() if k not in unused})
+        config = config_class.from_dict({k: v for k, v in {**values, **parts}.items() if k not in _unused(values)})
     except Exception as error:  # transformers raises many kinds for a bad config
         raise CheckpointError(f"{path}: makes no model ({one_line(error)})") from error
+    for name, part in inside.items():
+        _check_names(path, part, type(getattr(config, name)))
+    return config
+
+
+def _unused(values: Mapping[str, Any]) -> set[str]:
+    """Names of entries that transformers need not be given."""
+    return {*NOT_OF_THE_FORWARD, *(name for name in OTHER_PARTS if values.get(name) is None)}
+
+
+def _check_names(path: Path, values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> None:
+    known = config_fields(config_class) | _unused(values) | OLD_SPELLINGS
+    for name in sorted(values.keys() - known - _own_parts(values)):
+        if hasattr(config_class, name) and getattr(config_class, name) != values[name]:
+            raise CheckpointError(f"{path}: {name} is not a setting but a name of transformers' own; remove it")
+
+
+def _own_parts(values: Mapping[str, Any]) -> set[str]:
+    """Of OTHER_PARTS those that a config class makes itself."""
+    return {"per_layer_config"} if values.get("model_type") in SHAPED else set()
 
 
 def forward_settings(config: PretrainedConfig) -> dict[str, Any]:
     """All of a config that reaches the forward, as plain data for JSON: two equal ones make the same model."""
-    return {"model_type": config.model_type, **_of_forward(config.to_dict())}
+    return _of_forward(without_special_floats(config.to_dict()))
 
 
 def _of_forward(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that reach the forward, those of configs inside the config too."""
-    unimportant = NOT_OF_THE_FORWARD | {"use_cache"}  # the skeleton switches it off
+    unimportant = NOT_OF_THE_FORWARD - NAMES | {"use_cache"}  # the skeleton switches it off
     important = {name: value for name, value in settings.items() if name not in unimportant}
     return {name: _of_forward(value) if isinstance(value, dict) else value for name, value in important.items()}
 
@@ -143,14 +187,12 @@ def unsupported(path: object, model_type: str, reason: str) -> UnsupportedModelE
 
 def _unsupported(name: str, values: Mapping[str, Any]) -> Iterator[str]:
     """Why a model_type cannot go through; the first is enough."""
-    if name not in CONFIG_MAPPING or CONFIG_MAPPING[name] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if name not in CONFIG_MAPPING or not goes_on_with_text(CONFIG_MAPPING[name]):
         yield "this transformers has no causal language model of that name"
         return
     config_class = CONFIG_MAPPING[name]
     if config_class in MODEL_FOR_MASKED_LM_MAPPING or getattr(config_class, "is_encoder_decoder", False):
         yield "it is made for masked or translated text, not for going on with one"
-    if "text_config" in config_class.sub_configs:
-        yield "it wraps a language model; its text part alone can be pruned yet"
 
 
 def _other_model(folder: Path, values: Mapping[str, Any]) -> Iterator[str]:
@@ -213,7 +255,8 @@ def _number_faults(values: Mapping[str, Any]) -> Iterator[str]:
         elif isinstance(value, dict):
             yield from _number_faults(value)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value) or (name in POSITIVE and value <= 0):
+            open_range = value == math.inf and name.startswith(LIMITS)
+            if not (math.isfinite(value) or open_range) or (name in POSITIVE and value <= 0):
                 yield f"{name} is {value!r:.40}, no {'positive ' if name in POSITIVE else ''}finite number"
             if name in SHARES and not 0 < value <= 1:
                 yield f"{name} is {value!r:.40}, no share from 0 to 1"

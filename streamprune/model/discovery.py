@@ -6,7 +6,7 @@ blocks run once each and in order, and nothing but hidden states goes from one t
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from streamprune.errors import UnsupportedModelError
+from streamprune.model.carried import Beside, Place
 from streamprune.model.experts import ExpertLayers
 from streamprune.model.library import (
     Conv1D,
@@ -48,6 +49,7 @@ class FoundBlock:
     dense: dict[str, str]
     returns: int | None
     experts: str | None = None
+    beside: Beside = field(default_factory=Beside)
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ class Found:
     """What the run has shown.
 
     path     of the blocks' list, a module inside the base model
+    tables   further embeddings of tokens than the model's first, modules inside the base model
     width    of hidden states
     batched  whether what blocks are called with for one sequence serves several sequences at once
     """
 
     path: str
+    tables: tuple[str, ...]
     width: int
     batched: bool
     blocks: tuple[FoundBlock, ...]
@@ -71,6 +75,7 @@ class _Run:
 
     order: list[int] = field(default_factory=list)
     returns: list[int | None] = field(default_factory=list)
+    beside: list[Beside] = field(default_factory=list)
     left: Memory | None = None  # of what the last block returned
     passed_on: list[torch.Tensor] = field(default_factory=list)  # what blocks returned beside hidden states
     calls: dict[tuple[int, str], list[Memory]] = field(default_factory=dict)
@@ -140,8 +145,10 @@ class _Stage(StandIn):
             raise UnsupportedModelError("this model changes hidden states between its blocks")
         run.order.append(self.index)
         run.width = states.shape[-1]
-        with tensors_without_numbers():
-            output = _run_block(self.block, args, kwargs, run)
+        given, mapping = _given(args, kwargs), _mapping(kwargs)
+        with tensors_without_numbers(), torch.no_grad():
+            output, left = _run_block(self.block, args, kwargs, run, mapping)
+        run.beside.append(_beside(given, mapping, left, kwargs))
         first, *more = output if isinstance(output, tuple) else (output,)
         if not isinstance(first, torch.Tensor) or first.shape != states.shape:
             raise UnsupportedModelError(f"a block of this model returns {type(output).__name__}, not hidden states")
@@ -158,8 +165,54 @@ def _zeros(leaf: Any) -> Any:
     return torch.zeros(leaf.shape, dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _run_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: _Run) -> Any:
-    """What a block returns for arguments without numbers; the first one is tried with two sequences, too."""
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, int]:
+    """Channels of the arguments beside hidden states that are made of the text: by gradients, which embeddings want."""
+    places: dict[Place, Any] = dict(enumerate(args[1:]))
+    places |= {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
+    given = {}
+    for place, value in places.items():
+        leaves = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+        if any(leaf.requires_grad for leaf in leaves):
+            if not isinstance(value, torch.Tensor) or value.shape[:-1] != (1, TOKENS):
+                name = f"argument {place + 1}" if isinstance(place, int) else place
+                raise UnsupportedModelError(
+                    f"a block is called with something that depends on the text and is no row for each token: {name}"
+                )
+            given[place] = value.shape[-1]
+    return given
+
+
+def _mapping(kwargs: dict[str, Any]) -> str | None:
+    """The argument in which blocks may leave something to later ones: a mapping that the first one finds empty."""
+    shared = (name for name, value in kwargs.items() if isinstance(value, MutableMapping))
+    return next((name for name in shared if all(map(_are_keys_and_values, kwargs[name].values()))), None)
+
+
+def _are_keys_and_values(value: Any) -> bool:
+    """Whether something has [1, heads, tokens, size] each."""
+    return isinstance(value, tuple) and all(
+        isinstance(one, torch.Tensor) and one.ndim == 4 and (one.shape[0], one.shape[2]) == (1, TOKENS) for one in value
+    )
+
+
+def _beside(given: dict[Place, int], name: str | None, left: dict[Any, Any], kwargs: dict[str, Any]) -> Beside:
+    """What a block is given and has left; zeros go on in the mapping of that `name`."""
+    if name is None:
+        return Beside(given)
+    mapping = kwargs[name]
+    if not all(map(_are_keys_and_values, left.values())):
+        raise UnsupportedModelError(f"a block of this model leaves something else than keys and values in {name}")
+    mapping.update({key: tuple(_zeros(one) for one in value) for key, value in left.items()})
+    heads = {key: tuple((one.shape[1], one.shape[3]) for one in value) for key, value in left.items()}
+    return Beside(given, (name, type(mapping)) if mapping else None, heads)
+
+
+def _run_block(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], run: _Run, mapping: str | None
+) -> tuple[Any, dict[Any, Any]]:
+    """What a block returns for arguments without numbers, and leaves in that argument; the first one is tried with two
+    sequences, too.
+    """
     empty: dict[int, torch.Tensor] = {}
 
     def without_numbers(leaf: Any) -> Any:
@@ -167,15 +220,19 @@ def _run_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             return leaf
         return empty.setdefault(id(leaf), torch.empty(leaf.shape, dtype=leaf.dtype))
 
-    args, kwargs = tree_map(without_numbers, (args, kwargs))
+    shared = kwargs[mapping] if mapping is not None else {}
+    own = {key: tree_map(without_numbers, value) for key, value in shared.items()}
+    args, kwargs = tree_map(without_numbers, (args, {name: kwargs[name] for name in kwargs if name != mapping}))
+    of_block = {} if mapping is None else {mapping: type(shared)(own)}
     state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in _tensors(block)}
     before = _seen(args, kwargs)
-    output = functional_call(block, state, args, kwargs)
+    output = functional_call(block, state, args, {**kwargs, **of_block})
     if _seen(args, kwargs) != before:
         raise UnsupportedModelError("a block of this model changes what it is called with")
+    left = {key: value for key, value in of_block.get(mapping or "", {}).items() if value is not own.get(key)}
     if len(run.order) == 1:
-        run.batched = _serves_two(block, state, args, kwargs, run)
-    return output
+        run.batched = _serves_two(block, state, args, {**kwargs, **of_block}, run)
+    return output, left
 
 
 def _serves_two(
@@ -213,28 +270,58 @@ def discover(model: PreTrainedModel) -> Found:
     linears = [_probed(block, index, run) for index, block in enumerate(blocks)]
     for index, block in enumerate(blocks):
         base.set_submodule(f"{path}.{index}", _Stage(block, index, run))
-    width = model.get_input_embeddings().get_parameter("weight").shape[1]
-    with torch.inference_mode(False), torch.no_grad():
+    first = model.get_input_embeddings()
+    name_of_first = next(name for name, module in model.base_model.named_modules() if module is first)
+    with torch.inference_mode(False), torch.enable_grad():
+        ids = torch.arange(TOKENS, 0, -1)[None] % first.get_parameter("weight").shape[0]  # that are no positions
+        tables = _tables(base, ids)
         zero = torch.zeros(())  # expanded, it takes no memory
         outer = {name: zero.expand(parameter.shape) for name, parameter in base.named_parameters()}
-        inputs = torch.zeros(1, TOKENS, width)
-        functional_call(base, outer, (), {"inputs_embeds": inputs, "use_cache": False})
+        functional_call(base, outer, (), {"input_ids": ids, "use_cache": False})
     if run.order != [*range(len(blocks))]:
         raise UnsupportedModelError(f"this model runs its blocks in another order than their list's: {run.order[:9]}")
     each = zip(range(len(blocks)), linears, run.returns, strict=True)
-    return Found(path, run.width, run.batched, tuple(_found(run, *one) for one in each))
+    further = tuple(name for name in tables if name != name_of_first)
+    return Found(path, further, run.width, run.batched, tuple(_found(run, *one) for one in each))
+
+
+def _tables(base: nn.Module, ids: torch.Tensor) -> dict[str, None]:
+    """Names of embeddings that turn out to be called with these ids; what they return wants gradients, so that what is
+    made of it does.
+    """
+    tables: dict[str, None] = {}
+    seed = torch.zeros((), requires_grad=True)
+
+    def hook_of(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            if not args or not isinstance(args[0], torch.Tensor) or not torch.equal(args[0], ids):
+                return output
+            tables[name] = None
+            return output + seed
+
+        return hook
+
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(hook_of(name))
+    return tables
 
 
 def _path_of_blocks(model: PreTrainedModel) -> str:
-    """The list that holds most of the base model's parameters, of as many modules as its config says blocks."""
+    """The list that holds most of the base model's parameters, of as many modules as its config says blocks.
+
+    Of a model that wraps a language model: of that one's.
+    """
     kind = type(model).__name__
     if model.base_model is model:
         raise UnsupportedModelError(f"{kind} has no base model under its head")
-    count = getattr(model.config, "num_hidden_layers", None)
+    text = model.config.get_text_config()
+    count, whole = getattr(text, "num_hidden_layers", None), text is model.config
+    inside = {*(model.base_model if whole else model.get_decoder()).modules()}
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
     }
     if not sizes or not count:
         raise UnsupportedModelError(f"{kind} has no list of {count} blocks (num_hidden_layers of its config)")
@@ -309,4 +396,5 @@ def _found(run: _Run, index: int, linears: dict[str, str | None], returns: int |
         if name not in dense:
             groups.setdefault(memories[0], []).append(name)
     found = tuple(map(tuple, groups.values()))
-    return FoundBlock(found, dict(sorted(dense.items())), returns, experts[0] if experts else None)
+    of_experts = experts[0] if experts else None
+    return FoundBlock(found, dict(sorted(dense.items())), returns, of_experts, run.beside[index])

@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from streamprune.errors import UnsupportedModelError
+from streamprune.model.carried import Channels, Place
 from streamprune.model.library import tree_flatten
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.stand_in import StandIn
@@ -53,11 +54,25 @@ class _Substitute(StandIn):
         return returned(hidden_states if self.states is None else self.states, self.returns)
 
 
+class _Looked(StandIn):
+    """An embedding's place: returns what was looked up for a text before, [1, tokens, channels]."""
+
+    def __init__(self, table: nn.Module, found: torch.Tensor) -> None:
+        super().__init__(table)
+        self.found = found
+        # rows of tokens that are not of the text, such as padding; they are computed with, and not used
+        self.__dict__["weight"] = torch.zeros((), dtype=found.dtype).expand(table.get_parameter("weight").shape)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.found
+
+
 class Arguments(NamedTuple):
-    """What a block is called with beside hidden states."""
+    """What a block is called with beside hidden states; where `channels` say so, it comes with them."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    channels: Channels | None = None
 
     @property
     def named(self) -> dict[str, Any]:
@@ -67,7 +82,7 @@ class Arguments(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Hidden states that enter block 0, [1, tokens, hidden], and the other arguments of every block."""
+    """What enters block 0, [1, tokens, stream width], hidden states first, and the other arguments of every block."""
 
     hidden_states: torch.Tensor
     arguments: tuple[Arguments, ...]
@@ -78,9 +93,12 @@ def returned(states: torch.Tensor, count: int | None) -> Any:
     return states if count is None else (states, *(None,) * (count - 1))
 
 
-def embedded(skeleton: Skeleton, rows: torch.Tensor) -> torch.Tensor:
-    """What a model makes of rows [tokens, width] of its embedding matrix: some classes multiply them by a number."""
-    module = skeleton.model.get_input_embeddings()
+def embedded(skeleton: Skeleton, rows: torch.Tensor, table: str | None = None) -> torch.Tensor:
+    """What a model makes of rows [tokens, width] of its embedding matrix: some classes multiply them by a number.
+
+    Of a further `table` than the first, by its module's name.
+    """
+    module = skeleton.model.get_submodule(table) if table else skeleton.model.get_input_embeddings()
     if type(module) is nn.Embedding:
         return rows
     lookup = copy.copy(module)
@@ -89,38 +107,83 @@ def embedded(skeleton: Skeleton, rows: torch.Tensor) -> torch.Tensor:
         return functional_call(lookup, {"weight": rows}, (torch.arange(len(rows)),))
 
 
-def record_block_inputs(skeleton: Skeleton, outer: Mapping[str, torch.Tensor], embeddings: torch.Tensor) -> BlockInputs:
-    """Run what lies between `embeddings` [1, tokens, width] and the blocks; `outer` are parameters outside them."""
+def record_block_inputs(
+    skeleton: Skeleton,
+    outer: Mapping[str, torch.Tensor],
+    embeddings: torch.Tensor,
+    further: Mapping[str, torch.Tensor] | None = None,
+) -> BlockInputs:
+    """Run what lies between `embeddings` [1, tokens, width] and the blocks; `outer` are parameters outside them,
+    `further` what was looked up in further tables.
+    """
     blocks = [skeleton.module(block) for block in skeleton.blocks]
     last = len(blocks) - 1
     recorders = [_Recorder(blocks[index], block.returns, index == last) for index, block in enumerate(skeleton.blocks)]
     base = skeleton.model.base_model
     prefix = skeleton.base_prefix
     parameters = {name.removeprefix(prefix): tensor for name, tensor in outer.items() if name.startswith(prefix)}
-    with _blocks_replaced(skeleton, recorders), torch.inference_mode(), suppress(_StopForward):
-        functional_call(base, parameters, (), {"inputs_embeds": embeddings, "use_cache": False})
+    replaced, inputs = _lookups(skeleton, embeddings, further or {})
+    replaced |= _in_places(skeleton, recorders)
+    with _replaced(skeleton, replaced), torch.inference_mode(), suppress(_StopForward):
+        functional_call(base, parameters, (), {**inputs, "use_cache": False})
     first = recorders[0].states
     if first is None:
         raise UnsupportedModelError(f"the forward of {type(skeleton.model).__name__} did not call its blocks")
-    return BlockInputs(first, tuple(recorder.arguments for recorder in recorders))
+    return _with_stream(skeleton, first, [recorder.arguments for recorder in recorders])
+
+
+def _with_stream(skeleton: Skeleton, states: torch.Tensor, arguments: Sequence[Arguments]) -> BlockInputs:
+    """Hidden states and what else is of the text in one stream, and arguments without the latter."""
+    if skeleton.stream_width == skeleton.hidden_size:
+        return BlockInputs(states, tuple(arguments))
+    stream = states.new_zeros(*states.shape[:-1], skeleton.stream_width)
+    stream[..., : skeleton.hidden_size] = states
+    left = []
+    for block, (args, kwargs, _) in zip(skeleton.blocks, arguments, strict=True):
+        channels = block.channels
+        assert channels is not None
+        places: dict[Place, Any] = dict(enumerate(args)) | kwargs
+        for place, part in channels.given.items():
+            stream[..., part] = places[place]
+        mapping = channels.mapping[0] if channels.mapping else None
+        args = tuple(None if place in channels.given else value for place, value in enumerate(args))
+        elsewhere = {mapping, *channels.given}
+        left.append(Arguments(args, {n: None if n in elsewhere else v for n, v in kwargs.items()}, channels))
+    return BlockInputs(stream, tuple(left))
+
+
+def _lookups(
+    skeleton: Skeleton, embeddings: torch.Tensor, further: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
+    """How a model is given what was looked up: as its embeddings, or in its tables' places where it has several."""
+    if not skeleton.tables:
+        return {}, {"inputs_embeds": embeddings}
+    found = {skeleton.embedding.removesuffix(".weight"): embeddings, **further}
+    places = {name: _Looked(skeleton.model.get_submodule(name), values) for name, values in found.items()}
+    return {**places}, {"input_ids": torch.zeros(embeddings.shape[:2], dtype=torch.int64)}
 
 
 def run_tail(
     skeleton: Skeleton, outer: Mapping[str, torch.Tensor], states: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [len(positions), vocabulary] from the last block's hidden states [1, tokens, hidden]."""
+    """Logits [len(positions), vocabulary] from what left the last block, [1, tokens, stream width]."""
+    states = states[..., : skeleton.hidden_size]
     blocks = [skeleton.module(block) for block in skeleton.blocks]
     returns = [block.returns for block in skeleton.blocks]
     substitutes = [_Substitute(block, returns[i], None if i else states) for i, block in enumerate(blocks)]
     tied = {name: outer[stored] for name, stored in skeleton.tied.items() if stored in outer}
-    buffers = {name: buffer.to(states.device) for name, buffer in skeleton.model.named_buffers()}
     # The first substitute ignores what it is given, so embeddings that are none spare the embedding matrix; a model
     # that used them behind its blocks would give losses that are no numbers.
     none = states.new_full((1, states.shape[1], skeleton.embedding_shape[1]), math.nan)
-    inputs = {"inputs_embeds": none, "use_cache": False, "return_dict": True}
+    nothing = {
+        table: none.new_full((1, states.shape[1], _width(skeleton, table)), math.nan) for table in skeleton.tables
+    }
+    replaced, embeddings = _lookups(skeleton, none, nothing)
+    inputs = {**embeddings, "use_cache": False, "return_dict": True}
     picks = "logits_to_keep" in inspect.signature(type(skeleton.model).forward).parameters
     inputs |= {"logits_to_keep": positions} if picks else {}
-    with _blocks_replaced(skeleton, substitutes), torch.inference_mode():
+    with _replaced(skeleton, replaced | _in_places(skeleton, substitutes)), torch.inference_mode():
+        buffers = {name: buffer.to(states.device) for name, buffer in skeleton.model.named_buffers()}
         logits = functional_call(skeleton.model, {**buffers, **outer, **tied}, (), inputs).logits[0]
     return logits if picks else logits[positions]
 
@@ -151,14 +214,23 @@ def largest_difference(one: Any, other: Any) -> float:
     return max((float((leaf.double() - mate.double()).abs().max()) for leaf, mate in unequal), default=0.0)
 
 
+def _width(skeleton: Skeleton, table: str) -> int:
+    return int(skeleton.model.get_submodule(table).get_parameter("weight").shape[1])
+
+
+def _in_places(skeleton: Skeleton, substitutes: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """Modules for the blocks' places."""
+    return {block.name: module for block, module in zip(skeleton.blocks, substitutes, strict=True)}
+
+
 @contextmanager
-def _blocks_replaced(skeleton: Skeleton, substitutes: Sequence[nn.Module]) -> Iterator[None]:
-    """Put other modules in the blocks' places for a while."""
-    originals = [skeleton.module(block) for block in skeleton.blocks]
+def _replaced(skeleton: Skeleton, substitutes: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put other modules in the places of these names for a while."""
+    originals = {name: skeleton.model.get_submodule(name) for name in substitutes}
     try:
-        for block, module in zip(skeleton.blocks, substitutes, strict=True):
-            skeleton.model.set_submodule(block.name, module)
+        for name, module in substitutes.items():
+            skeleton.model.set_submodule(name, module)
         yield
     finally:
-        for block, module in zip(skeleton.blocks, originals, strict=True):
-            skeleton.model.set_submodule(block.name, module)
+        for name, module in originals.items():
+            skeleton.model.set_submodule(name, module)

@@ -6,7 +6,7 @@ something, it is found there first, and mended here.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -37,29 +38,34 @@ from transformers.utils.logging import warning_once
 
 __all__ = [
     "CONFIG_MAPPING",
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
     "Conv1D",
     "Memory",
     "PretrainedConfig",
+    "auto_class",
     "bare_model",
     "config_fields",
     "empty_model",
     "expert_parts",
     "experts_without_router",
     "get_configuration_file",
+    "goes_on_with_text",
     "is_experts",
+    "layer_configs",
     "linear_shape",
     "memory_of",
     "merged_while_loading",
     "modules_uninitialised",
     "name_while_loading",
     "pass_on",
+    "special_floats",
     "tensors_without_numbers",
     "tied_parameters",
     "tree_flatten",
     "tree_map",
     "warnings_heard",
+    "without_special_floats",
+    "wraps_text",
 ]
 logger = logging.getLogger("streamprune")
 Memory = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
@@ -70,10 +76,44 @@ def config_fields(config_class: type) -> set[str]:
     return {field.name for field in dataclasses.fields(config_class)}
 
 
+def special_floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a config.json with the numbers that JSON lacks: transformers writes {"__float__": "Infinity"}."""
+    decoded: dict[str, Any] = PretrainedConfig._decode_special_floats(dict(values))
+    return decoded
+
+
+def without_special_floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse: entries that JSON has room for."""
+    encoded: dict[str, Any] = PretrainedConfig._encode_special_floats(dict(values))
+    return encoded
+
+
+def wraps_text(config_class: type[PretrainedConfig]) -> bool:
+    """Whether its models hold a language model among other parts, which a config inside the config describes."""
+    return "text_config" in config_class.sub_configs
+
+
+def auto_class(config_class: type[PretrainedConfig]) -> Any:
+    """What makes a model that goes on with text, and loads it: with its other parts where it has any."""
+    wrapped = wraps_text(config_class) and config_class in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+
+
+def goes_on_with_text(config_class: type[PretrainedConfig]) -> bool:
+    """Whether transformers has a model of this config that is made for it."""
+    return config_class in auto_class(config_class)._model_mapping
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """A config for each block where they differ in shape, else the config itself."""
+    return [*config.per_layer_config] if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:
     """A causal LM of which nothing takes memory, buffers neither: to see what it would take."""
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(type(config)).from_config(config, dtype=torch.float32)
+    return model
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -85,7 +125,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = auto_class(type(config)).from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model
 

@@ -14,14 +14,17 @@ from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
+from streamprune.model.architectures import Architecture, Fold, architecture_of
+from streamprune.model.carried import Channels, lay_out_channels
 from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import FoundBlock, discover, shared_weight
 from streamprune.model.experts import EXPERTS, ExpertLayers, FusedTensor, fused_tensors, replace_experts
 from streamprune.model.library import (
     Conv1D,
+    PretrainedConfig,
     bare_model,
     empty_model,
+    layer_configs,
     linear_shape,
     name_while_loading,
     pass_on,
@@ -79,6 +82,7 @@ class Block:
     ungrouped: dict[str, str]
     returns: int | None = None
     experts: str | None = None
+    channels: Channels | None = None
 
     @cached_property
     def parts(self) -> tuple["Block", ...]:
@@ -118,18 +122,27 @@ class Block:
 class Skeleton:
     """A causal LM on the meta device, in evaluation mode.
 
-    path is the module of its blocks' list, hidden_size the width of the states that go through them. `batched`: several
-    sequences may go through a block at once, and become what each would alone. `fused`: tensors that hold all experts
-    of a block in the checkpoint, by what they are called while they are loaded.
+    path is the module of its blocks' list, hidden_size the width of the states that go through them, stream_width that
+    of all that does (streamprune/model/carried.py); `tables` are further embeddings than the first, by their modules.
+    `batched`: several sequences may go through a block at once, and become what each would alone. `fused`: tensors that
+    hold all experts of a block in the checkpoint, by what they are called while they are loaded.
     """
 
     model: PreTrainedModel
     architecture: Architecture
     path: str
     hidden_size: int
+    stream_width: int
+    tables: tuple[str, ...]
     batched: bool
     blocks: tuple[Block, ...]
     fused: dict[str, FusedTensor] = field(default_factory=dict)
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The config of what text passes through: the model's own, or that of the language model that it wraps."""
+        config: PretrainedConfig = self.model.config.get_text_config()
+        return config
 
     @cached_property
     def embedding(self) -> str:
@@ -149,7 +162,7 @@ class Skeleton:
     @property
     def positions(self) -> int | None:
         """Tokens of the longest sequence that the model is made for; None where its config does not say."""
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        longest = getattr(self.text_config, "max_position_embeddings", None)
         return None if longest is None else int(longest)
 
     @property
@@ -163,6 +176,19 @@ class Skeleton:
         inside = {name for block in self.blocks for name in block.parameters}
         return tuple(name for name in self.shapes if name not in inside and name not in self.tied)
 
+    @property
+    def read_by_rows(self) -> frozenset[str]:
+        """Parameters of which a text needs a few rows: those that embed tokens."""
+        return frozenset({self.embedding, *(f"{table}.weight" for table in self.tables)})
+
+    @cached_property
+    def aside(self) -> frozenset[str]:
+        """Of `outer_parameters` those that no text passes through: all of a wrapped model but its language model."""
+        if self.text_config is self.model.config:
+            return frozenset()
+        text = f"{self.path.rpartition('.')[0]}."
+        return frozenset(n for n in self.outer_parameters if n.startswith(self.base_prefix) and not n.startswith(text))
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all that is stored, tied parameters too: parameters, and buffers that are no constants of the class."""
@@ -175,8 +201,12 @@ class Skeleton:
 
     @cached_property
     def heads(self) -> Heads:
-        """Of attention in every block; one where the config does not say."""
-        config = self.model.config
+        """Of attention in every block, the largest where they differ; one where the config does not say."""
+        return max(
+            map(self._heads_by, layer_configs(self.text_config)), key=lambda heads: heads.key_values * heads.size
+        )
+
+    def _heads_by(self, config: PretrainedConfig) -> Heads:
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         return Heads(heads, kv_heads, int(getattr(config, "head_dim", None) or self.hidden_size // heads))
@@ -229,12 +259,20 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
         except Exception as error:
             raise CheckpointError(f"{where}: makes no model ({one_line(error)})") from error
     pass_on(where, warnings)
-    architecture = architecture_of(config.model_type)
+    text = config.get_text_config()
+    architecture = architecture_of(text.model_type)
+    if text is not config:  # what comes of pictures joins the residual stream
+        architecture = replace(architecture, residual=None)
     path = f"{model.base_model_prefix}.{found.path}"
     modules = [*model.get_submodule(path).children()]
     blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))
-    batched = found.batched and not experts and config.model_type in ARCHITECTURES  # as tests show of these
-    return Skeleton(model, architecture, path, found.width, batched, blocks, fused_tensors(experts))
+    channels, width = lay_out_channels(found.width, [one.beside for one in found.blocks])
+    if width > found.width:
+        blocks = tuple(replace(block, channels=part) for block, part in zip(blocks, channels, strict=True))
+    tables = tuple(f"{model.base_model_prefix}.{name}" for name in found.tables)
+    batched = found.batched and not experts and architecture.together
+    fused = fused_tensors(experts)
+    return Skeleton(model, architecture, path, found.width, width, tables, batched, blocks, fused)
 
 
 def _names_while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:

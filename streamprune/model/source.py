@@ -39,9 +39,9 @@ class Source:
 
     @property
     def small_parameters(self) -> list[str]:
-        """Those of the base model outside the blocks, but the embedding matrix."""
+        """Those of the base model outside the blocks that text passes through, but what embeds tokens."""
         skeleton = self.skeleton
-        outer = (name for name in skeleton.outer_parameters if name != skeleton.embedding)
+        outer = (name for name in skeleton.outer_parameters if name not in skeleton.read_by_rows | skeleton.aside)
         return [name for name in outer if name.startswith(skeleton.base_prefix)]
 
     @property

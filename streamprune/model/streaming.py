@@ -36,20 +36,24 @@ class TextInputs:
 
     parameters  of the base model outside the blocks, but the embedding matrix
     rows        of the embedding matrix by token ids int64 [tokens], read from disk when asked for
+    further     the same of further tables, by their modules
     """
 
     parameters: dict[str, torch.Tensor]
     rows: Callable[[torch.Tensor], torch.Tensor]
+    further: dict[str, Callable[[torch.Tensor], torch.Tensor]]
 
 
 def text_inputs(
     source: Source, ordered: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict
 ) -> TextInputs:
     """Open what embeds a text; `ordered` puts tensors by name in the job's order of the residual stream."""
-    embedding = source.skeleton.embedding
-    read = source.checkpoint.row_reader(source.names[embedding])
+    embedding, names, reader = source.skeleton.embedding, source.names, source.checkpoint.row_reader
+    read = reader(names[embedding])
     return TextInputs(
-        ordered(source.read(source.small_parameters)), lambda ids: ordered({embedding: read(ids)})[embedding]
+        ordered(source.read(source.small_parameters)),
+        lambda ids: ordered({embedding: read(ids)})[embedding],
+        {table: reader(names[f"{table}.weight"]) for table in source.skeleton.tables},
     )
 
 
@@ -57,7 +61,10 @@ def block_inputs(skeleton: Skeleton, inputs: TextInputs, ids: torch.Tensor, arit
     """What the blocks are called with for the token ids int64 [tokens] of one sequence."""
     parameters = {name: tensor.to(arithmetic.dtype) for name, tensor in inputs.parameters.items()}
     embeddings = embedded(skeleton, inputs.rows(ids).to(arithmetic.dtype))
-    return record_block_inputs(skeleton, parameters, embeddings[None])
+    further = {
+        table: embedded(skeleton, rows(ids).to(arithmetic.dtype), table)[None] for table, rows in inputs.further.items()
+    }
+    return record_block_inputs(skeleton, parameters, embeddings[None], further)
 
 
 def embed(

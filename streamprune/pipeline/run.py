@@ -80,8 +80,8 @@ class Run:
 
     def hidden_states(self, name: str, samples: int) -> HiddenStates:
         length = self.job.tokens.shape[1]
-        hidden, dtype = self.job.source.skeleton.hidden_size, self.job.arithmetic.dtype
+        width, dtype = self.job.source.skeleton.stream_width, self.job.arithmetic.dtype
         on_gpu = self.job.arithmetic.device.type == "cuda"
-        states = HiddenStates(self.scratch / f"{name}.bin", samples, length, hidden, dtype, for_gpu=on_gpu)
+        states = HiddenStates(self.scratch / f"{name}.bin", samples, length, width, dtype, for_gpu=on_gpu)
         self.open_files.callback(states.close)
         return states

@@ -190,7 +190,7 @@ def _sparse_pass(
     groups = [group.name for group in resident.groups if group.name in written.packed]
     samples = {name: InputSample(len(job.tokens)) for name in groups}
     observers: dict[str, Observer] = {block.local(name): sample.observe for name, sample in samples.items()}
-    total = BlockErrorSum()
+    total, hidden = BlockErrorSum(), job.source.skeleton.hidden_size
 
     def experts_work(stage: ExpertStage) -> None:
         for number, part in enumerate(block.parts[1:]):
@@ -198,7 +198,8 @@ def _sparse_pass(
             stage.work(number, load_block(written, part, job.arithmetic))
 
     def observe(sequence: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        total.add(x, work.dense.read(sequence).to(x.device), y)
+        dense = work.dense.read(sequence).to(x.device)
+        total.add(*(states[..., :hidden] for states in (x, dense, y)))
 
     runnable = RunnableBlock(block.name, module, work.arguments)
     observed = layers_observed(module, observers, job.tokens.shape[1])

@@ -145,7 +145,7 @@ def _losses(
 ) -> list[float]:
     """Each window's loss, as `_window_loss`; hidden states lie in the folder `scratch`."""
     skeleton, on_gpu = source.skeleton, arithmetic.device.type == "cuda"
-    sizes = (*windows.shape, skeleton.hidden_size, arithmetic.dtype)
+    sizes = (*windows.shape, skeleton.stream_width, arithmetic.dtype)
     with ExitStack() as open_files:
         files = [HiddenStates(scratch / f"{number}.bin", *sizes, for_gpu=on_gpu) for number in (0, 1)]
         for file in files:
@@ -157,7 +157,8 @@ def _losses(
             advance_by_parts(block, load, arguments[block.index], streams, arithmetic, scratch, tick)
             files.reverse()
         # the tail is given embeddings, so that their matrix is needed where the head is tied to it alone
-        needed = [n for n in skeleton.outer_parameters if n != skeleton.embedding or n in skeleton.tied.values()]
+        spared = skeleton.aside | skeleton.read_by_rows - {*skeleton.tied.values()}
+        needed = [name for name in skeleton.outer_parameters if name not in spared]
         tail = {n: tensor.to(arithmetic.device, arithmetic.dtype) for n, tensor in source.read(needed).items()}
         losses = []
         for index, window in enumerate(windows):

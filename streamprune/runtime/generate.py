@@ -190,7 +190,7 @@ def _sampling(source: Source, max_new_tokens: int, temperature: float, top_p: fl
     """Settings of transformers' generate, all others at their neutral values."""
     path = source.folder / "generation_config.json"
     asked = read_json(path).get("eos_token_id") if path.exists() else None
-    ends = source.skeleton.model.config.eos_token_id if asked is None else asked
+    ends = source.skeleton.text_config.eos_token_id if asked is None else asked
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
         raise CheckpointError(f"{source.folder}: eos_token_id is {ends!r:.40}, no numbers of tokens")
@@ -260,7 +260,7 @@ def _load_outside(source: Source, arithmetic: Arithmetic) -> None:
     """Give the model its parameters outside the blocks."""
     skeleton = source.skeleton
     state = {}
-    for name in skeleton.outer_parameters:
+    for name in (name for name in skeleton.outer_parameters if name not in skeleton.aside):
         state[name] = source.read([name])[name].to(arithmetic.device, arithmetic.dtype)
     state |= {name: state[stored] for name, stored in skeleton.tied.items()}
     skeleton.model.load_state_dict(state, strict=False, assign=True)

@@ -65,7 +65,7 @@ def working_bytes(source: Source, arithmetic: Arithmetic, sequences: int, prompt
     Of `sequences` with at most `prompt` tokens at first and `new` ones after them.
     """
     skeleton, itemsize = source.skeleton, arithmetic.dtype.itemsize
-    outer = [source.stored(name) for name in skeleton.outer_parameters]
+    outer = [source.stored(name) for name in skeleton.outer_parameters if name not in skeleton.aside]
     parameters = sum(math.prod(stored.shape) for stored in outer) * itemsize + PIECE_BYTES
     cache = 2 * skeleton.heads.key_values * skeleton.heads.size * itemsize * (prompt + new) * sequences
     shapes = [layer.shape for layer in source.blocks[0].layers.values()]

@@ -56,14 +56,13 @@ def run_tasks(source: Source, file: Path, arithmetic: Arithmetic) -> dict[str, d
 
 
 def _loaded(source: Source, arithmetic: Arithmetic) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from streamprune.integrations.huggingface import load
+    from streamprune.model.library import auto_class
 
     if source.packed:
         return load(source.folder, device=arithmetic.device, dtype=arithmetic.dtype)
     settings = {"dtype": arithmetic.dtype, "device_map": arithmetic.device}
-    return AutoModelForCausalLM.from_pretrained(source.folder, **settings)
+    return auto_class(type(source.skeleton.model.config)).from_pretrained(source.folder, **settings)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:

@@ -85,6 +85,11 @@ def test_a_model_of_no_table_is_found_and_computed_as_it_is(tmp_path: Path) -> N
         ("between", "changes hidden states between its blocks"),
         ("hands on", "is given more of the one before it than hidden states"),
         ("changes its arguments", "changes what it is called with"),
+        ("leaves", "leaves something else than keys and values in left"),
+        (
+            "masked by words",
+            "is called with something that depends on the text and is no row for each token: argument 1",
+        ),
         ("shared", r"trunk\.cells\.0\.join\.weight: a block's weight has a second place in the model"),
     ],
 )
@@ -92,6 +97,20 @@ def test_what_the_streamed_passes_cannot_run_is_refused_by_name(odd: str, messag
     write_odd(tmp_path, odd)
     with pytest.raises(UnsupportedModelError, match=rf"config\.json: model type 'odd' is not supported: .*{message}"):
         open_dense(tmp_path)
+
+
+def test_what_comes_of_the_text_is_carried_beside_hidden_states(tmp_path: Path) -> None:
+    """Gemma 4: a part of an embedding for each block, and keys and values that two blocks leave to the last two."""
+    source = open_dense(families.write_family(tmp_path, "gemma4_text"))
+    skeleton = source.skeleton
+    assert skeleton.tables == ("model.embed_tokens_per_layer",)
+    assert (skeleton.hidden_size, skeleton.stream_width) == (32, 32 + 4 * 16 + 2 * (2 * 8 + 2 * 16))
+    channels = [block.channels for block in source.blocks]
+    assert [[*one.given] for one in channels] == [[0]] * 4
+    assert [[*one.left] for one in channels] == [["sliding_attention"], ["full_attention"], [], []]
+    assert [[*one.shared] for one in channels[1:3]] == [["sliding_attention"], ["sliding_attention", "full_attention"]]
+    wide = [part for one in channels for part in [*one.given.values(), *(p for kv in one.left.values() for p, _ in kv)]]
+    assert sorted(range(32, skeleton.stream_width)) == sorted(n for part in wide for n in range(part.start, part.stop))
 
 
 def test_a_forward_that_depends_on_numbers_is_refused(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import pytest
 import tiny
 import torch
 from pieces import TOKENS, logits_of, recorded, runnable
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from streamprune.errors import CheckpointError
 from streamprune.model.architectures import ARCHITECTURES
 from streamprune.model.configuration import NOT_OF_THE_FORWARD
+from streamprune.model.library import auto_class
 from streamprune.model.skeleton import Heads
 from streamprune.model.source import Source, open_dense
 from streamprune.pipeline.block_pruning import FoldedPermutation, folded_permutations
@@ -64,14 +65,18 @@ def reordered(model: PreTrainedModel, folds: list[FoldedPermutation]) -> dict[st
     return {name: tensors[name] for name, _, _ in reorders}
 
 
+def written(folder: Path, text_type: str) -> Path:
+    """A checkpoint of which the text's model_type is this one."""
+    return families.write_family(folder, text_type if text_type in families.FAMILIES else text_type[: -len("_text")])
+
+
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_every_fold_of_the_table_leaves_the_logits(name: str, tmp_path: Path) -> None:
     """And each tensor that it reorders has to be: with one left as it was the logits are others."""
-    source = open_dense(families.write_family(tmp_path, name))
-    for block in source.blocks:
-        folding = {block.local(group.name) for group in block.groups if group.producers}
-        assert folding == {fold.layer for fold in ARCHITECTURES[name].folds}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    source = open_dense(written(tmp_path, name))
+    folding = {block.local(group.name) for block in source.blocks for group in block.groups if group.producers}
+    assert folding == {fold.layer for fold in ARCHITECTURES[name].folds}
+    model = families.load(tmp_path, torch.float64)
     expected, tensors = logits(model), reordered(model, list(any_folds(source)))
     torch.testing.assert_close(logits(model, tensors), expected, rtol=1e-9, atol=1e-9)
     for left in tensors:
@@ -81,9 +86,9 @@ def test_every_fold_of_the_table_leaves_the_logits(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_sequences_become_the_same_together_and_alone(name: str, tmp_path: Path) -> None:
-    """Bit by bit, or they go one by one (bloom's)."""
-    source = open_dense(families.write_family(tmp_path, name))
-    assert source.skeleton.batched == (name != "bloom")
+    """Bit by bit, or they go one by one."""
+    source = open_dense(written(tmp_path, name))
+    assert source.skeleton.batched == (name not in ("bloom", "gemma4_text", "jamba"))
     tokens = torch.arange(2 * 40).view(2, 40) % 64
     inputs = [recorded(source, row[None]) for row in tokens]
     states = torch.cat([one.hidden_states for one in inputs])
@@ -107,20 +112,28 @@ def other_values(config: PretrainedConfig, field: str) -> Iterator[Any]:
         yield "relu"
     elif isinstance(value, list):
         yield value[::-1]
+    elif isinstance(value, tuple):  # a range
+        yield (0.01, 0.1)
     elif isinstance(value, dict):
         yield {**value, "rope_theta": 10.0}
     else:
-        yield from (True, 2, 0.5, "relu")
+        yield from (True, 2, 0.5, "relu", "all")
+
+
+def settings_with(name: str, field: str, value: Any) -> dict[str, Any]:
+    """A family's settings with another value of a field; "text_config.FIELD" is the text's in a wrapped model."""
+    settings, (part, _, inner) = {**families.FAMILIES, **families.WRAPPED}[name], field.partition(".")
+    return {**settings, part: {**settings[part], inner: value} if inner else value}
 
 
 def made_by_transformers(folder: Path, name: str, field: str, value: Any) -> PreTrainedModel | None:
     """Its model of a family's config with another value of a field, written to `folder`; None where it makes none."""
     try:
-        config = CONFIG_MAPPING[name](**{**families.FAMILIES[name], field: value})
-        written = AutoModelForCausalLM.from_config(config)
+        config = CONFIG_MAPPING[name](**settings_with(name, field, value))
+        written = auto_class(type(config)).from_config(config)
         tiny.randomise(written)
         written.save_pretrained(folder)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+        model = auto_class(type(config)).from_config(AutoConfig.from_pretrained(folder)).eval()
         model.load_state_dict(written.state_dict())
         logits(model)
     except Exception:  # of many kinds, for a value that is none
@@ -130,8 +143,10 @@ def made_by_transformers(folder: Path, name: str, field: str, value: Any) -> Pre
 
 def check_field(folder: Path, name: str, field: str) -> int:
     """Try a field's other values; how many made a model that was run, by us too, with folds that hold."""
-    run, config = 0, CONFIG_MAPPING[name](**families.FAMILIES[name])
-    for number, value in enumerate(other_values(config, field)):
+    run, config = 0, CONFIG_MAPPING[name](**{**families.FAMILIES, **families.WRAPPED}[name])
+    part, _, inner = field.partition(".")
+    values = other_values(getattr(config, part), inner) if inner else other_values(config, field)
+    for number, value in enumerate(values):
         at = folder / f"{field}-{number}"
         model = made_by_transformers(at, name, field, value)
         if model is None:
@@ -149,8 +164,21 @@ def check_field(folder: Path, name: str, field: str) -> int:
     return run
 
 
-# Fields of which no other value of ours makes a model: lists that would have to change with them, none but one value.
-ALONE = {"num_hidden_layers", "num_ln_in_parallel_attn", "attn_config"}
+# Fields of which no other value of ours makes a model: others would have to change with them, none but one value; or it
+# makes a mixture of experts.
+ALONE = {
+    *("num_hidden_layers", "num_ln_in_parallel_attn", "attn_config", "full_attn_idxs"),
+    *(
+        "mamba_d_head",
+        "mamba_expand",
+        "mamba_n_heads",
+        "num_experts",
+        "num_local_experts",
+        "output_router_logits",
+        "enable_moe_block",
+    ),
+    *("text_config.hidden_size", "text_config.num_attention_heads"),  # rotary sections are shares of a head
+}
 
 
 def sweep(folder: Path, name: str, fields: set[str]) -> None:
@@ -165,6 +193,16 @@ def fields_of(name: str) -> set[str]:
 @pytest.mark.parametrize("name", OTHERS)
 def test_fields_of_its_own_with_other_values(name: str, tmp_path: Path) -> None:
     sweep(tmp_path, name, fields_of(name).difference(*map(fields_of, BY_HAND)))
+
+
+@pytest.mark.parametrize("name", families.WRAPPED)
+def test_fields_of_a_wrapper(name: str, tmp_path: Path) -> None:
+    """And of its text, where that is no family of its own. Fields of the other parts reach no text's logits."""
+    config = CONFIG_MAPPING[name](**families.WRAPPED[name])
+    sweep(tmp_path, name, fields_of(name) - {*type(config).sub_configs})
+    if config.text_config.model_type not in families.FAMILIES:
+        own = {field.name for field in dataclasses.fields(config.text_config)} - NOT_OF_THE_FORWARD
+        sweep(tmp_path, name, {f"text_config.{field}" for field in own})
 
 
 @pytest.mark.slow

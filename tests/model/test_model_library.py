@@ -16,20 +16,23 @@ import streamprune
 from streamprune.errors import UnsupportedModelError
 from streamprune.model.library import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     PretrainedConfig,
     bare_model,
     config_fields,
     empty_model,
     get_configuration_file,
+    goes_on_with_text,
     memory_of,
     name_while_loading,
+    special_floats,
     tensors_without_numbers,
     tied_parameters,
     tree_flatten,
     tree_map,
     warnings_heard,
+    without_special_floats,
+    wraps_text,
 )
 
 WTE = "transformer.wte"
@@ -43,7 +46,7 @@ REGISTER = {
     }
 }
 # Of transformers, imported from its top.
-DOCUMENTED = {"AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "PreTrainedModel"}
+DOCUMENTED = {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig", "PreTrainedModel"}
 
 
 def model_of(name: str, **settings: Any) -> Any:
@@ -56,10 +59,15 @@ def test_config_classes_are_dataclasses_of_their_settings(name: str) -> None:
     assert issubclass(config_class, PretrainedConfig)
     assert dataclasses.is_dataclass(config_class)
     assert config_fields(config_class) >= config_fields(PretrainedConfig)
-    own = {config_class.attribute_map.get(size, size) for size in SIZES}
+    sizes = SIZES - {"num_hidden_layers"} if name == "nemotron_h" else SIZES  # it lists their kinds
+    own = {config_class.attribute_map.get(size, size) for size in sizes}
     assert config_fields(config_class) >= {*own, "tie_word_embeddings"}
     made = config_class.from_dict(families.FAMILIES[name])
-    assert (made.hidden_size, made.num_hidden_layers, made.model_type) == (32, 2, name)
+    assert (made.hidden_size, made.num_hidden_layers, made.model_type) == (
+        32,
+        {"gemma4_text": 4, "nemotron_h": 3}.get(name, 2),
+        name,
+    )
 
 
 @pytest.mark.parametrize("name", list(families.FAMILIES))
@@ -72,6 +80,12 @@ def test_an_empty_model_has_buffers_and_no_weights(name: str) -> None:
     assert model.base_model.get_input_embeddings() is model.get_input_embeddings()
     assert list(nn.Linear(2, 2, bias=False).weight.shape) == [2, 2]  # the switches are back
     assert nn.init.ones_(torch.zeros(1)).item() == 1
+
+
+def test_numbers_that_json_lacks() -> None:
+    limits = {"inner": {"a": [0.0, float("inf")]}}
+    written = {"inner": {"a": [0.0, {"__float__": "Infinity"}]}}
+    assert (without_special_floats(limits), special_floats(written)) == (written, limits)
 
 
 def test_tied_parameters() -> None:
@@ -108,10 +122,13 @@ def test_names_while_loading() -> None:
         mixtral("model.layers.0.block_sparse_moe.experts.0.w1.weight")
 
 
-def test_mappings_know_causal_and_masked_models() -> None:
-    for name, causal, masked in (("llama", True, False), ("bert", True, True), ("clip", False, False)):
+def test_what_goes_on_with_text() -> None:
+    for name, wraps, causal, masked in (
+        *(("llama", False, True, False), ("bert", False, True, True), ("clip", True, False, False)),
+        *(("gemma3", True, True, False), ("mistral3", True, True, False)),
+    ):
         config_class = CONFIG_MAPPING[name]
-        assert (config_class in MODEL_FOR_CAUSAL_LM_MAPPING) == causal
+        assert (wraps_text(config_class), goes_on_with_text(config_class)) == (wraps, causal)
         assert (config_class in MODEL_FOR_MASKED_LM_MAPPING) == masked
 
 

@@ -25,12 +25,15 @@ from streamprune.runtime.verify import verify
 Prune = Callable[..., CompressResult]
 TOKENS = torch.tensor([[ord(character) for character in "Twenty-nine letters and more."]])
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-RESUMED = ("bloom", "cohere", "gemma3_text", "gptj", "phi3")  # a kind of block each
+NAMES = [*families.FAMILIES, *families.WRAPPED, *families.VARIANTS]
+RESUMED = (
+    *("bloom", "cohere", "gemma3_text", "gemma4_text", "gptj", "nemotron_h", "phi3", "qwen2_5_vl", "qwen3_5_text"),
+)  # a kind of block each
 
 
 def logits_of(folder: Path) -> torch.Tensor:
     """As transformers computes them from a folder, dense or packed."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = families.load(folder)
     with torch.inference_mode():
         logits: torch.Tensor = model(TOKENS, use_cache=False).logits[0]
     return logits
@@ -48,7 +51,7 @@ def check_the_whole_way(source: Path, out: Path, held_out: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", list(families.FAMILIES))
+@pytest.mark.parametrize("name", NAMES)
 def test_blocks_from_disk_say_what_the_loaded_model_says(
     name: str, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,16 +68,32 @@ def test_blocks_from_disk_say_what_the_loaded_model_says(
         assert said[0, ids.shape[1] :].tolist() == tokens
 
 
-@pytest.mark.parametrize("name", list(families.FAMILIES))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_whole_way(name: str, prune: Prune, held_out: Path, tmp_path: Path) -> None:
     folder, out = families.write_family(tmp_path / "source", name), tmp_path / "out"
     prune(folder, out)
     check_the_whole_way(folder, out, held_out)
     source, foretold = open_dense(folder), streamprune.plan(folder, **tiny.CALIBRATION)
-    assert families.row_of(source, foretold.coverage) in PAGE.read_text().splitlines()
+    row = families.row_of(source, foretold.coverage)
+    assert row in PAGE.read_text().splitlines() or name in families.VARIANTS
     stored = {name.rpartition(".")[0] for name in tiny.read_tensors(out) if name.endswith(".input_permutation")}
     assert stored == {name for block in source.blocks for group in block.groups if not group.producers
                       for name in group.names}  # fmt: skip
+
+
+def test_a_wrapped_models_card_names_what_loads_it(prune: Prune, tmp_path: Path) -> None:
+    prune(families.write_family(tmp_path / "source", "mistral3"), tmp_path / "out")
+    export(tmp_path / "out", out=tmp_path / "dense")
+    for folder in (tmp_path / "out", tmp_path / "dense"):
+        card = (folder / "README.md").read_text()
+        assert 'pipeline_tag: "image-text-to-text"' in card
+        assert card.count("AutoModelForImageTextToText") == 2
+
+
+def test_the_residual_stream_of_post_norms(prune: Prune, held_out: Path, tmp_path: Path) -> None:
+    folder = families.write_family(tmp_path / "source", "opt, post-norm")
+    prune(folder, tmp_path / "out", shuffle="residual+assignment")
+    check_the_whole_way(folder, tmp_path / "out", held_out)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3"])
@@ -91,7 +110,7 @@ def test_a_loaded_output_is_made_dense_and_saved(name: str, prune: Prune, tmp_pa
 
 def test_the_page_has_no_other_families() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == sorted(families.FAMILIES)
+    assert [row.split("`")[1] for row in rows] == sorted(families.FAMILIES | families.WRAPPED)
 
 
 @pytest.mark.parametrize("name", RESUMED)

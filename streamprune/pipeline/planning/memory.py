@@ -164,7 +164,7 @@ def _staged(sizes: Sizes, block: Block, config: PruneConfig) -> int:
     itemsize = sizes.source.stored(block.parameters[0]).dtype.itemsize
     packed = int(sum(elements) * (itemsize * share + 1 / 8))
     compared = max(elements, default=0) * (itemsize + 1) if config.validate else 0
-    chunk = sizes.tokens * sizes.source.skeleton.hidden_size * sizes.dtype.itemsize if config.validate else 0
+    chunk = sizes.tokens * sizes.source.skeleton.stream_width * sizes.dtype.itemsize if config.validate else 0
     return packed + compared + PAGE_LOCKED_CHUNKS * chunk
 
 
@@ -175,8 +175,9 @@ def _copied_memory(sizes: Sizes) -> int:
 
 def _embedding_memory(sizes: Sizes) -> int:
     """Bytes of what embeds one sequence."""
-    small, source = sizes.source.small_parameters, sizes.source.stored(sizes.source.skeleton.embedding)
-    rows = sizes.tokens * source.shape[1] * 2 * (source.dtype.itemsize + sizes.dtype.itemsize)
+    small, tables = sizes.source.small_parameters, map(sizes.source.stored, sizes.source.skeleton.read_by_rows)
+    width = sum(table.shape[1] * 2 * (table.dtype.itemsize + sizes.dtype.itemsize) for table in tables)
+    rows = sizes.tokens * width
     return sizes.stored(small) + sizes.computed(small) + rows
 
 
@@ -202,7 +203,9 @@ def _block_memory(sizes: Sizes, block: Block, config: PruneConfig, pace: Pace) -
     largest = max(elements.values(), default=0)
     widest = max((max(shape) for shape in layers.values()), default=0)
     # what attention and the MLP hold at once, and the tokens of layers that are kept for correction
-    activations = 4 * pace.micro_batch * sizes.tokens * (16 * sizes.source.skeleton.hidden_size + 10 * widest)
+    skeleton = sizes.source.skeleton
+    beside = skeleton.stream_width - skeleton.hidden_size  # which is there as input, copied, and as two outputs
+    activations = 4 * pace.micro_batch * sizes.tokens * (16 * skeleton.hidden_size + 4 * beside + 10 * widest)
     groups = [group for group in block.groups if group.name in layers]
     inputs = [layers[group.name][1] for group in groups]
     histograms = 4 * (FINE_BINS + ROW_GAP) * sum(inputs) if config.metric == "esparse" else 0

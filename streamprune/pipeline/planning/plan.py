@@ -169,7 +169,7 @@ def make_plan(
     # hidden states in, dense and out; with correction the reference in and out, of every k-th sequence
     sets = 3 + (2 / config.correction_stride if config.correction else 0)
     tokens = math.ceil(sets * calibration.samples * length)
-    scratch_bytes = tokens * source.skeleton.hidden_size * arithmetic.dtype.itemsize
+    scratch_bytes = tokens * source.skeleton.stream_width * arithmetic.dtype.itemsize
     if any(block.experts for block in source.blocks):  # their inputs, and in float32 their outputs, of two streams
         streams = tokens * (sets - 2) / sets
         scratch_bytes += math.ceil(streams * source.skeleton.hidden_size * (arithmetic.dtype.itemsize + 4))
