@@ -105,6 +105,23 @@ class ExpertLayers(nn.Module):
         """Of an expert, below this module: the layers that take its input, and the one that takes the gate's output."""
         return tuple(f"{number}.{name}" for name in self.names.up), (f"{number}.{self.names.down}",)
 
+    def as_own(self, dense: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """The module that these layers stand for, with their weights. `dense` makes of a layer one that is not packed.
+
+        An expert's layers are let go once its weights are copied.
+        """
+        own: nn.Module = self.__dict__["own"]
+        fused, down = _parameters_of(own)
+        for number in range(self.count):
+            layers = [[dense(self.expert(number).get_submodule(name)) for name in names]
+                      for names in (self.names.up, (self.names.down,))]  # fmt: skip
+            for parameter, parts in zip((fused, down), layers, strict=True):
+                _put(own, parameter, number, torch.cat([part.get_parameter("weight").detach() for part in parts]))
+                if f"{parameter}_bias" in own._parameters:
+                    _put(own, f"{parameter}_bias", number, parts[0].get_parameter("bias").detach())
+            delattr(self, str(number))
+        return own
+
     def compute(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What an expert with weights makes of rows [n, in]."""
         ups = [expert.get_submodule(name)(x) for name in self.names.up]
@@ -167,6 +184,14 @@ class ExpertLayers(nn.Module):
         if self.interleaved:
             return torch.stack([2 * order, 2 * order + 1], dim=1).flatten()
         return torch.cat([order, order + len(order)])
+
+
+def _put(own: nn.Module, name: str, number: int, tensor: torch.Tensor) -> None:
+    """Put an expert's tensor into the parameter of all of them, which is made by the first."""
+    if number == 0:
+        empty = tensor.new_empty(own.get_parameter(name).shape)
+        own.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    own.get_parameter(name).data[number] = tensor
 
 
 def add_weighted(total: torch.Tensor, rows: torch.Tensor, made: torch.Tensor, weights: torch.Tensor) -> None:

@@ -27,6 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -55,6 +56,7 @@ __all__ = [
     "memory_of",
     "merged_while_loading",
     "modules_uninitialised",
+    "name_when_saved",
     "name_while_loading",
     "pass_on",
     "tensors_without_numbers",
@@ -96,6 +98,23 @@ def name_while_loading(model: Any) -> Callable[[str], str]:
     """What from_pretrained makes of a checkpoint's name of a tensor: old ones are new ones."""
     renamings, _ = _transforms(model)
     return lambda name: str(rename_source_key(name, renamings, [])[0])
+
+
+def name_when_saved(model: Any) -> Callable[[str], str]:
+    """What save_pretrained calls the tensor of a parameter, where from_pretrained makes that parameter of it again."""
+    transforms = reversed(get_model_conversion_mapping(model, add_legacy=False))
+    renamings = [
+        transform.reverse_transform()
+        for transform in transforms
+        if isinstance(transform, WeightRenaming) and not isinstance(transform, PrefixChange)
+    ]
+    loaded = name_while_loading(model)
+
+    def saved(name: str) -> str:
+        renamed = str(rename_source_key(name, renamings, [])[0])
+        return renamed if loaded(renamed) == name else name
+
+    return saved
 
 
 def merged_while_loading(model: Any) -> Callable[[str], bool]:
