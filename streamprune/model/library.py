@@ -77,7 +77,7 @@ def config_fields(config_class: type) -> set[str]:
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:
     """A causal LM of which nothing takes memory, buffers neither: to see what it would take."""
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return _with_base_named(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -91,6 +91,14 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
+    return _with_base_named(model)
+
+
+def _with_base_named(model: PreTrainedModel) -> PreTrainedModel:
+    """A causal LM that finds its base model: Llama 4's class has it under another name than it says."""
+    inner = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if not hasattr(model, model.base_model_prefix) and len(inner) == 1:
+        model.base_model_prefix = inner[0]
     return model
 
 
