@@ -148,8 +148,8 @@ class ExpertLayers(nn.Module):
         return (self.function or self.of_all)(rows, found).reshape(hidden_states.shape)
 
     def of_all(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Outputs [tokens, hidden] in the dtype of `rows`, summed in float32 in the order of the experts."""
-        total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        """Outputs [tokens, hidden] in the dtype of `rows`, summed in float32 or wider in the order of the experts."""
+        total = torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
         for number in range(self.count):
             taken, weights = routing.of(number)
             if len(taken):
@@ -195,8 +195,8 @@ def _put(own: nn.Module, name: str, number: int, tensor: torch.Tensor) -> None:
 
 
 def add_weighted(total: torch.Tensor, rows: torch.Tensor, made: torch.Tensor, weights: torch.Tensor) -> None:
-    """Add an expert's outputs [n, hidden] times their weights [n] to rows of a float32 total [tokens, hidden]."""
-    total.index_add_(0, rows, made.to(torch.float32) * weights.to(torch.float32)[:, None])
+    """Add an expert's outputs [n, hidden] times their weights [n] to rows of a total [tokens, hidden], in its dtype."""
+    total.index_add_(0, rows, made.to(total.dtype) * weights.to(total.dtype)[:, None])
 
 
 def replace_experts(model: nn.Module, stored: Collection[str]) -> dict[str, ExpertLayers]:

@@ -15,7 +15,7 @@ from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
 from streamprune.model.configuration import model_config, one_line, unsupported
-from streamprune.model.discovery import FoundBlock, discover, shared_weight
+from streamprune.model.discovery import ROUTES, FoundBlock, discover, is_router, shared_weight
 from streamprune.model.experts import EXPERTS, ExpertLayers, FusedTensor, fused_tensors, replace_experts
 from streamprune.model.library import (
     Conv1D,
@@ -245,7 +245,7 @@ def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architec
         producers = tuple(f"{name}.{producer}" for producer in fold.producers)
         views = tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers)
         groups.append(LayerGroup(views, producers, fold.per_head, fold.times, fold.interleaved))
-    dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys())}
+    dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys(), found.experts is not None)}
     ungrouped = {f"{name}.{layer}": reason for layer, reason in dense.items()}
     experts = None if found.experts is None else f"{name}.{found.experts}"
     return Block(index, name, parameters, tuple(groups), ungrouped, found.returns, experts)
@@ -263,14 +263,14 @@ def expert_folds(path: str, experts: ExpertLayers) -> dict[tuple[str, ...], Fold
     return found
 
 
-def _other_matrices(module: nn.Module, linears: set[str]) -> dict[str, str]:
+def _other_matrices(module: nn.Module, linears: set[str], routed: bool) -> dict[str, str]:
     """Matrices of a block that are no linear layers' weights, by their layers' or their own names, with the reason."""
     others = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         layer = name.removesuffix(".weight")
         if tensor.ndim > 1 and layer not in linears:
             kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
-            others[layer] = f"{kind} is no linear layer"
+            others[layer] = ROUTES if routed and is_router(layer) else f"{kind} is no linear layer"
     return others
 
 
