@@ -169,6 +169,8 @@ def _experts_apart(model: Any, checkpoint: Checkpoint) -> dict[str, Any]:
         return {**replace_experts(model, checkpoint.tensors)}
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{checkpoint.folder}: cannot be loaded packed: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
 
 
 def _empty_layer(model: Any, checkpoint: Checkpoint, name: str, pattern: NMPattern) -> PackedLinear:

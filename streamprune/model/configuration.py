@@ -30,6 +30,7 @@ MAX_BLOCKS = 1000  # the deepest models have fewer than 200
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "head_dim", "word_embed_proj_dim")
 LENGTHS = ("max_position_embeddings", "sliding_window")  # that need not be a tensor's
+TAKEN, EXPERTS = "num_experts_per_tok", ("num_experts", "num_local_experts", "n_routed_experts")
 NO_DIMENSIONS = ("position", "window", "seq", "length", "token_id", "chunk")  # in names of other numbers beyond tensors
 MAX_LENGTH = 1 << 24  # of a sequence; some forwards make tensors of the longest
 POSITIVE = ("rms_norm_eps", "rope_theta", "factor")
@@ -204,12 +205,23 @@ def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, config_class: typ
             yield f"{name} is {values[name]}, beyond the largest dimension of any tensor, {largest}"
         elif values[name] > MAX_LENGTH:
             yield f"{name} is {values[name]}, beyond all sequences"
+    yield from _routing_faults(values, config_class)
     heads, hidden = given.get("num_attention_heads"), given.get("hidden_size")
     if heads and hidden and hidden % heads and not values.get("head_dim"):
         yield f"{shown['hidden_size']} {hidden} is not a multiple of {shown['num_attention_heads']} {heads}"
     kv_heads = given.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         yield f"{shown['num_attention_heads']} {heads} is not a multiple of {shown['num_key_value_heads']} {kv_heads}"
+
+
+def _routing_faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> Iterator[str]:
+    """Of how many experts there are and how many of them a token takes, by the class where the config does not say."""
+    fields = config_fields(config_class)
+    given = {name: values.get(name, getattr(config_class, name, None)) for name in (TAKEN, *EXPERTS) if name in fields}
+    taken = given.pop(TAKEN, None)
+    for experts in given.values():
+        if type(experts) is int and experts > 0 and type(taken) is int and not 1 <= taken <= experts:
+            yield f"{TAKEN} is {taken}, and there are {experts} experts"
 
 
 def _number_faults(values: Mapping[str, Any]) -> Iterator[str]:

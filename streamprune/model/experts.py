@@ -5,6 +5,7 @@ a linear layer for each expert and matrix, called as in the checkpoint ("mlp.exp
 same. Tokens keep their places: each expert's rows are known by the tokens that they belong to.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from streamprune.model.library import (
 )
 
 EXPERTS = "experts"  # what transformers calls a module that holds them
+MAX_EXPERTS = 1 << 14  # of a block; the largest models have fewer than 1000
 GATE_CHECKED = 6  # channels on which a gate is shown to be elementwise
 Function = Callable[[torch.Tensor, "Routing"], torch.Tensor]
 
@@ -199,20 +201,32 @@ def add_weighted(total: torch.Tensor, rows: torch.Tensor, made: torch.Tensor, we
     total.index_add_(0, rows, made.to(total.dtype) * weights.to(total.dtype)[:, None])
 
 
-def replace_experts(model: nn.Module, stored: Collection[str]) -> dict[str, ExpertLayers]:
-    """Put linear layers in the place of a model's experts, named as a checkpoint with the names `stored` has them.
+def replace_experts(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, ExpertLayers]:
+    """Put linear layers in the place of a model's experts, named as in a checkpoint that has the tensors `stored`.
 
-    Returns what was put in by its path. Raises UnsupportedModelError for experts that are not known.
+    `stored` are of anything with a shape, by their names in the model. Returns what was put in by its path. Raises
+    UnsupportedModelError for experts that are not known, ValueError for far more than there are tensors of.
     """
     found = [(path, module) for path, module in model.named_modules() if is_experts(module)]
+    there = Counter(f"{path}.{EXPERTS}" for path, _, _ in (name.partition(f".{EXPERTS}.") for name in stored))
     replaced = {}
     with modules_uninitialised():
         for path, own in found:
+            _check_count(path, own, there[path], stored)
             replaced[path] = ExpertLayers(own, _names_of(model, path, own, stored))
             model.set_submodule(path, replaced[path])
     if left := next((name for name, tensor in model.named_parameters() if _in_experts(name, tensor)), None):
         raise UnsupportedModelError(f"{left}: experts of this kind are not known")
     return replaced
+
+
+def _check_count(path: str, own: nn.Module, tensors: int, stored: Mapping[str, Any]) -> None:
+    """Raise ValueError before layers are made for experts of which a checkpoint has far too few tensors."""
+    first, down = _parameters_of(own)
+    count = len(own.get_parameter(down))
+    whole = [len(stored[name].shape) and stored[name].shape[0] for name in (f"{path}.{first}",) if name in stored]
+    if count > min(MAX_EXPERTS, max([tensors, *whole])):
+        raise ValueError(f"{path}: {count} experts, and the checkpoint has {tensors} tensors of them")
 
 
 def _in_experts(name: str, tensor: torch.Tensor) -> bool:

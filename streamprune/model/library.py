@@ -6,7 +6,7 @@ something, it is found there first, and mended here.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -35,8 +35,6 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import warning_once
-
-from streamprune.errors import UnsupportedModelError
 
 __all__ = [
     "CONFIG_MAPPING",
@@ -111,7 +109,7 @@ def name_while_loading(model: Any) -> Callable[[str], str]:
 def name_when_saved(model: Any) -> Callable[[str], str]:
     """What save_pretrained calls the tensor of a parameter, where from_pretrained makes that parameter of it again."""
     transforms = reversed(get_model_conversion_mapping(model, add_legacy=False))
-    renamings = [
+    renamings: list[Any] = [
         transform.reverse_transform()
         for transform in transforms
         if isinstance(transform, WeightRenaming) and not isinstance(transform, PrefixChange)

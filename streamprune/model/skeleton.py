@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from streamprune.checkpoint.reader import Checkpoint
+from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
 from streamprune.model.configuration import model_config, one_line, unsupported
@@ -167,6 +167,12 @@ class Skeleton:
         return tied_parameters(self.model)
 
     @cached_property
+    def expert_counts(self) -> dict[str, int]:
+        """How many experts each module holds that holds those of a block, by its full name."""
+        paths = [block.experts for block in self.blocks if block.experts is not None]
+        return {path: len([*self.model.get_submodule(path).children()]) for path in paths}
+
+    @cached_property
     def heads(self) -> Heads:
         """Of attention in every block; one where the config does not say."""
         config = self.model.config
@@ -205,7 +211,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
             if name := shared_weight(bare):
                 raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
             model = empty_model(config).eval()
-            experts = replace_experts(model, _names_while_loading(model, checkpoint))
+            experts = replace_experts(model, _while_loading(model, checkpoint))
             found = discover(model)
         except UnsupportedModelError as error:
             raise unsupported(where, config.model_type, str(error)) from error
@@ -220,11 +226,16 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     return Skeleton(model, architecture, path, found.width, batched, blocks, fused_tensors(experts))
 
 
-def _names_while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:
-    """What a checkpoint's tensors of experts may be called in the model."""
+def _while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
+    """A checkpoint's tensors of experts by all that they may be called in the model."""
     renamed, prefix = name_while_loading(model), f"{model.base_model_prefix}."
-    names = (renamed(name) for name in checkpoint.tensors if EXPERTS in name.split("."))
-    return {candidate for name in names for candidate in (name, prefix + name, name.removeprefix(prefix))}
+    names = {renamed(name): tensor for name, tensor in checkpoint.tensors.items()}
+    return {
+        candidate: tensor
+        for name, tensor in names.items()
+        if EXPERTS in name.split(".")
+        for candidate in (name, prefix + name, name.removeprefix(prefix))
+    }
 
 
 def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:
