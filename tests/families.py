@@ -3,6 +3,7 @@
 Hidden size 32, four heads of 8, two blocks, 48 inner channels; beside the sizes what makes a family differ from others.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from streamprune.model.library import auto_class
+from streamprune.model.skeleton import Block
 from streamprune.model.source import Source
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -95,6 +97,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {**GROUPED, "use_qkv_bias": True},
     "starcoder2": {**GROUPED, "sliding_window": 8},
 }  # fmt: skip
+LATENT = {
+    **PLAIN, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+TOP_2 = {"num_experts_per_tok": 2}
+LOCAL, PLAIN_EXPERTS = {"num_local_experts": 4, **TOP_2}, {"num_experts": 4, **TOP_2}
+INNER = {"moe_intermediate_size": 24}
+SHARED = {**INNER, "shared_expert_intermediate_size": 16}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **INNER, **TOP_2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **LATENT, **ROUTED, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {**LATENT, **ROUTED, "n_group": 2, "topk_group": 1},
+    "glm4_moe": {**WITH_HEADS, **ROUTED, "use_qk_norm": True},
+    "gpt_oss": {**WITH_HEADS, **LOCAL, "sliding_window": 8, "rope_parameters": ROPE},
+    "granitemoe": {**GROUPED, **LOCAL, "residual_multiplier": 0.5},
+    "llama4_text": {
+        **WITH_HEADS, **LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2,
+        "floor_scale": 8, "attention_chunk_size": 8, "no_rope_layers": [1, 0],
+    },
+    "minimax": {
+        **WITH_HEADS, **LOCAL, "layer_types": ["linear_attention", "full_attention"], "block_size": 8,
+        "mlp_alpha_factor": 2.0,
+    },
+    "minimax_m2": {**WITH_HEADS, **LOCAL},
+    "mixtral": {**GROUPED, **LOCAL, "sliding_window": 8},
+    "olmoe": {**GROUPED, **PLAIN_EXPERTS, "clip_qkv": 1.0},
+    "qwen2_moe": {**GROUPED, **PLAIN_EXPERTS, **SHARED, "use_sliding_window": True, "sliding_window": 8},
+    "qwen3_5_moe_text": {**WITH_HEADS, **DELTA, **PLAIN_EXPERTS, **SHARED},
+    "qwen3_moe": {**WITH_HEADS, **PLAIN_EXPERTS, **INNER, "mlp_only_layers": [1]},
+    "qwen3_next": {**WITH_HEADS, **DELTA, **PLAIN_EXPERTS, **SHARED},
+}  # fmt: skip
+FAMILIES.update(MIXTURES)
 
 
 # Models that hold one of those among other parts, most of them with pictures.
@@ -172,12 +213,25 @@ HEAD = (
 
 
 def row_of(source: Source, coverage: float) -> str:
-    """A family's row of docs/models.md: what of its blocks is pruned, and where permutations go."""
-    block, skeleton = source.blocks[0], source.skeleton
-    groups = [(", ".join(map(block.local, group.names)), bool(group.producers)) for group in block.groups]
+    """A family's row of docs/models.md: what of its blocks is pruned, and where permutations go.
+
+    Of blocks that differ each layer is named once, and so is the same one of several experts, N.
+    """
+    skeleton = source.skeleton
+    groups = {
+        (", ".join(_named(block, name) for name in group.names), bool(group.producers)): None
+        for block in source.blocks
+        for group in block.groups
+    }
     folded, stored = ("; ".join(names for names, folds in groups if folds is wanted) for wanted in (True, False))
+    dense = {_named(block, name): None for block in source.blocks for name in block.ungrouped}
     notes = ["`--shuffle residual`"] * (skeleton.architecture.residual is not None)
     notes += ["one sequence at a time"] * (not skeleton.batched)
-    notes += [f"dense: {', '.join(map(block.local, block.ungrouped))}"] * bool(block.ungrouped)
+    notes += [f"dense: {', '.join(dense)}"] * bool(dense)
     cells = f"`{skeleton.model.config.model_type}`", f"{coverage:.1%}", folded, stored, "; ".join(notes)
     return f"| {' | '.join(cells)} |"
+
+
+def _named(block: Block, name: str) -> str:
+    """A layer's name inside its block, of whichever expert it is."""
+    return re.sub(r"(?<=experts\.)\d+", "N", block.local(name))

@@ -168,7 +168,10 @@ class Checkpoint:
             whole = tensors.pop(name)
             if not whole.shape:
                 raise CheckpointError(f"{self.folder}: tensor {name} is one number, and no row of experts")
-            tensors.update({f"{name}[{place}]": _slice(name, whole, place) for place in range(whole.shape[0])})
+            slices = {f"{name}[{place}]": _slice(name, whole, place) for place in range(whole.shape[0])}
+            if twice := next((part for part in slices if part in tensors), None):
+                raise CheckpointError(f"{self.folder}: tensor {twice} is there beside {name}, of which it is a slice")
+            tensors.update(slices)
         return Checkpoint(self.folder, tensors)
 
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,7 +26,7 @@ from streamprune.checkpoint.reader import SAFETENSORS_INDEX, Checkpoint, open_fi
 from streamprune.checkpoint.untrusted import read_json
 from streamprune.checkpoint.writer import canonical_json
 from streamprune.config import NMPattern, PathLike
-from streamprune.errors import CheckpointError, OutputError, SettingsError
+from streamprune.errors import CheckpointError, OutputError, SettingsError, UnsupportedModelError
 from streamprune.model.hub import parse_name
 from streamprune.model.packed_linear import PackedLinear, is_permutation
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 WIDE = (torch.float32, torch.float64)  # hold every value of a narrower type: values stay as they are stored
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+CONVERSIONS = "_weight_conversions"  # of a loaded model, by which transformers saves it; without it by its class's
 PLAIN_STEM = "model"  # how transformers begins the names of shards
 
 
@@ -96,6 +97,7 @@ class PackedQuantizer(HfQuantizer):
     """
 
     requires_calibration = True  # weights come packed, or not at all
+    experts: Mapping[str, Any] = MappingProxyType({})  # layers in the place of the model's own experts, by their paths
 
     def validate_environment(self, *arguments: Any, **more: Any) -> None:
         """Raise CheckpointError for another version of the format."""
@@ -122,6 +124,7 @@ class PackedQuantizer(HfQuantizer):
             raise CheckpointError("a packed model is loaded from its folder or its name on the hub")
         checkpoint = open_index(Path(checkpoint_files[0]).parent / LAYOUT.index)
         layers, _ = check_entry(checkpoint, self.quantization_config.to_dict())
+        self.experts = _experts_apart(model, checkpoint)
         for name, pattern in layers.items():
             layer = _empty_layer(model, checkpoint, name, pattern)
             model.set_submodule(name, layer)
@@ -138,18 +141,29 @@ class PackedQuantizer(HfQuantizer):
                 module.prepare()
         model.save_pretrained = MethodType(save_pretrained, model)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # of a config that was saved meanwhile
         packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
         if away := next((name for name, module in packed.items() if module.weight_values.is_meta), None):
             raise SettingsError(f"{away}: is offloaded; load the model without offloading to make it dense")
+        inside = tuple(f"{path}." for path in self.experts)
         for name, module in packed.items():
-            model.set_submodule(name, _dense_layer(module, dtype))
+            if not name.startswith(inside):
+                model.set_submodule(name, _dense_layer(module, dtype))
+        for path, layers in self.experts.items():
+            model.set_submodule(path, layers.as_own(lambda layer: _dense_layer(layer, dtype)))
+        self.experts = {}
         return model
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> list[Any]:
+        """None: in an output tensors have the names of the model's parameters, those of each expert among them."""
+        return []
 
     def remove_quantization_config(self, model: Any) -> None:
         """Make it a model like any other, that transformers saves."""
         super().remove_quantization_config(model)
-        model.__dict__.pop("save_pretrained", None)
+        for name in ("save_pretrained", CONVERSIONS):
+            model.__dict__.pop(name, None)
 
     def is_serializable(self) -> bool:
         return True
@@ -160,7 +174,19 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return not self.experts  # how many tokens an expert takes is not known before
+
+
+def _experts_apart(model: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Put a layer for each expert and matrix in the place of the model's own experts."""
+    from streamprune.model.experts import replace_experts
+
+    try:
+        return {**replace_experts(model, checkpoint.tensors)}
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{checkpoint.folder}: cannot be loaded packed: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from error
 
 
 def _empty_layer(model: Any, checkpoint: Checkpoint, name: str, pattern: NMPattern) -> PackedLinear:
@@ -214,9 +240,12 @@ def _check_permutations(model: Any, checkpoint: Checkpoint, layers: Mapping[str,
             raise CheckpointError(f"{checkpoint.folder}: {stored} is not a permutation; the output is damaged")
 
 
-def _dense_layer(packed: PackedLinear, dtype: torch.dtype | None) -> nn.Module:
+def _dense_layer(packed: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The layer with its weight and bias as plain tensors; itself where it is not packed."""
     from streamprune.model.library import Conv1D
 
+    if not isinstance(packed, PackedLinear):
+        return packed
     weight = packed.dense_weight().to(dtype)
     linear: Any
     if packed.transposed:

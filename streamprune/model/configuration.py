@@ -32,6 +32,7 @@ MAX_BLOCKS = 1000  # the deepest models have fewer than 200
 COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 DIMENSIONS = ("vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "head_dim", "word_embed_proj_dim")
 LENGTHS = ("max_position_embeddings", "sliding_window")  # that need not be a tensor's
+TAKEN, EXPERTS = "num_experts_per_tok", ("num_experts", "num_local_experts", "n_routed_experts")
 # In names of other numbers beyond tensors.
 NO_DIMENSIONS = ("position", "window", "seq", "length", "token_id", "token_index", "chunk", "multiple")
 MAX_LENGTH = 1 << 24  # of a sequence; some forwards make tensors of the longest
@@ -44,7 +45,14 @@ SHARES = ("partial_rotary_factor",)  # more than 1 would make rotary frequencies
 NOT_OF_THE_FORWARD = frozenset(
     {
         *("id2label", "label2id", "num_labels", "problem_type", "architectures", "auto_map", "model_type"),
-        *("output_attentions", "output_hidden_states", "tie_last_hidden_states", "return_dict", "use_return_dict"),
+        *(
+            "output_attentions",
+            "output_router_logits",
+            "output_hidden_states",
+            "tie_last_hidden_states",
+            "return_dict",
+            "use_return_dict",
+        ),
         *("dtype", "torch_dtype", "transformers_version", "name_or_path", "_name_or_path", "_commit_hash"),
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
         *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
@@ -239,12 +247,23 @@ def _faults(values: Mapping[str, Any], checkpoint: Checkpoint, config_class: typ
             yield f"{name} is {values[name]}, beyond the largest dimension of any tensor, {largest}"
         elif values[name] > MAX_LENGTH:
             yield f"{name} is {values[name]}, beyond all sequences"
+    yield from _routing_faults(values, config_class)
     heads, hidden = given.get("num_attention_heads"), given.get("hidden_size")
     if heads and hidden and hidden % heads and not values.get("head_dim"):
         yield f"{shown['hidden_size']} {hidden} is not a multiple of {shown['num_attention_heads']} {heads}"
     kv_heads = given.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         yield f"{shown['num_attention_heads']} {heads} is not a multiple of {shown['num_key_value_heads']} {kv_heads}"
+
+
+def _routing_faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> Iterator[str]:
+    """Of how many experts there are and how many of them a token takes, by the class where the config does not say."""
+    fields = config_fields(config_class)
+    given = {name: values.get(name, getattr(config_class, name, None)) for name in (TAKEN, *EXPERTS) if name in fields}
+    taken = given.pop(TAKEN, None)
+    for experts in given.values():
+        if type(experts) is int and experts > 0 and type(taken) is int and not 1 <= taken <= experts:
+            yield f"{TAKEN} is {taken}, and there are {experts} experts"
 
 
 def _number_faults(values: Mapping[str, Any]) -> Iterator[str]:

@@ -33,6 +33,7 @@ from streamprune.model.stand_in import StandIn
 TOKENS = 8  # of the run: more than one, so that no dimension of 1 stands for them
 CALLED_ONCE = "is not called once, and alone, when its block runs"
 ROUTERS = ("gate", "router", "_gate")  # how names of what chooses experts end
+ROUTES = "it routes tokens to experts"
 
 
 @dataclass(frozen=True)
@@ -360,8 +361,12 @@ def _probed(block: nn.Module, index: int, run: _Run) -> dict[str, str | None]:
 def _routes(name: str, module: nn.Module, experts: set[int]) -> str | None:
     """Why a linear layer of a block with so many experts is left dense: it weighs them, or what is beside them."""
     outputs, _ = linear_shape(module) or (0, 0)
-    routes = experts and outputs in {1, *experts} and any(part.endswith(ROUTERS) for part in name.split("."))
-    return "it routes tokens to experts" if routes else None
+    return ROUTES if experts and outputs in {1, *experts} and is_router(name) else None
+
+
+def is_router(name: str) -> bool:
+    """Whether a layer of a block with experts is called as what chooses among them."""
+    return any(part.endswith(ROUTERS) for part in name.split("."))
 
 
 def _more_than_linear(module: nn.Module) -> str | None:

@@ -5,6 +5,7 @@ a linear layer for each expert and matrix, called as in the checkpoint ("mlp.exp
 same. Tokens keep their places: each expert's rows are known by the tokens that they belong to.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from streamprune.model.library import (
 )
 
 EXPERTS = "experts"  # what transformers calls a module that holds them
+MAX_EXPERTS = 1 << 14  # of a block; the largest models have fewer than 1000
 GATE_CHECKED = 6  # channels on which a gate is shown to be elementwise
 Function = Callable[[torch.Tensor, "Routing"], torch.Tensor]
 
@@ -112,6 +114,23 @@ class ExpertLayers(nn.Module):
         """Of an expert, below this module: the layers that take its input, and the one that takes the gate's output."""
         return tuple(f"{number}.{name}" for name in self.names.up), (f"{number}.{self.names.down}",)
 
+    def as_own(self, dense: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """The module that these layers stand for, with their weights. `dense` makes of a layer one that is not packed.
+
+        An expert's layers are let go once its weights are copied.
+        """
+        own: nn.Module = self.__dict__["own"]
+        fused, down = _parameters_of(own)
+        for number in range(self.count):
+            layers = [[dense(self.expert(number).get_submodule(name)) for name in names]
+                      for names in (self.names.up, (self.names.down,))]  # fmt: skip
+            for parameter, parts in zip((fused, down), layers, strict=True):
+                _put(own, parameter, number, torch.cat([part.get_parameter("weight").detach() for part in parts]))
+                if f"{parameter}_bias" in own._parameters:
+                    _put(own, f"{parameter}_bias", number, parts[0].get_parameter("bias").detach())
+            delattr(self, str(number))
+        return own
+
     def compute(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What an expert with weights makes of rows [n, in]."""
         ups = [expert.get_submodule(name)(x) for name in self.names.up]
@@ -138,8 +157,8 @@ class ExpertLayers(nn.Module):
         return (self.function or self.of_all)(rows, found).reshape(hidden_states.shape)
 
     def of_all(self, rows: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Outputs [tokens, hidden] in the dtype of `rows`, summed in float32 in the order of the experts."""
-        total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        """Outputs [tokens, hidden] in the dtype of `rows`, summed in float32 or wider in the order of the experts."""
+        total = torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
         for number in range(self.count):
             taken, weights = routing.of(number)
             if len(taken):
@@ -176,25 +195,45 @@ class ExpertLayers(nn.Module):
         return torch.cat([order, order + len(order)])
 
 
+def _put(own: nn.Module, name: str, number: int, tensor: torch.Tensor) -> None:
+    """Put an expert's tensor into the parameter of all of them, which is made by the first."""
+    if number == 0:
+        empty = tensor.new_empty(own.get_parameter(name).shape)
+        own.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    own.get_parameter(name).data[number] = tensor
+
+
 def add_weighted(total: torch.Tensor, rows: torch.Tensor, made: torch.Tensor, weights: torch.Tensor) -> None:
-    """Add an expert's outputs [n, hidden] times their weights [n] to rows of a float32 total [tokens, hidden]."""
-    total.index_add_(0, rows, made.to(torch.float32) * weights.to(torch.float32)[:, None])
+    """Add an expert's outputs [n, hidden] times their weights [n] to rows of a total [tokens, hidden], in its dtype."""
+    total.index_add_(0, rows, made.to(total.dtype) * weights.to(total.dtype)[:, None])
 
 
-def replace_experts(model: nn.Module, stored: Collection[str]) -> dict[str, ExpertLayers]:
-    """Put linear layers in the place of a model's experts, named as a checkpoint with the names `stored` has them.
+def replace_experts(model: nn.Module, stored: Mapping[str, Any]) -> dict[str, ExpertLayers]:
+    """Put linear layers in the place of a model's experts, named as in a checkpoint that has the tensors `stored`.
 
-    Returns what was put in by its path. Raises UnsupportedModelError for experts that are not known.
+    `stored` are of anything with a shape, by their names in the model. Returns what was put in by its path. Raises
+    UnsupportedModelError for experts that are not known, ValueError for far more than there are tensors of.
     """
     found = [(path, module) for path, module in model.named_modules() if is_experts(module)]
+    there = Counter(f"{path}.{EXPERTS}" for path, _, _ in (name.partition(f".{EXPERTS}.") for name in stored))
     replaced = {}
     with modules_uninitialised():
         for path, own in found:
+            _check_count(path, own, there[path], stored)
             replaced[path] = ExpertLayers(own, _names_of(model, path, own, stored))
             model.set_submodule(path, replaced[path])
     if left := next((name for name, tensor in model.named_parameters() if _in_experts(name, tensor)), None):
         raise UnsupportedModelError(f"{left}: experts of this kind are not known")
     return replaced
+
+
+def _check_count(path: str, own: nn.Module, tensors: int, stored: Mapping[str, Any]) -> None:
+    """Raise ValueError before layers are made for experts of which a checkpoint has far too few tensors."""
+    first, down = _parameters_of(own)
+    count = len(own.get_parameter(down))
+    whole = [len(stored[name].shape) and stored[name].shape[0] for name in (f"{path}.{first}",) if name in stored]
+    if count > min(MAX_EXPERTS, max([tensors, *whole])):
+        raise ValueError(f"{path}: {count} experts, and the checkpoint has {tensors} tensors of them")
 
 
 def _in_experts(name: str, tensor: torch.Tensor) -> bool:

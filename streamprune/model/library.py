@@ -28,6 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -56,6 +57,7 @@ __all__ = [
     "memory_of",
     "merged_while_loading",
     "modules_uninitialised",
+    "name_when_saved",
     "name_while_loading",
     "pass_on",
     "special_floats",
@@ -112,8 +114,7 @@ def layer_configs(config: Any) -> list[Any]:
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:
     """A causal LM of which nothing takes memory, buffers neither: to see what it would take."""
     with torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = auto_class(type(config)).from_config(config, dtype=torch.float32)
-    return model
+        return _with_base_named(auto_class(type(config)).from_config(config, dtype=torch.float32))
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -127,6 +128,14 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = auto_class(type(config)).from_config(config, dtype=torch.float32)
     model.tie_weights()
+    return _with_base_named(model)
+
+
+def _with_base_named(model: PreTrainedModel) -> PreTrainedModel:
+    """A causal LM that finds its base model: Llama 4's class has it under another name than it says."""
+    inner = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if not hasattr(model, model.base_model_prefix) and len(inner) == 1:
+        model.base_model_prefix = inner[0]
     return model
 
 
@@ -134,6 +143,23 @@ def name_while_loading(model: Any) -> Callable[[str], str]:
     """What from_pretrained makes of a checkpoint's name of a tensor: old ones are new ones."""
     renamings, _ = _transforms(model)
     return lambda name: str(rename_source_key(name, renamings, [])[0])
+
+
+def name_when_saved(model: Any) -> Callable[[str], str]:
+    """What save_pretrained calls the tensor of a parameter, where from_pretrained makes that parameter of it again."""
+    transforms = reversed(get_model_conversion_mapping(model, add_legacy=False))
+    renamings: list[Any] = [
+        transform.reverse_transform()
+        for transform in transforms
+        if isinstance(transform, WeightRenaming) and not isinstance(transform, PrefixChange)
+    ]
+    loaded = name_while_loading(model)
+
+    def saved(name: str) -> str:
+        renamed = str(rename_source_key(name, renamings, [])[0])
+        return renamed if loaded(renamed) == name else name
+
+    return saved
 
 
 def merged_while_loading(model: Any) -> Callable[[str], bool]:

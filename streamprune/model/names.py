@@ -1,7 +1,7 @@
 """Which tensor of a checkpoint is which parameter of a model, by the rules of from_pretrained."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -9,6 +9,7 @@ from streamprune.checkpoint.packed import packed_shape
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError, UnsupportedModelError
+from streamprune.model.experts import EXPERTS
 from streamprune.model.library import merged_while_loading, name_while_loading
 from streamprune.model.skeleton import Skeleton
 
@@ -61,6 +62,8 @@ def match_names(skeleton: Skeleton, checkpoint: Checkpoint) -> dict[str, str]:
         if place is not None:
             found = tuple(skeleton.fused[one].slices.format(place) for one in found if one in skeleton.fused)
         parameter = next((candidate for candidate in found if candidate in shapes), None)
+        if parameter is None:
+            _check_experts(skeleton, checkpoint, name, found)
         if parameter is None and place is None and merged(name):
             raise UnsupportedModelError(f"{name}: transformers merges or splits it while loading; not supported yet")
         if parameter is None:
@@ -153,6 +156,23 @@ def _number_of_block(skeleton: Skeleton, name: str) -> int:
         if name.startswith(start) and number.isdecimal():
             return int(number[:10])  # a longer one is beyond all blocks as well
     return -1
+
+
+def _check_experts(skeleton: Skeleton, checkpoint: Checkpoint, name: str, found: Iterable[str]) -> None:
+    """Raise CheckpointError for a tensor that lies among the experts of a block and is none of their parameters."""
+    for path, _, inside in (candidate.partition(f".{EXPERTS}.") for candidate in found):
+        if (count := skeleton.expert_counts.get(f"{path}.{EXPERTS}")) is None:
+            continue
+        number = inside.partition(".")[0]
+        if number.isdecimal() and int(number[:10]) >= count:
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {name} is of an expert beyond the {count} of config.json; "
+                "give a config.json that belongs to the weights"
+            )
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensor {name} is none of the experts' weights; give these as they are used, "
+            "dequantised and merged"
+        )
 
 
 def _is_inside_a_matrix(skeleton: Skeleton, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

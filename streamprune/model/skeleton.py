@@ -12,12 +12,12 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from streamprune.checkpoint.reader import Checkpoint
+from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.model.architectures import Architecture, Fold, architecture_of
 from streamprune.model.carried import Channels, lay_out_channels
 from streamprune.model.configuration import model_config, one_line, unsupported
-from streamprune.model.discovery import FoundBlock, discover, shared_weight
+from streamprune.model.discovery import ROUTES, FoundBlock, discover, is_router, shared_weight
 from streamprune.model.experts import EXPERTS, ExpertLayers, FusedTensor, fused_tensors, replace_experts
 from streamprune.model.library import (
     Conv1D,
@@ -200,6 +200,12 @@ class Skeleton:
         return tied_parameters(self.model)
 
     @cached_property
+    def expert_counts(self) -> dict[str, int]:
+        """How many experts each module holds that holds those of a block, by its full name."""
+        paths = [block.experts for block in self.blocks if block.experts is not None]
+        return {path: len([*self.model.get_submodule(path).children()]) for path in paths}
+
+    @cached_property
     def heads(self) -> Heads:
         """Of attention in every block, the largest where they differ; one where the config does not say."""
         return max(
@@ -252,7 +258,7 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
             if name := shared_weight(bare):
                 raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
             model = empty_model(config).eval()
-            experts = replace_experts(model, _names_while_loading(model, checkpoint))
+            experts = replace_experts(model, _while_loading(model, checkpoint))
             found = discover(model)
         except UnsupportedModelError as error:
             raise unsupported(where, config.model_type, str(error)) from error
@@ -275,11 +281,16 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     return Skeleton(model, architecture, path, found.width, width, tables, batched, blocks, fused)
 
 
-def _names_while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> set[str]:
-    """What a checkpoint's tensors of experts may be called in the model."""
+def _while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
+    """A checkpoint's tensors of experts by all that they may be called in the model."""
     renamed, prefix = name_while_loading(model), f"{model.base_model_prefix}."
-    names = (renamed(name) for name in checkpoint.tensors if EXPERTS in name.split("."))
-    return {candidate for name in names for candidate in (name, prefix + name, name.removeprefix(prefix))}
+    names = {renamed(name): tensor for name, tensor in checkpoint.tensors.items()}
+    return {
+        candidate: tensor
+        for name, tensor in names.items()
+        if EXPERTS in name.split(".")
+        for candidate in (name, prefix + name, name.removeprefix(prefix))
+    }
 
 
 def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:
@@ -300,7 +311,7 @@ def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architec
         producers = tuple(f"{name}.{producer}" for producer in fold.producers)
         views = tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers)
         groups.append(LayerGroup(views, producers, fold.per_head, fold.times, fold.interleaved))
-    dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys())}
+    dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys(), found.experts is not None)}
     ungrouped = {f"{name}.{layer}": reason for layer, reason in dense.items()}
     experts = None if found.experts is None else f"{name}.{found.experts}"
     return Block(index, name, parameters, tuple(groups), ungrouped, found.returns, experts)
@@ -318,14 +329,14 @@ def expert_folds(path: str, experts: ExpertLayers) -> dict[tuple[str, ...], Fold
     return found
 
 
-def _other_matrices(module: nn.Module, linears: set[str]) -> dict[str, str]:
+def _other_matrices(module: nn.Module, linears: set[str], routed: bool) -> dict[str, str]:
     """Matrices of a block that are no linear layers' weights, by their layers' or their own names, with the reason."""
     others = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         layer = name.removesuffix(".weight")
         if tensor.ndim > 1 and layer not in linears:
             kind = type(module.get_submodule(name.rpartition(".")[0])).__name__
-            others[layer] = f"{kind} is no linear layer"
+            others[layer] = ROUTES if routed and is_router(layer) else f"{kind} is no linear layer"
     return others
 
 

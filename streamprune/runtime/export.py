@@ -1,6 +1,9 @@
 """`export`: a packed output as a dense checkpoint that plain transformers loads."""
 
+import itertools
+import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +25,11 @@ from streamprune.checkpoint.packed import (
 )
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.checkpoint.untrusted import read_json
-from streamprune.checkpoint.writer import write_json, write_safetensors, write_text
+from streamprune.checkpoint.writer import Pieces, write_json, write_safetensors, write_text
 from streamprune.config import ExportFormat, PathLike, check_settings, path_of
-from streamprune.errors import OutputError
+from streamprune.errors import CheckpointError, OutputError
 from streamprune.model.hub import folder_of
+from streamprune.model.library import name_when_saved
 from streamprune.model.source import Source, open_output
 from streamprune_kernels import expand
 
@@ -65,20 +69,20 @@ def export(folder: PathLike, *, out: PathLike, to: ExportFormat = "dense", progr
     folder = folder_of("folder", folder, progress)
     opened = open_output(folder)
     checkpoint, layers = opened.checkpoint, opened.packed
-    manifest, layout, shards = read_manifest(folder / MANIFEST_FILE), packed_layout(folder), _shards(checkpoint)
+    manifest, layout, shards = read_manifest(folder / MANIFEST_FILE), packed_layout(folder), _dense_shards(opened)
+    files = {tensor.path.name for tensor in checkpoint.tensors.values()}
     card = (README,) if layout.version > 1 else ()  # in version 1 it is the source's
-    beside = list_beside(folder, {*OWN_FILES, *layout.files, *shards, *card})
+    beside = list_beside(folder, {*OWN_FILES, *layout.files, *files, *card})
     temporary = partial / ".temporary"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         temporary.mkdir(parents=True)
         total, weight_map = 0, {}
         bar = tqdm(shards.values(), unit="shard", desc="export", disable=None if progress else True)
-        for number, names in enumerate(bar, 1):
+        for number, tensors in enumerate(bar, 1):
             shard = PLAIN.shard(number, len(shards))
-            tensors = _dense_tensors(opened, names)
             write_safetensors(partial / shard, tensors, temporary)
-            total += sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+            total += sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in tensors.values())
             weight_map.update(dict.fromkeys(tensors, shard))
         write_json(partial / PLAIN.index, {"metadata": {"total_size": total}, "weight_map": weight_map}, temporary)
         config = {
@@ -100,23 +104,50 @@ def export(folder: PathLike, *, out: PathLike, to: ExportFormat = "dense", progr
     return ExportResult(str(out), total, in_order, [name for name in layers if name in stored], beside.left_out)
 
 
-def _shards(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    shards: dict[str, list[str]] = {}
-    for name, source in sorted(checkpoint.tensors.items()):
-        shards.setdefault(source.path.name, []).append(name)
+def _dense_shards(opened: Source) -> dict[str, dict[str, Pieces]]:
+    """The dense tensors that the shards of an output become, by the shards' names; each is made while it is written."""
+    skeleton, tensors = opened.skeleton, opened.checkpoint.tensors
+    layers = {opened.skeleton.parameter_of(name): name for name in opened.packed}
+    parts = {part for name in opened.packed for part in tensor_names(opened.checkpoint, name)}
+    made = {name: _copied(opened.checkpoint, name) for name in tensors if name not in parts}
+    made |= {parameter: _unpacked(opened, name) for parameter, name in layers.items()}
+    files = {name: tensors[f"{layers[name]}.weight_values" if name in layers else name].path.name for name in made}
+    for whole, fused in skeleton.fused.items():
+        slices = [fused.slices.format(number) for number in range(fused.count)]
+        files[whole] = files[slices[0]]
+        made[whole] = _stacked(whole, [made.pop(name) for name in slices])
+    saved = name_when_saved(skeleton.model)
+    shards: dict[str, dict[str, Pieces]] = {}
+    for name in sorted(made):
+        shards.setdefault(files[name], {})[saved(name)] = made[name]
     return dict(sorted(shards.items()))
 
 
-def _dense_tensors(opened: Source, names: list[str]) -> dict[str, torch.Tensor]:
-    """A shard's tensors with every packed layer unpacked to a dense weight, its stored permutation undone."""
-    checkpoint, layers, views = opened.checkpoint, opened.packed, opened.skeleton.views
-    packed = [name for name in layers if f"{name}.weight_values" in names]
-    parts = {part for name in packed for part in tensor_names(checkpoint, name)}
-    tensors = checkpoint.read(name for name in names if name not in parts)
-    for name in packed:
+def _copied(checkpoint: Checkpoint, name: str) -> Pieces:
+    source = checkpoint.tensors[name]
+    return Pieces(source.dtype, source.shape, lambda: checkpoint.pieces(name))
+
+
+def _unpacked(opened: Source, name: str) -> Pieces:
+    """A packed layer's weight, its stored permutation undone."""
+    checkpoint, pattern, transposed = opened.checkpoint, opened.packed[name], opened.skeleton.views[name].transposed
+    rows, channels = packed_shape(checkpoint, name, pattern)
+
+    def weight() -> Iterator[torch.Tensor]:
         layer = layer_from_tensors(name, checkpoint.read(tensor_names(checkpoint, name)))
-        check_contents(name, layer, layers[name])
-        _, in_features = packed_shape(checkpoint, name, layers[name])
-        weight = expand(layer.values, layer.mask, in_features, layer.permutation)
-        tensors[views[name].parameter] = weight.T.contiguous() if views[name].transposed else weight
-    return tensors
+        check_contents(name, layer, pattern)
+        expanded = expand(layer.values, layer.mask, channels, layer.permutation)
+        yield expanded.T.contiguous() if transposed else expanded
+
+    shape = (channels, rows) if transposed else (rows, channels)
+    return Pieces(checkpoint.tensors[f"{name}.weight_values"].dtype, shape, weight)
+
+
+def _stacked(name: str, slices: list[Pieces]) -> Pieces:
+    """A tensor that holds all experts of a block, of what each has of it."""
+    first = slices[0]
+    if any(one.dtype != first.dtype for one in slices):
+        raise CheckpointError(f"{name}: its experts are stored in different dtypes; the output is damaged")
+    return Pieces(
+        first.dtype, (len(slices), *first.shape), lambda: itertools.chain.from_iterable(one.make() for one in slices)
+    )

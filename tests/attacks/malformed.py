@@ -18,9 +18,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import families
 import tiny
 
-from attacks import malformed_bins, malformed_configs, malformed_outputs, malformed_texts, malformed_weights
+from attacks import (
+    malformed_bins,
+    malformed_configs,
+    malformed_experts,
+    malformed_outputs,
+    malformed_texts,
+    malformed_weights,
+)
 from attacks.attacked import Campaign, Worker
 from attacks.catalogue import Malformed
 from streamprune.pipeline.compress import compress
@@ -33,6 +41,7 @@ AMOUNT = ["--sequence-length", "48", "--dtype", "float32", "--quiet"]
 CATALOGUE: dict[str, tuple[Malformed, ...]] = {
     "weights": (*malformed_weights.CATALOGUE, *malformed_bins.CATALOGUE),
     "configs": tuple(malformed_configs.CATALOGUE),
+    "experts": tuple(malformed_experts.CATALOGUE),
     "texts and tokenizers": tuple(malformed_texts.CATALOGUE),
     "outputs": tuple(malformed_outputs.CATALOGUE),
 }
@@ -61,6 +70,8 @@ class Materials:
         path = self.folder / name
         if path.exists():
             return path
+        if name in families.FAMILIES and name not in ("llama", "opt"):
+            return families.write_family(path, name)
         if name == "packed":
             settings: dict[str, Any] = {**tiny.CALIBRATION, "samples": 2}
             compress(self.base("llama"), path, calibration=str(self.folder / "text.txt"), **settings)

@@ -65,12 +65,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a model type of a path": ({"model_type": "../llama"}, "is not supported: this transformers has no"),
     "a model type of control characters": ({"model_type": "\x1b[2J\n"}, "is not supported: this transformers has no"),
     "a model that is no causal LM": ({"model_type": "bert"}, "'bert' is not supported: it is made for masked"),
-    "a mixture of experts": ({"model_type": "mixtral"}, "mixtures of experts are not supported yet"),
+    "a mixture of experts": ({"model_type": "mixtral"}, "8 experts, and the checkpoint has"),
     "an encoder and a decoder": ({"model_type": "bart"}, "'bart' is not supported: it is made for masked"),
     "a model with a picture tower": ({"model_type": "gemma3"}, "'gemma3' is not supported: it wraps a language"),
     "many experts": (
         {"model_type": "mixtral", "num_local_experts": 10**9},
-        "mixtures of experts are not supported yet",
+        "num_local_experts is 1000000000, beyond",
     ),
     "buffers beyond memory": (
         {"model_type": "gptj", "max_position_embeddings": 1 << 24, "rotary_dim": 16},

@@ -20,7 +20,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from streamprune.errors import CheckpointError
 from streamprune.model.architectures import ARCHITECTURES
 from streamprune.model.configuration import NOT_OF_THE_FORWARD
-from streamprune.model.library import auto_class
+from streamprune.model.experts import replace_experts
+from streamprune.model.library import auto_class, is_experts
 from streamprune.model.skeleton import Heads
 from streamprune.model.source import Source, open_dense
 from streamprune.pipeline.block_pruning import FoldedPermutation, folded_permutations
@@ -57,6 +58,21 @@ def inside_heads(heads: Heads, generator: torch.Generator) -> torch.Tensor:
     return torch.cat([head * heads.size + each[head // shared] for head in range(heads.queries)])
 
 
+def experts_apart(model: PreTrainedModel, source: Source) -> PreTrainedModel:
+    """A model whose experts' layers are called as a source's, with the weights that they had."""
+    owns = {path: model.get_submodule(path) for path, module in model.named_modules() if is_experts(module)}
+    for path, layers in replace_experts(model, source.skeleton.shapes).items():
+        fused = "gate_up_proj" if layers.gated else "up_proj"
+        for name, tensor in owns[path].named_parameters():
+            names = layers.names.up if name.startswith(fused) else (layers.names.down,)
+            kind = "bias" if name.endswith("_bias") else "weight"
+            for number, whole in enumerate(tensor.detach()):
+                for part, piece in zip(names, whole.chunk(len(names)), strict=True):
+                    layer = layers.expert(number).get_submodule(part)
+                    setattr(layer, kind, torch.nn.Parameter(piece.clone()))
+    return model
+
+
 def reordered(model: PreTrainedModel, folds: list[FoldedPermutation]) -> dict[str, torch.Tensor]:
     tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
     reorders = [(name, dim, fold.permutation) for fold in folds for name, dim in fold.reorders if name in tensors]
@@ -84,6 +100,25 @@ def test_every_fold_of_the_table_leaves_the_logits(name: str, tmp_path: Path) ->
         assert float((logits(model, others) - expected).abs().max()) > 1e-5, left
 
 
+@pytest.mark.parametrize("name", list(families.MIXTURES))
+def test_every_fold_of_experts_leaves_the_logits(name: str, tmp_path: Path) -> None:
+    """In each expert of each block; and without what is reordered in front of the last layers they are others."""
+    source = open_dense(families.write_family(tmp_path, name))
+    paths = [block.experts for block in source.blocks if block.experts is not None]
+    lasts = {group.name for block in source.blocks for group in block.groups if group.producers}
+    assert {name.rpartition(".")[0] for name in lasts} == {f"{path}.{number}" for path in paths for number in range(4)}
+    settings = {"dtype": torch.float64, "experts_implementation": "eager"}  # the only one of float64
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **settings).eval()
+    expected = logits(model)
+    model = experts_apart(model, source)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    tensors = reordered(model, list(any_folds(source)))
+    torch.testing.assert_close(logits(model, tensors), expected, rtol=1e-5, atol=1e-5)
+    alone = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") in lasts}
+    assert len(alone) == len(lasts)
+    assert float((logits(model, alone) - expected).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_sequences_become_the_same_together_and_alone(name: str, tmp_path: Path) -> None:
     """Bit by bit, or they go one by one."""
@@ -109,7 +144,7 @@ def other_values(config: PretrainedConfig, field: str) -> Iterator[Any]:
     elif isinstance(value, float):
         yield value / 2 + 0.25
     elif isinstance(value, str):
-        yield "relu"
+        yield from ("relu", "greedy")  # of activations, and of ways to choose experts
     elif isinstance(value, list):
         yield value[::-1]
     elif isinstance(value, tuple):  # a range
@@ -157,7 +192,7 @@ def check_field(folder: Path, name: str, field: str) -> int:
             continue
         expected = logits(model)
         torch.testing.assert_close(logits_of(source, IDS), expected, rtol=1e-4, atol=1e-4, msg=f"{field} is {value}")
-        wide = model.double()
+        wide = experts_apart(model.double(), source)
         folded = logits(wide, reordered(wide, list(any_folds(source))))
         torch.testing.assert_close(folded, logits(wide), rtol=1e-6, atol=1e-6, msg=f"folds, {field} is {value}")
         run += 1

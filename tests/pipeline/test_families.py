@@ -27,7 +27,8 @@ TOKENS = torch.tensor([[ord(character) for character in "Twenty-nine letters and
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 NAMES = [*families.FAMILIES, *families.WRAPPED, *families.VARIANTS]
 RESUMED = (
-    *("bloom", "cohere", "gemma3_text", "gemma4_text", "gptj", "nemotron_h", "phi3", "qwen2_5_vl", "qwen3_5_text"),
+    *("bloom", "cohere", "deepseek_v3", "gemma3_text", "gemma4_text", "gptj", "nemotron_h", "phi3", "qwen2_5_vl"),
+    "qwen3_5_text",
 )  # a kind of block each
 
 
@@ -44,6 +45,8 @@ def check_the_whole_way(source: Path, out: Path, held_out: Path) -> None:
     dense = out.with_name("dense")
     assert verify(out, source=source).faults == []
     export(out, out=dense)
+    stored = [{name: tensor.shape for name, tensor in tiny.read_tensors(one).items()} for one in (dense, source)]
+    assert stored[0] == stored[1]
     packed, masked = logits_of(out), logits_of(dense)
     torch.testing.assert_close(packed, masked, rtol=1e-4, atol=1e-4)
     assert float((packed - logits_of(source)).abs().max()) > 1e-2
@@ -96,11 +99,11 @@ def test_the_residual_stream_of_post_norms(prune: Prune, held_out: Path, tmp_pat
     check_the_whole_way(folder, tmp_path / "out", held_out)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", *families.MIXTURES])
 def test_a_loaded_output_is_made_dense_and_saved(name: str, prune: Prune, tmp_path: Path) -> None:
-    """GPT-2's weights lie as [in, out] again."""
+    """GPT-2's weights lie as [in, out] again, and experts as transformers saves them."""
     source, out = families.write_family(tmp_path / "source", name), tmp_path / "out"
-    prune(source, out)
+    prune(source, out, metric="magnitude", shuffle="none", validate=False)
     packed = logits_of(out)
     AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).dequantize().save_pretrained(tmp_path / "dense")
     torch.testing.assert_close(logits_of(tmp_path / "dense"), packed, rtol=1e-4, atol=1e-4)
