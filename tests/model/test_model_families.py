@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from pieces import TOKENS, logits_of, recorded, runnable
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from streamprune.errors import CheckpointError
 from streamprune.model.architectures import ARCHITECTURES
