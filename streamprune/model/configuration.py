@@ -270,7 +270,7 @@ def _routing_faults(values: Mapping[str, Any], config_class: type[PretrainedConf
     given = {name: values.get(name, getattr(config_class, name, None)) for name in (TAKEN, *EXPERTS) if name in fields}
     taken = given.pop(TAKEN, None)
     for experts in given.values():
-        if type(experts) is int and experts > 0 and type(taken) is int and not 1 <= taken <= experts:
+        if type(experts) is int and experts > 1 and type(taken) is int and not 1 <= taken <= experts:
             yield f"{TAKEN} is {taken}, and there are {experts} experts"
 
 
