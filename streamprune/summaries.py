@@ -147,8 +147,8 @@ def show_pace(result: Any) -> None:
     )
     if result.expert_hit_rate is not None:
         say(
-            f"room for {result.resident_experts} of {result.experts} experts; {result.expert_hit_rate:.1%} of those that "
-            "tokens were routed to were there",
+            f"room for {result.resident_experts} of {result.experts} experts; {result.expert_hit_rate:.1%} of those "
+            "that tokens were routed to were there",
             err=True,
         )
     if result.disk_bytes_per_second is not None:

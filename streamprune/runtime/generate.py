@@ -106,9 +106,9 @@ def generate(
     share `top_p` together. As many blocks stay in memory as `max_memory` holds ("12GiB"; default: nine tenths of what
     is available), by an estimate; the others are read from disk for every token while the one before computes. Of a
     mixture of experts those are read that tokens are routed to, into what memory is left beside the rest of the blocks.
-    On a GPU the blocks stay in its memory, limited by `max_device_memory`. `on_text` is called with each piece of a single
-    prompt's text. The model is transformers' own, and so are masks, caches and sampling. Raises SettingsError for
-    prompts that are empty or too long, and where the memory does not hold one block.
+    On a GPU the blocks stay in its memory, limited by `max_device_memory`. `on_text` is called with each piece of a
+    single prompt's text. The model is transformers' own, and so are masks, caches and sampling. Raises SettingsError
+    for prompts that are empty or too long, and where the memory does not hold one block.
 
     >>> result = streamprune.generate(pruned, prompt="The hills", max_new_tokens=8)
     >>> len(result.tokens[0]), result.resident_blocks == result.blocks
