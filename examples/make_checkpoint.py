@@ -8,8 +8,8 @@ Shapes are the published models' (hidden, intermediate, heads, vocabulary); weig
 with a standard deviation of 0.02, norms 1 and biases 0, so nothing that is measured on them says anything of
 perplexity. With --embeddings 1 the states of a mixture of experts stay those of their tokens, so that tokens differ in
 the experts that they are routed to; with --skew some experts are more popular than others. Files are sharded at
---shard-bytes as the originals are (10 GB), safetensors or pickled .bin, with an index. One tensor at a time is in memory
-with safetensors, one shard with .bin. The tokenizer has one token for each byte.
+--shard-bytes as the originals are (10 GB), safetensors or pickled .bin, with an index. One tensor at a time is in
+memory with safetensors, one shard with .bin. The tokenizer has one token for each byte.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """A model's experts, read from disk when tokens are routed to them.
 
 What the next block will ask for is guessed by its router from the states that this one's experts are given, and read
-meanwhile; a guess decides when something is read, never what is computed.
+meanwhile, as long as guesses are mostly right. They decide when something is read, never what is computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,22 @@ from streamprune.model.experts import ExpertLayers, Routing, add_weighted
 from streamprune.model.residency import StoredBlock
 from streamprune.model.source import Source
 
+MOSTLY = 0.5  # guesses that are right, for others to be read
+LEARNING = 32  # guesses that the share is taken over
 FEW_ROWS = 32  # of which all experts' outputs are kept, so that those that are there need not wait for others
+
+
+@dataclass
+class Guess:
+    """Of a block: experts that it may ask for and that were not there, and the share that it did of earlier ones."""
+
+    keys: frozenset[Key] = frozenset()
+    right: float = 1.0
+
+    def check(self, wanted: Collection[Key]) -> None:
+        """Learn what the block asked for."""
+        for key in self.keys:
+            self.right += ((key in wanted) - self.right) / LEARNING
 
 
 @dataclass
@@ -38,6 +53,7 @@ class ExpertStream:
         self.cache = ExpertCache(source, keyed, slots, reader, device)
         self.asked = Asked()
         self._routers = [_router_of(block) for block in self.blocks]
+        self._guesses = [Guess() for _ in self.blocks]
         self._passes, self._bytes_before = 0, 0
         self._layers = [_layers_of(block) for block in self.blocks]
         for number, layers in enumerate(self._layers):
@@ -68,6 +84,7 @@ class ExpertStream:
         wanted = self._note(number, routing)
         there = {key for key in wanted if self.cache.is_there(key)}
         order = [*sorted(there), *sorted(set(wanted) - there)] if len(rows) <= FEW_ROWS else wanted
+        self._guesses[number].check(wanted)
         guessed = self._guess(number + 1, rows, routing.index.shape[-1])
         coming = {key: place for place, key in enumerate(dict.fromkeys([*order, *guessed]))}
         total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
@@ -101,13 +118,16 @@ class ExpertStream:
         return wanted
 
     def _guess(self, number: int, rows: torch.Tensor, each: int) -> list[Key]:
-        """Experts that a block will ask for, by its router; none where its router is not in memory."""
+        """Experts to read for a block, by its router; none where that is not in memory, or has mostly been wrong."""
         router = self._routers[number] if number < len(self._routers) else None
         if router is None or router.weight.is_meta:
             return []
         bias = getattr(router, "bias", None)
         logits = nn.functional.linear(rows.to(router.weight.dtype), router.weight, bias)
-        return [(number, expert) for expert in logits.topk(each).indices.unique().tolist()]
+        keys = [(number, expert) for expert in logits.topk(each).indices.unique().tolist()]
+        guess = self._guesses[number]
+        guess.keys = frozenset(key for key in keys if not self.cache.is_there(key))
+        return keys if guess.right > MOSTLY else []
 
 
 def _layers_of(block: StoredBlock) -> ExpertLayers:
