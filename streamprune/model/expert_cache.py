@@ -6,7 +6,7 @@ Those stay that were used most, what is long ago counting less (docs/benchmarks.
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import wait
 from dataclasses import dataclass
 
@@ -70,6 +70,12 @@ class ExpertCache:
         self.read_bytes += layout.read_bytes
         return True
 
+    def forget(self, keys: Collection[Key]) -> None:
+        """Stop reading experts that are on their way, in favour of others."""
+        for key in keys:
+            if key in self._held and not self.is_there(key):
+                self._drop(key)
+
     def ready(self, key: Key) -> nn.Module:
         """An expert that has begun, with its weights. Raises the errors of `Reading.finish` and `check_block`."""
         held, expert = self._held[key], self.experts[key]
@@ -123,7 +129,8 @@ class ExpertCache:
     def _drop(self, key: Key) -> None:
         held = self._held.pop(key)
         if held.reading is not None:
-            _stop(held.reading)
+            stopped = _stop(held.reading)
+            self.read_bytes -= held.reading.layout.read_bytes * stopped // len(held.reading.pieces)
         else:
             self.experts[key].module.to("meta")
         if held.memory is not None:
@@ -135,5 +142,8 @@ class ExpertCache:
         held.memory = None
 
 
-def _stop(reading: Reading) -> None:
-    wait([piece for piece in reading.pieces if not piece.cancel()])
+def _stop(reading: Reading) -> int:
+    """Wait for those pieces that have begun; the number of the others, which are not read."""
+    begun = [piece for piece in reading.pieces if not piece.cancel()]
+    wait(begun)
+    return len(reading.pieces) - len(begun)

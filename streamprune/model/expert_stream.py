@@ -85,6 +85,7 @@ class ExpertStream:
         there = {key for key in wanted if self.cache.is_there(key)}
         order = [*sorted(there), *sorted(set(wanted) - there)] if len(rows) <= FEW_ROWS else wanted
         self._guesses[number].check(wanted)
+        self.cache.forget(self._guesses[number].keys.difference(wanted))
         guessed = self._guess(number + 1, rows, routing.index.shape[-1])
         coming = {key: place for place, key in enumerate(dict.fromkeys([*order, *guessed]))}
         total = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
@@ -118,13 +119,20 @@ class ExpertStream:
         return wanted
 
     def _guess(self, number: int, rows: torch.Tensor, each: int) -> list[Key]:
-        """Experts to read for a block, by its router; none where that is not in memory, or has mostly been wrong."""
+        """Experts to read for a block, the likeliest half by its router; none where that is not in memory, or where
+        guesses were mostly wrong.
+        """
         router = self._routers[number] if number < len(self._routers) else None
-        if router is None or router.weight.is_meta:
+        if router is None:
             return []
-        bias = getattr(router, "bias", None)
-        logits = nn.functional.linear(rows.to(router.weight.dtype), router.weight, bias)
-        keys = [(number, expert) for expert in logits.topk(each).indices.unique().tolist()]
+        module, (name, name_of_bias) = self.blocks[number].module, router
+        weight = module.get_parameter(name)
+        bias = None if name_of_bias is None else module.get_parameter(name_of_bias)
+        if weight.is_meta:
+            return []
+        logits = nn.functional.linear(rows.to(weight.dtype), weight, bias)
+        likeliest_first = logits.topk(max(1, each // 2)).indices.T.flatten().tolist()
+        keys = [(number, expert) for expert in dict.fromkeys(likeliest_first)]
         guess = self._guesses[number]
         guess.keys = frozenset(key for key in keys if not self.cache.is_there(key))
         return keys if guess.right > MOSTLY else []
@@ -137,16 +145,17 @@ def _layers_of(block: StoredBlock) -> ExpertLayers:
     return layers
 
 
-def _router_of(block: StoredBlock) -> nn.Module | None:
-    """The layer beside a block's experts that has a row for each; None where not just one has."""
+def _router_of(block: StoredBlock) -> tuple[str, str | None] | None:
+    """Names of the weight beside a block's experts that has a row for each, and of its bias; None where not just one
+    has.
+    """
     path = block.block.local(str(block.block.experts))
     beside = path.removesuffix(path.rpartition(".")[2])
     shapes = {local: block.layout.tensors[name].shape for local, name in block.stored.items()}
     found = [
-        local.rpartition(".")
+        local
         for local, shape in shapes.items()
         if local.startswith(beside) and len(shape) == 2 and shape[0] == len(block.experts)
     ]
-    if len(found) != 1 or found[0][2] != "weight":
-        return None
-    return block.module.get_submodule(found[0][0])
+    bias = f"{found[0].removesuffix('weight')}bias" if found else ""
+    return (found[0], bias if bias in shapes else None) if len(found) == 1 else None

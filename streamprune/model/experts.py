@@ -78,7 +78,9 @@ class ExpertLayers(nn.Module):
 
     def __init__(self, own: nn.Module, names: ExpertNames) -> None:
         super().__init__()
-        self.names, self.function, self.routed = names, None, None  # type: Any
+        self.names = names
+        self.function: Function | None = None
+        self.routed: torch.Tensor | None = None
         fused, down = _parameters_of(own)
         transposed = bool(getattr(own, "is_transposed", experts_without_router(own)))
         shapes = [tuple(own.get_parameter(name).shape) for name in (fused, down)]
