@@ -1,4 +1,4 @@
-"""Mixtures of experts in transformers: a packed layer for each expert and matrix, or a dense one; saved, and exported."""
+"""Mixtures of experts in transformers: a packed layer for each expert and matrix, or a dense one; saved, exported."""
 
 import weakref
 from collections.abc import Callable
@@ -9,7 +9,6 @@ import families
 import pytest
 import tiny
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from streamprune import PackedLinear
@@ -55,10 +54,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("name", list(EXPERTS))
 def test_loaded_saved_and_made_dense(name: str, packed: Callable[[str], Path], tmp_path: Path) -> None:
     model, dense = families.load(packed(name)), tmp_path / "dense"
-    layers = {(n, part): model.get_submodule(f"model.layers.{block}.mlp.experts.{n}.{part}")
-              for block in (0, 1) for n in range(4) for part in EXPERTS[name]}  # fmt: skip
-    assert {isinstance(layer, PackedLinear) for layer in layers.values()} == {True, False}
-    assert {type(layer).__mro__[-3] for layer in layers.values()} <= {nn.Module, nn.Linear, PackedLinear}
+    layers = [model.get_submodule(f"model.layers.{block}.mlp.experts.{number}.{part}")
+              for block in (0, 1) for number in range(4) for part in EXPERTS[name]]  # fmt: skip
+    assert {isinstance(layer, PackedLinear) for layer in layers} == {True, False}
     export(packed(name), out=dense)
     masked = families.load(dense)
     torch.testing.assert_close(logits(model), logits(masked), rtol=1e-4, atol=1e-4)
@@ -103,7 +101,5 @@ def test_experts_that_are_not_in_the_files_are_refused(packed: Callable[[str], P
     out = families.load(packed("mixtral"))
     out.config.num_local_experts = 40
     out.save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"layers\.0\.mlp\.experts: 40 experts, and the checkpoint has \d\d tensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts: 40 experts, and the checkpoint has \d\d "):
         families.load(tmp_path)
