@@ -25,9 +25,9 @@ the config is refused.
 Other causal language models of transformers go through as well, if their blocks are a list of modules with linear
 layers. What their blocks are is found by running the model once on tensors without numbers; permutations are stored.
 `streamprune plan MODEL --json` says of each tensor whether it is pruned, copied, or left dense and why. Refused, by
-name and before a job starts: models with an encoder, models inside others (with a picture tower),
-models whose blocks hand each other more than hidden states or depend on the text in another way, and those of which
-less than `--min-coverage` of the blocks' matrices are layers that can be pruned.
+name and before a job starts: models with an encoder, models whose blocks hand each other more than hidden states or
+depend on the text in another way, and those of which less than `--min-coverage` of the blocks' matrices are layers that
+can be pruned.
 
 A permutation that is folded costs nothing at run time; one that is stored is a gather of that input. Layers with commas
 between them share an input, and its permutation. Of experts each matrix is named once, expert N's.
