@@ -134,6 +134,11 @@ def test_sequences_become_the_same_together_and_alone(name: str, tmp_path: Path)
         states = together
 
 
+def test_router_logits_that_are_asked_for_change_nothing(tmp_path: Path) -> None:
+    source = open_dense(families.write_family(tmp_path, "mixtral", output_router_logits=True))
+    torch.testing.assert_close(logits_of(source, IDS), logits(families.load(tmp_path)), rtol=1e-4, atol=1e-4)
+
+
 def other_values(config: PretrainedConfig, field: str) -> Iterator[Any]:
     """Values of a field that may be others than a config's; not all make a model."""
     value = getattr(config, field)
