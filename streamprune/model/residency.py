@@ -78,8 +78,7 @@ def stored_blocks(source: Source, arithmetic: Arithmetic) -> list[StoredBlock]:
 
 def _stored_block(source: Source, block: Block, arithmetic: Arithmetic) -> StoredBlock:
     rest, *parts = block.parts
-    experts = (replace(part, name=f"{block.experts}.{number}") for number, part in enumerate(parts))
-    stored = tuple(_stored_part(source, expert, arithmetic) for expert in experts)
+    stored = tuple(_stored_part(source, expert, arithmetic) for expert in parts)
     return replace(_stored_part(source, rest, arithmetic), experts=stored)
 
 

@@ -99,7 +99,7 @@ class Block:
             groups.setdefault(self._expert_of(group.name), []).append(group)
         return tuple(
             replace(self, name=f"{self.experts}.{part}" if part else self.name, parameters=tuple(names),
-                    groups=tuple(groups.get(part, ())), experts=None)
+                    groups=tuple(groups.get(part, ())), experts=None if part else self.experts)
             for part, names in parameters.items()
         )  # fmt: skip
 
