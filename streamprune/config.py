@@ -191,8 +191,8 @@ class PruneConfig:
     max_block_error budget on what a block adds, relative (Frobenius); None: no budget
     on_excess       what to do with a block above the budget
     starved         what ranks the weights of an expert that sees fewer than min_expert_tokens of the text's tokens:
-                    "pool", what it makes of inputs of the block's other experts, as many as an expert sees on average;
-                    "magnitude", its weights alone; or it stays "dense"
+                    "pool", what it makes of its own inputs and of the block's other experts', as many as an expert sees
+                    on average and at least min_expert_tokens; "magnitude", its weights alone; or it stays "dense"
     min_expert_tokens  tokens with which an expert is not starved
     validate        run the calibration text through the model: the method and all error figures need it. Without it no
                     forward pass is made, which works only for a method that needs nothing but weights

@@ -179,8 +179,8 @@ METHOD = options(
         type=Choice("starved"),
         default=PruneConfig.starved,
         show_default=True,
-        help="An expert that sees fewer tokens than --min-expert-tokens: rank its weights by what it makes of inputs "
-        "of the other experts (pool) or by their magnitude alone (magnitude), or leave it as it is (dense).",
+        help="An expert that sees fewer tokens than --min-expert-tokens: rank its weights by what it makes of its own "
+        "inputs and of other experts' (pool) or by their magnitude alone (magnitude), or leave it as it is (dense).",
     ),
     click.option(
         "--min-expert-tokens",

@@ -45,14 +45,8 @@ SHARES = ("partial_rotary_factor",)  # more than 1 would make rotary frequencies
 NOT_OF_THE_FORWARD = frozenset(
     {
         *("id2label", "label2id", "num_labels", "problem_type", "architectures", "auto_map", "model_type"),
-        *(
-            "output_attentions",
-            "output_router_logits",
-            "output_hidden_states",
-            "tie_last_hidden_states",
-            "return_dict",
-            "use_return_dict",
-        ),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "tie_last_hidden_states"),
+        *("return_dict", "use_return_dict"),
         *("dtype", "torch_dtype", "transformers_version", "name_or_path", "_name_or_path", "_commit_hash"),
         *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
         *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),

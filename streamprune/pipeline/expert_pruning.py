@@ -5,6 +5,7 @@ that pass 1 routes to it, through its own written layers: pass 2 need not have t
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -112,7 +113,7 @@ class _ExpertWork:
     ) -> None:
         """One sequence's rows through the dense expert; what of them decides about its weights is observed."""
         stage, (rows, weights) = self.streams.hidden, self.streams.hidden.rows_of(sequence, self.number)
-        observed = rows if starved is None else self._pooled(stage, sequence)
+        observed = rows if starved is None else self._joined(sequence, rows)
         x = stage.inputs(sequence, observed)
         sample.observe(x, x)
         observation.sequence = sequence
@@ -153,11 +154,15 @@ class _ExpertWork:
         if len(rows):
             stage.add(position, rows, weights, made)
 
-    def _pooled(self, stage: ExpertStage, sequence: int) -> torch.Tensor:
-        """Evenly spaced rows of a sequence, whichever experts take them: as many as an expert takes on average."""
+    def _joined(self, sequence: int, rows: torch.Tensor) -> torch.Tensor:
+        """Its own rows of a sequence and evenly spaced ones, whichever experts take them. Of these as many as an expert
+        takes on average, but at least so many that all sequences' make `min_expert_tokens`. Ascending, each row once.
+        """
+        stage = self.streams.hidden
         index = stage.routings[sequence].index
-        share = min(len(index), max(1, -(-index.numel() // stage.layers.count)))
-        return torch.arange(share) * (len(index) // share)
+        wanted = max(index.numel() / stage.layers.count, self.job.config.min_expert_tokens / stage.sequences)
+        share = min(len(index), max(1, math.ceil(wanted)))
+        return torch.cat((rows, torch.arange(share) * (len(index) // share))).unique()
 
     def _records(self, pruned: PrunedBlock, written: WrittenPart, sample: InputSample) -> Iterator[LayerRecord]:
         """Records of the layers, whose inputs are those of the written expert. Raises KernelFault."""

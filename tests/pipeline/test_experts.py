@@ -4,6 +4,7 @@ Expected values come from transformers' own model, whose experts lie in 3-D para
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from streamprune.model.source import open_dense
 from streamprune.pipeline import expert_pruning
 from streamprune.pipeline.compress import CompressResult
 from streamprune.pruning.statistics import StatisticsAccumulator
+from streamprune.runtime.evaluate import evaluate
 from streamprune.runtime.verify import verify
 from streamprune.text.calibration import Calibration, calibration_tokens
 
@@ -80,15 +82,21 @@ def test_statistics_are_of_the_tokens_routed_to_an_expert(
         torch.testing.assert_close(found, x.square().mean(dim=0).sqrt(), rtol=1e-4, atol=1e-6)
 
 
-def test_starved_experts_pool_inputs(mixtral: Path, prune: Prune, routed: list[Any], tmp_path: Path) -> None:
-    """Every second token, of two experts of four a token."""
-    result = prune(mixtral, tmp_path / "out", **{**SEEN, "min_expert_tokens": 10**6})
+@pytest.mark.parametrize("step", [2, 1])
+def test_starved_experts_pool_inputs(step: int, mixtral: Path, prune: Prune, routed: list[Any], tmp_path: Path) -> None:
+    """Their own tokens, and every second one, as two experts of four take each; all where the text has too few."""
     rows, index, _ = routed[0]
+    counts = [int((index == expert).sum()) for expert in range(4)]
+    fewest = counts.index(min(counts))
+    least = min(counts) + 1 if step == 2 else 10**6
+    result = prune(mixtral, tmp_path / "out", **{**SEEN, "min_expert_tokens": least})
     assert {name: seen for name, seen in result.starved.items() if name.startswith(BLOCK.format(0))} == {
-        f"{BLOCK.format(0)}.{expert}": int((index == expert).sum()) for expert in range(4)
+        f"{BLOCK.format(0)}.{expert}": seen for expert, seen in enumerate(counts) if seen < least
     }
-    for layer, x in inputs_of_layers(mixtral, 3, rows[::2]).items():
-        found = input_rms(tmp_path / "out", 3, layer)
+    observed = (index == fewest).any(dim=1)
+    observed[::step] = True
+    for layer, x in inputs_of_layers(mixtral, fewest, rows[observed]).items():
+        found = input_rms(tmp_path / "out", fewest, layer)
         torch.testing.assert_close(found, x.square().mean(dim=0).sqrt(), rtol=1e-4, atol=1e-6)
 
 
@@ -228,6 +236,14 @@ def test_kept_dense_with_experts(mixtral: Path, prune: Prune, tmp_path: Path) ->
     ours, source = tiny.read_tensors(tmp_path / "out"), tiny.read_tensors(mixtral)
     for name, tensor in source.items():
         assert torch.equal(ours[name.replace("block_sparse_moe", "mlp")], tensor)
+
+
+def test_a_config_that_asks_for_the_routers_outputs(mixtral: Path, calibration: Path, tmp_path: Path) -> None:
+    """They are for training: transformers would make a loss of them."""
+    folder = shutil.copytree(mixtral, tmp_path / "source")
+    tiny.write_json(folder / "config.json", tiny.read_json(folder / "config.json") | {"output_router_logits": True})
+    asked, plain = (evaluate(path, text=calibration, sequence_length=48, max_tokens=96) for path in (folder, mixtral))
+    assert asked.perplexity == plain.perplexity
 
 
 def test_settings_of_experts_are_refused_without_any(prune: Prune, tmp_path: Path) -> None:
