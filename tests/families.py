@@ -81,7 +81,7 @@ def row_of(source: Source, coverage: float) -> str:
     block, skeleton = source.blocks[0], source.skeleton
     groups = [(", ".join(map(block.local, group.names)), bool(group.producers)) for group in block.groups]
     folded, stored = ("; ".join(names for names, folds in groups if folds is wanted) for wanted in (True, False))
-    notes = ["`--shuffle residual`"] * (skeleton.architecture.residual is not None)
+    notes = ["`--shuffle residual`"] * (skeleton.residual is not None)
     notes += ["one sequence at a time"] * (not skeleton.batched)
     notes += [f"dense: {', '.join(map(block.local, block.ungrouped))}"] * bool(block.ungrouped)
     cells = f"`{skeleton.model.config.model_type}`", f"{coverage:.1%}", folded, stored, "; ".join(notes)

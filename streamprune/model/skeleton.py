@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import ARCHITECTURES, Architecture, Fold, architecture_of
+from streamprune.model.architectures import RESIDUAL_STREAMS, TOGETHER, ResidualStream
 from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import FoundBlock, discover, shared_weight
 from streamprune.model.library import (
     Conv1D,
+    PretrainedConfig,
     bare_model,
     empty_model,
     linear_shape,
@@ -40,13 +41,18 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of a block that read one and the same input. The other fields are Fold's, by full names: empty producers
-    are where no permutation folds, and it is stored.
+    """Layers of a block that read one and the same input, and where a permutation of it folds (folding.py).
+
+    producers  layers whose output rows (and bias) are this input, channel by channel, up to what is done to all alike;
+               none: a permutation is stored
+    per_head   the input is attention's output: a permutation must stay inside heads, and is one for all the query
+               heads that share a KV head, whose value rows are the producer's
+    times      how often the producer's rows hold the channels, one range after the other (2: gate and up fused)
     """
 
     layers: tuple[WeightView, ...]
-    producers: tuple[str, ...]
-    per_head: bool
+    producers: tuple[str, ...] = ()
+    per_head: bool = False
     times: int = 1
 
     @property
@@ -89,12 +95,13 @@ class Block:
 class Skeleton:
     """A causal LM on the meta device, in evaluation mode.
 
-    path is the module of its blocks' list, hidden_size the width of the states that go through them. `batched`: several
-    sequences may go through a block at once, and become what each would alone.
+    path is the module of its blocks' list, hidden_size the width of the states that go through them, residual what
+    lies along these where that is known. `batched`: several sequences may go through a block at once, and become what
+    each would alone.
     """
 
     model: PreTrainedModel
-    architecture: Architecture
+    residual: ResidualStream | None
     path: str
     hidden_size: int
     batched: bool
@@ -180,36 +187,35 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
                 raise UnsupportedModelError(f"its model has {needed} bytes of buffers")
             if name := shared_weight(bare):
                 raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
-            model = empty_model(config).eval()
+            model = modules_of(config)
             found = discover(model)
         except UnsupportedModelError as error:
             raise unsupported(where, config.model_type, str(error)) from error
         except Exception as error:
             raise CheckpointError(f"{where}: makes no model ({one_line(error)})") from error
     pass_on(where, warnings)
-    architecture = architecture_of(config.model_type)
     path = f"{model.base_model_prefix}.{found.path}"
     modules = [*model.get_submodule(path).children()]
-    blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))
-    batched = found.batched and config.model_type in ARCHITECTURES  # as tests show of these
-    return Skeleton(model, architecture, path, found.width, batched, blocks)
+    blocks = tuple(_block(f"{path}.{i}", i, modules[i], one) for i, one in enumerate(found.blocks))
+    batched = found.batched and config.model_type in TOGETHER
+    return Skeleton(model, RESIDUAL_STREAMS.get(config.model_type), path, found.width, batched, blocks)
 
 
-def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:
+def modules_of(config: PretrainedConfig) -> PreTrainedModel:
+    """The modules of a config as they are run here, parameters on the meta device, in evaluation mode."""
+    return empty_model(config).eval()
+
+
+def _block(name: str, index: int, module: nn.Module, found: FoundBlock) -> Block:
     parameters = tuple(f"{name}.{parameter}" for parameter in module.state_dict(keep_vars=True))
-    folds = {fold.layer: fold for fold in architecture.folds}
     grouped = {layer for group in found.groups for layer in group}
-    groups = []
-    for layers in found.groups:
-        fold = folds.get(layers[0])
-        if fold is None or len(layers) > 1 or not grouped.issuperset(fold.producers):
-            fold = Fold(layers[0], ())
-        producers = tuple(f"{name}.{producer}" for producer in fold.producers)
-        views = tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers)
-        groups.append(LayerGroup(views, producers, fold.per_head, fold.times))
+    groups = tuple(
+        LayerGroup(tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers))
+        for layers in found.groups
+    )
     dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys())}
     ungrouped = {f"{name}.{layer}": reason for layer, reason in dense.items()}
-    return Block(index, name, parameters, tuple(groups), ungrouped, found.returns)
+    return Block(index, name, parameters, groups, ungrouped, found.returns)
 
 
 def _other_matrices(module: nn.Module, linears: set[str]) -> dict[str, str]:

@@ -9,8 +9,9 @@ import torch
 from streamprune.checkpoint.manifest import LayerRecord, MomentsRecord, StepRecord
 from streamprune.checkpoint.packed import packed_tensors
 from streamprune.checkpoint.writer import Pieces, Staged, stage_safetensors
+from streamprune.model.folding import FoldedPermutation
 from streamprune.model.skeleton import Block
-from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, PrunedLayer
+from streamprune.pipeline.block_pruning import PrunedBlock, PrunedLayer
 from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.residual import source_order
 from streamprune.pipeline.run import Run
