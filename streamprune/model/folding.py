@@ -1,10 +1,10 @@
 """Where a permutation of a layer's input folds into the layers that make it: believed only where numbers show it.
 
-A candidate is a layer whose input has as many channels as an earlier layer of its block has outputs, or two have, or
-one that holds them twice (gate and up fused), or once for each KV head (values). Each is tried on a small instance of
-the model's own class, with random weights in float64: the producers' rows and the reader's columns are permuted as
-pruning does it. What a block returns must stay, and must change with each of these tensors left as it was. All else is
-stored. So no class has to be known, and whatever a config switches on is in what is tried.
+A candidate is a layer whose input has as many channels as an earlier layer of its block has outputs, or as two beside
+each other have, or one that holds them twice (gate and up fused), or once for each KV head (values). Each is tried on a
+small instance of the model's own class, with random weights in float64: the producers' rows and the reader's columns
+are permuted as pruning does it. What a block returns must stay, and must change with each of these tensors left as it
+was. All else is stored. So no class has to be known, and whatever a config switches on is in what is tried.
 """
 
 import copy
@@ -12,8 +12,9 @@ import logging
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,11 +37,13 @@ from streamprune.model.skeleton import Block, Heads, LayerGroup, Skeleton, modul
 logger = logging.getLogger("streamprune")
 
 TOKENS = 32  # of the trial: so many that most experts of a block see some
-INNER = 32  # channels inside a small instance's MLPs
+MAX_HEADS, MAX_SHARED = 4, 2  # KV heads of a small instance, and query heads of each
+MAX_WIDTH, MAX_INNER, MAX_EXPERTS = 64, 32, 32
 MAX_PARAMETERS = 1 << 24  # of a block that is tried
 MAX_ALIKE = 8  # layers of one name and shape (experts') that are tried, until one tells of all
-SAME, OTHER = 1e-6, 1e-3  # relative: at most, and at least; rounding is below 1e-12, and what lies between is no fold
-INNER_SIZES = ("intermediate", "ffn", "inner")  # in names of a config's fields
+SAME = 1e-5  # at most: a fold's change, of what each of its tensors alone changes; a norm in float32 may round once
+SEEN = 1e-6  # at least: what such a tensor changes, of what the block returns
+CAPPED = {"intermediate": MAX_INNER, "ffn": MAX_INNER, "inner": MAX_INNER, "experts": MAX_EXPERTS}  # by parts of names
 
 
 class Fold(NamedTuple):
@@ -94,10 +97,10 @@ def with_folds(skeleton: Skeleton) -> Skeleton:
     """
     own = skeleton.model.config
     faults = []
-    with torch.random.fork_rng(devices=[]), warnings_heard():
-        for small in (True, False):
+    with torch.random.fork_rng(devices=[]), warnings_heard(), _one_thread():
+        for apart in (True, False, None):
             try:
-                folds = _folds_of_blocks(skeleton, _small_config(skeleton) if small else own)
+                folds = _folds_of_blocks(skeleton, own if apart is None else _small_config(skeleton, apart))
             except Exception as error:  # of many kinds, for sizes that do not fit each other
                 faults.append(one_line(error))
             else:
@@ -105,6 +108,17 @@ def with_folds(skeleton: Skeleton) -> Skeleton:
                 return replace(skeleton, blocks=tuple(_folding(block, found) for block, found in blocks))
     logger.warning("%s: no fold could be tried, all permutations are stored (%s)", own.model_type, "; ".join(faults))
     return skeleton
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """While open, torch computes in one thread: more only wait for each other over so few numbers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _folding(block: Block, folds: Mapping[str, Fold]) -> Block:
@@ -117,25 +131,26 @@ def _folding(block: Block, folds: Mapping[str, Fold]) -> Block:
     return replace(block, groups=tuple(groups))
 
 
-def _small_config(skeleton: Skeleton) -> PretrainedConfig:
+def _small_config(skeleton: Skeleton, apart: bool) -> PretrainedConfig:
     """A config of a narrow model of the same class and depth: few heads of the same size, so that what is made for one
-    head still fits, and few inner channels.
+    head still fits, and few inner channels. `apart`: the width of hidden states need not be that of all heads.
     """
     config, heads = skeleton.model.config, skeleton.heads
     small = copy.deepcopy(config)
-    key_values = min(heads.key_values, 2)
-    queries = key_values * min(heads.queries // heads.key_values, 2)
-    width, narrow = skeleton.hidden_size, queries * heads.size
+    key_values = min(heads.key_values, MAX_HEADS)
+    queries = key_values * min(heads.queries // heads.key_values, MAX_SHARED)
+    width = skeleton.hidden_size
+    narrow = min(width, MAX_WIDTH) if apart else queries * heads.size
     for name in sorted(config_fields(type(config))):
         value = getattr(config, name)
         if type(value) is not int or any(part in name for part in NO_DIMENSIONS):
             continue
         if value == width:
             setattr(small, name, narrow)
-        elif any(part in name for part in INNER_SIZES):
-            setattr(small, name, min(value, INNER))
+        elif caps := [cap for part, cap in CAPPED.items() if part in name]:
+            setattr(small, name, min(value, *caps))
         elif "heads" in name:  # of other mixers too: as many times fewer
-            setattr(small, name, max(1, value * narrow // width))
+            setattr(small, name, max(1, value * queries // heads.queries))
     known = {"hidden_size": narrow, "num_attention_heads": queries, "num_key_value_heads": key_values}
     for name, size in known.items():
         if getattr(config, name, None) is not None:
@@ -165,12 +180,13 @@ def _folds_of_blocks(skeleton: Skeleton, config: PretrainedConfig) -> list[dict[
 
 
 def _resized(block: Block, model: nn.Module) -> Block:
-    """A block with the shapes of another model's layers."""
+    """A block with the shapes of another model's layers; groups that it lacks (of more experts) are left out."""
+    shapes = {name: linear_shape(module) for name, module in model.named_modules() if name in block.layers}
     groups = []
     for group in block.groups:
-        shapes = [linear_shape(model.get_submodule(name)) for name in group.names]
-        layers = [replace(layer, shape=shape) for layer, shape in zip(group.layers, shapes, strict=True) if shape]
-        groups.append(replace(group, layers=tuple(layers)))
+        layers = [replace(layer, shape=shape) for layer in group.layers if (shape := shapes.get(layer.name))]
+        if len(layers) == len(group.layers):
+            groups.append(replace(group, layers=tuple(layers)))
     return replace(block, groups=tuple(groups))
 
 
@@ -230,10 +246,11 @@ class _Trial:
         folded = folded_permutations(block, group, _any_permutation(group.layers[0].shape[1], heads), heads)
         sides = [(block.local(name), dim, one.permutation) for one in folded for name, dim in one.reorders]
         moved = {name: self.tensors[name].index_select(dim, p) for name, dim, p in sides if name in self.tensors}
-        if not self.change(moved) <= SAME:
+        together = self.change(moved)
+        if not together <= SAME:
             return False
         alone = [self.change({name: x for name, x in moved.items() if name != left}) for left in moved]
-        return None if not any(alone) else min(alone) >= OTHER
+        return None if not any(alone) else min(alone) >= SEEN and together <= SAME * min(alone)
 
 
 def _proven_folds(own: Block, trial: _Trial, heads: Heads) -> dict[str, Fold]:
@@ -242,18 +259,15 @@ def _proven_folds(own: Block, trial: _Trial, heads: Heads) -> dict[str, Fold]:
     Layers of one shape whose names differ in numbers alone are experts of one class: one of them tells of all, whose
     producers have the numbers of their reader.
     """
-    fitting = {
-        reader: [fold for fold in options if fold in set(_candidates(trial.block, place, trial.heads))]
-        for place, reader in enumerate(own.local(group.name) for group in own.groups)
-        if (options := list(_candidates(own, place, heads)))
-    }
+    fitting, tried = _candidates(own, heads), _candidates(trial.block, trial.heads)
     alike: dict[Any, list[str]] = {}
     for reader in fitting:
         alike.setdefault((re.sub(r"\d+", "#", reader), own.layers[f"{own.name}.{reader}"].shape), []).append(reader)
     folds: dict[str, Fold] = {}
     for readers in alike.values():
-        for reader in readers[:MAX_ALIKE]:
-            fold = next((fold for fold in fitting[reader] if trial.holds(reader, fold)), None)
+        for reader in [reader for reader in readers if reader in tried][:MAX_ALIKE]:
+            both = (fold for fold in fitting[reader] if fold in tried[reader])
+            fold = next((fold for fold in both if trial.holds(reader, fold)), None)
             if fold is None:
                 continue
             folds[reader] = fold
@@ -264,19 +278,22 @@ def _proven_folds(own: Block, trial: _Trial, heads: Heads) -> dict[str, Fold]:
     return folds
 
 
-def _candidates(block: Block, place: int, heads: Heads) -> Iterator[Fold]:
-    """Folds of a block's group that shapes allow, those over all channels and into near layers first."""
+def _candidates(block: Block, heads: Heads) -> dict[str, list[Fold]]:
+    """The folds that shapes allow of a block's layers that share their input with no other, by local names."""
+    lone = {block.local(group.name): place for place, group in enumerate(block.groups) if len(group.layers) == 1}
+    return {reader: list(_candidates_at(block, place, heads)) for reader, place in lone.items()}
+
+
+def _candidates_at(block: Block, place: int, heads: Heads) -> Iterator[Fold]:
+    """Of a block's group: those over all channels, and those into near layers, first."""
     group = block.groups[place]
-    if len(group.layers) > 1:  # more readers than one: their input is a norm's, with its own weights
-        return
     channels = group.layers[0].shape[1]
     whole = [(times * channels, Fold((), times=times)) for times in (1, 2)]
     inside = [(heads.key_values * heads.size, Fold((), per_head=True))] * (channels == heads.queries * heads.size)
     for rows, fold in [*whole, *inside]:
         for earlier in reversed(block.groups[:place]):
             names = [block.local(layer.name) for layer in earlier.layers if layer.shape[0] == rows]
-            for count in (1, 2):
-                yield from (fold._replace(producers=one) for one in combinations(names, count))
+            yield from (fold._replace(producers=one) for one in [*zip(names, strict=True), *pairwise(names)])
 
 
 def _numbers_in(name: str) -> list[str]:

@@ -180,20 +180,28 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     where = f"{folder}/config.json"
     with warnings_heard() as warnings:
         config = model_config(folder, checkpoint)
-        config.use_cache = False
         try:
-            bare = bare_model(config)
-            if (needed := sum(buffer.numel() * buffer.itemsize for buffer in bare.buffers())) > MAX_BUFFER_BYTES:
-                raise UnsupportedModelError(f"its model has {needed} bytes of buffers")
-            if name := shared_weight(bare):
-                raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
-            model = modules_of(config)
-            found = discover(model)
+            skeleton = skeleton_of(config)
         except UnsupportedModelError as error:
             raise unsupported(where, config.model_type, str(error)) from error
         except Exception as error:
             raise CheckpointError(f"{where}: makes no model ({one_line(error)})") from error
     pass_on(where, warnings)
+    return skeleton
+
+
+def skeleton_of(config: PretrainedConfig) -> Skeleton:
+    """The skeleton of a config, whose cache is switched off. Raises UnsupportedModelError, and whatever transformers
+    raises for sizes that do not fit each other.
+    """
+    config.use_cache = False
+    bare = bare_model(config)
+    if (needed := sum(buffer.numel() * buffer.itemsize for buffer in bare.buffers())) > MAX_BUFFER_BYTES:
+        raise UnsupportedModelError(f"its model has {needed} bytes of buffers")
+    if name := shared_weight(bare):
+        raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
+    model = modules_of(config)
+    found = discover(model)
     path = f"{model.base_model_prefix}.{found.path}"
     modules = [*model.get_submodule(path).children()]
     blocks = tuple(_block(f"{path}.{i}", i, modules[i], one) for i, one in enumerate(found.blocks))
