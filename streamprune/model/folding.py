@@ -98,7 +98,8 @@ def with_folds(skeleton: Skeleton) -> Skeleton:
     """A skeleton whose groups know the producers of their input. Neither torch's random numbers nor its dtype change.
 
     Where no small instance can be built or run, the model's own blocks are tried, up to MAX_PARAMETERS each; where that
-    fails too no fold is believed, with a warning. Blocks of one kind are tried once: the same modules, the same flags.
+    fails too no fold is believed, with a warning if there was any to try. Blocks of one kind are tried once: the same
+    modules, the same flags.
     """
     own = skeleton.model.config
     faults = []
@@ -111,7 +112,9 @@ def with_folds(skeleton: Skeleton) -> Skeleton:
             else:
                 blocks = zip(skeleton.blocks, folds, strict=True)
                 return replace(skeleton, blocks=tuple(_folding(block, found) for block, found in blocks))
-    logger.warning("%s: no fold could be tried, all permutations are stored (%s)", own.model_type, "; ".join(faults))
+    if any(any(_candidates(block, skeleton.heads).values()) for block in skeleton.blocks):
+        text = "%s: no fold could be tried, all permutations are stored (%s)"
+        logger.warning(text, own.model_type, "; ".join(faults))
     return skeleton
 
 

@@ -223,3 +223,7 @@ def test_where_no_small_instance_is_made_the_models_own_blocks_are_tried(
     assert found(family("llama")) == [{}, {}]
     faults = "no such sizes; no such sizes; a block has 7744 parameters, more than 7000"
     assert caplog.messages == [f"llama: no fold could be tried, all permutations are stored ({faults})"]
+    caplog.clear()
+    monkeypatch.setattr(folding, "_candidates", lambda *_: {})
+    assert found(family("llama")) == [{}, {}]
+    assert caplog.messages == []  # nothing of it could fold
