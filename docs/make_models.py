@@ -26,9 +26,15 @@ Other causal language models of transformers go through as well, if their blocks
 layers. What their blocks are is found by running the model once on tensors without numbers, and where permutations fold
 by trying it.
 `streamprune plan MODEL --json` says of each tensor whether it is pruned, copied, or left dense and why. Refused, by
-name and before a job starts: models with an encoder, models inside others (with a picture tower),
-models whose blocks hand each other more than hidden states or depend on the text in another way, and those of which
-less than `--min-coverage` of the blocks' matrices are layers that can be pruned.
+name and before a job starts: models with an encoder, models whose blocks hand each other more than hidden states, keys
+and values, or depend on the text otherwise than token by token, and those of which less than `--min-coverage` of the
+blocks' matrices are layers that can be pruned.
+
+Of a model that holds a language model among other parts (with pictures) the language model is pruned; the other parts
+are copied bit by bit, and `AutoModelForImageTextToText` loads the whole, as it loads the source. Recurrent layers are
+pruned where they are linear ones that are only called; convolutions and state parameters are copied. What depends on
+the text beside hidden states (Gemma 4's per-layer inputs), and keys and values that blocks share, lie in scratch with
+them, which then takes several times the room; `streamprune plan` says how much.
 
 A permutation that is folded costs nothing at run time; one that is stored is a gather of that input. A fold is believed
 where it leaves what a block of the model's own class returns, made small and with random weights

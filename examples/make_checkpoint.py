@@ -2,11 +2,14 @@
 
     python examples/make_checkpoint.py /data/llama-65b-2 --like llama-65b --blocks 2
     python examples/make_checkpoint.py /data/opt-66b-2 --like opt-66b --blocks 2 --format bin
+    python examples/make_checkpoint.py /data/olmoe-8 --like olmoe-1b-7b --blocks 8 --embeddings 1 --skew 0.5
 
 Shapes are the published models' (hidden, intermediate, heads, vocabulary); weights are fp16 or bf16 (--dtype), normal
 with a standard deviation of 0.02, norms 1 and biases 0, so nothing that is measured on them says anything of
-perplexity. Files are sharded at --shard-bytes as the originals are (10 GB), safetensors or pickled .bin, with an index.
-One tensor at a time is in memory with safetensors, one shard with .bin. The tokenizer has one token for each byte.
+perplexity. With --embeddings 1 the states of a mixture of experts stay those of their tokens, so that tokens differ in
+the experts that they are routed to; with --skew some experts are more popular than others. Files are sharded at
+--shard-bytes as the originals are (10 GB), safetensors or pickled .bin, with an index. One tensor at a time is in
+memory with safetensors, one shard with .bin. The tokenizer has one token for each byte.
 """
 
 import argparse
@@ -16,13 +19,20 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OlmoeConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from streamprune.config import parse_bytes
 
@@ -34,14 +44,28 @@ LLAMA = {  # LLaMA, arXiv 2302.13971, table 2: hidden, intermediate, heads, bloc
     "llama-65b": (8192, 22016, 64, 80),
 }
 OPT = {"opt-66b": (9216, 36864, 72, 64)}  # OPT, arXiv 2205.01068, table 1
+OLMOE = {"olmoe-1b-7b": (2048, 1024, 16, 16)}  # OLMoE, arXiv 2409.02060, table 1: 64 experts, of which 8 a token
+CLASSES = {**dict.fromkeys(LLAMA, "Llama"), **dict.fromkeys(OPT, "OPT"), **dict.fromkeys(OLMOE, "Olmoe")}
 DEVIATION = 0.02
 DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16")}  # and the format's names
 TILE = 1 << 24  # random numbers that are drawn once and repeated: drawing billions would take minutes
 
 
+class Deviations(NamedTuple):
+    """Where weights are not all alike: the deviation of input embeddings, and the power of an expert's rank that its
+    router's row is divided by.
+    """
+
+    embeddings: float
+    skew: float
+
+
+EQUAL = Deviations(DEVIATION, 0.0)
+
+
 def config_like(name: str, blocks: int | None) -> PreTrainedConfig:
     """The model's config with `blocks` blocks, or as many as it has."""
-    hidden, intermediate, heads, count = (LLAMA | OPT)[name]
+    hidden, intermediate, heads, count = (LLAMA | OPT | OLMOE)[name]
     shared: dict[str, Any] = {
         "num_hidden_layers": blocks or count,
         "num_attention_heads": heads,
@@ -50,6 +74,9 @@ def config_like(name: str, blocks: int | None) -> PreTrainedConfig:
     if name in OPT:
         return OPTConfig(vocab_size=50272, hidden_size=hidden, ffn_dim=intermediate, word_embed_proj_dim=hidden,
                          max_position_embeddings=2048, **shared)  # fmt: skip
+    if name in OLMOE:
+        return OlmoeConfig(vocab_size=50304, hidden_size=hidden, intermediate_size=intermediate, num_experts=64,
+                           num_experts_per_tok=8, max_position_embeddings=4096, **shared)  # fmt: skip
     return LlamaConfig(vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate,
                        max_position_embeddings=2048, **shared)  # fmt: skip
 
@@ -58,7 +85,20 @@ def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that a checkpoint of this model stores, in their order."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = ((name, parameter.shape) for name, parameter in model.named_parameters())
+    return {name: shape for whole in parameters for name, shape in apart(*whole)}
+
+
+def apart(name: str, shape: torch.Size) -> Iterator[tuple[str, torch.Size]]:
+    """A parameter; or the matrices of each expert, as checkpoints have them, of one that holds all."""
+    if len(shape) < 3:
+        yield name, shape
+        return
+    path, _, layers = name.rpartition(".")
+    for expert in range(shape[0]):
+        for layer in ("gate_proj", "up_proj") if layers == "gate_up_proj" else (layers,):
+            rows = shape[1] // (2 if layers == "gate_up_proj" else 1)
+            yield f"{path}.{expert}.{layer}.weight", torch.Size((rows, shape[2]))
 
 
 def shards_of(shapes: dict[str, torch.Size], shard_bytes: int) -> list[list[str]]:
@@ -75,7 +115,9 @@ def shards_of(shapes: dict[str, torch.Size], shard_bytes: int) -> list[list[str]
     return shards
 
 
-def values(shapes: dict[str, torch.Size], names: list[str], tile: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def values(
+    shapes: dict[str, torch.Size], names: list[str], tile: torch.Tensor, deviations: Deviations
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Each named tensor, in the tile's dtype."""
     for name in names:
         count = math.prod(shapes[name])
@@ -84,7 +126,13 @@ def values(shapes: dict[str, torch.Size], names: list[str], tile: torch.Tensor) 
         else:
             start = hash_of(name) % len(tile)
             flat = tile.roll(-start).repeat(-(-count // len(tile)))[:count]
-        yield name, flat.view(shapes[name])
+        tensor = flat.view(shapes[name])
+        if name.endswith(".mlp.gate.weight"):  # a router; which experts come first differs between blocks
+            ranks = (torch.arange(len(tensor)) * 29 + hash_of(name)) % len(tensor)
+            tensor = (tensor * (1 + ranks[:, None]) ** -deviations.skew).to(tile.dtype)
+        if "embed_tokens" in name:
+            tensor = tensor * (deviations.embeddings / DEVIATION)
+        yield name, tensor
 
 
 def hash_of(name: str) -> int:
@@ -92,7 +140,9 @@ def hash_of(name: str) -> int:
     return int.from_bytes(name.encode(), "big") % (2**31 - 1)
 
 
-def write_safetensors(path: Path, shapes: dict[str, torch.Size], names: list[str], tile: torch.Tensor) -> None:
+def write_safetensors(
+    path: Path, shapes: dict[str, torch.Size], names: list[str], tile: torch.Tensor, deviations: Deviations
+) -> None:
     """The format's header, then the tensors one after the other."""
     header, offset = {}, 0
     for name in names:
@@ -107,7 +157,7 @@ def write_safetensors(path: Path, shapes: dict[str, torch.Size], names: list[str
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in values(shapes, names, tile):
+        for _, tensor in values(shapes, names, tile, deviations):
             tensor.contiguous().view(torch.int16).numpy().tofile(file)
 
 
@@ -121,13 +171,19 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def make_checkpoint(
-    folder: Path, like: str, blocks: int | None, form: str, shard_bytes: int, dtype: str = "float16"
+    folder: Path,
+    like: str,
+    blocks: int | None,
+    form: str,
+    shard_bytes: int,
+    dtype: str = "float16",
+    deviations: Deviations = EQUAL,
 ) -> None:
     """Write the checkpoint; the folder must not exist."""
     config = config_like(like, blocks)
     shapes = shapes_of(config)
     folder.mkdir(parents=True)
-    config.architectures = ["OPTForCausalLM" if like in OPT else "LlamaForCausalLM"]
+    config.architectures = [f"{CLASSES[like]}ForCausalLM"]
     config.dtype = DTYPES[dtype][0]
     config.save_pretrained(folder)
     write_tokenizer(folder)
@@ -139,9 +195,9 @@ def make_checkpoint(
         file = f"{stem}-{index + 1:05d}-of-{len(shards):05d}.{suffix}"
         weight_map.update(dict.fromkeys(names, file))
         if form == "safetensors":
-            write_safetensors(folder / file, shapes, names, tile)
+            write_safetensors(folder / file, shapes, names, tile, deviations)
         else:
-            torch.save(dict(values(shapes, names, tile)), folder / file)
+            torch.save(dict(values(shapes, names, tile, deviations)), folder / file)
     total = 2 * sum(math.prod(shape) for shape in shapes.values())
     index_name = f"{stem}.{suffix}.index.json"
     (folder / index_name).write_text(
@@ -152,15 +208,18 @@ def make_checkpoint(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--like", choices=(*LLAMA, *OPT), required=True)
+    parser.add_argument("--like", choices=tuple(CLASSES), required=True)
     parser.add_argument("--blocks", type=int, help="default: as many as the model has")
     parser.add_argument("--format", choices=("safetensors", "bin"), default="safetensors")
     parser.add_argument("--shard-bytes", type=parse_bytes, default=10_000_000_000, help="such as 2GB (default: 10 GB)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16")
+    parser.add_argument("--embeddings", type=float, default=DEVIATION, help="standard deviation (default: 0.02)")
+    parser.add_argument("--skew", type=float, default=0.0, help="an expert's row of a router, times (1 + rank)^-SKEW")
     given = parser.parse_args()
     if given.folder.exists():
         sys.exit(f"{given.folder} exists; name a new folder")
-    make_checkpoint(given.folder, given.like, given.blocks, given.format, given.shard_bytes, given.dtype)
+    deviations = Deviations(given.embeddings, given.skew)
+    make_checkpoint(given.folder, given.like, given.blocks, given.format, given.shard_bytes, given.dtype, deviations)
 
 
 if __name__ == "__main__":

@@ -145,6 +145,12 @@ def show_pace(result: Any) -> None:
         f"{result.resident_blocks} of {result.blocks} blocks in memory, peak memory {_size(result.peak_memory_bytes)}",
         err=True,
     )
+    if result.expert_hit_rate is not None:
+        say(
+            f"room for {result.resident_experts} of {result.experts} experts; {result.expert_hit_rate:.1%} of those "
+            "that tokens were routed to were there",
+            err=True,
+        )
     if result.disk_bytes_per_second is not None:
         say(
             f"{_size(result.pass_bytes)} read for each pass; the disk's {_size(result.disk_bytes_per_second)}/s allow "

@@ -88,10 +88,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {**PLAIN, "partial_rotary_factor": 0.5},
     "phi3": {**GROUPED, "sliding_window": 8},
     "qwen3_5_text": {**WITH_HEADS, **DELTA},
-    "qwen3_next": {
-        **WITH_HEADS, **DELTA, "num_experts": 0, "num_experts_per_tok": 1, "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 48,
-    },
     "seed_oss": WITH_HEADS,
     "smollm3": {**GROUPED, "no_rope_layers": [1, 0]},
     "stablelm": {**GROUPED, "use_qkv_bias": True},
@@ -100,10 +96,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LATENT = {
     **PLAIN, "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8,
-}  # fmt: skip
-DELTA = {
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
 TOP_2 = {"num_experts_per_tok": 2}
 LOCAL, PLAIN_EXPERTS = {"num_local_experts": 4, **TOP_2}, {"num_experts": 4, **TOP_2}
@@ -184,10 +176,15 @@ WRAPPED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Of a family's models such as are built otherwise: model_type, and what of its config.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text, experts": (
+        "gemma4_text",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    ),
     "gemma4_text, plain": (
         "gemma4_text",
         {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True},
     ),
+    "qwen3_next, dense": ("qwen3_next", {"num_experts": 0, "intermediate_size": 48}),
     "opt, post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
 }
 

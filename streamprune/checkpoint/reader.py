@@ -261,7 +261,7 @@ def _slice(name: str, whole: TensorSource, place: int) -> TensorSource:
     shape, entry = whole.shape[1:], whole.entry
     if entry is not None:
         size = whole.dtype.itemsize * math.prod(shape)
-        entry = replace(entry, shape=shape, offset_bytes=entry.offset_bytes + place * size)
+        entry = replace(entry, shape=shape, offset_bytes=entry.offset_bytes + place * size, size_bytes=size)
     return TensorSource(whole.path, whole.dtype, shape, entry, (name, place))
 
 

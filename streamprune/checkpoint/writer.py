@@ -100,6 +100,7 @@ def stage_safetensors(
             tensor = tensors[name]
             for piece in tensor.make() if isinstance(tensor, Pieces) else (tensor,):
                 put(byte_view(piece.cpu().contiguous()))
+                del piece  # before the next one is made
         if file.tell() != 8 + len(text) + offset:
             raise ValueError(f"{path}: the tensors' pieces are not of the sizes announced")
     return Staged(path, target, digest.hexdigest())

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
 WIDE = (torch.float32, torch.float64)  # hold every value of a narrower type: values stay as they are stored
 INITIALISED = "_is_hf_initialized"  # of a module, in transformers
-WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Of from_pretrained's arguments those that say where a config lies, and whether code of its own may be run.
+WHERE = (
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    "trust_remote_code",
+)
 CONVERSIONS = "_weight_conversions"  # of a loaded model, by which transformers saves it; without it by its class's
 PLAIN_STEM = "model"  # how transformers begins the names of shards
 

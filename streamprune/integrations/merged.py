@@ -1,11 +1,12 @@
 """Packed layers in engines that merge layers, and cut them among processes: what goes, and what is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import lcm
 
 from streamprune.config import NMPattern
 from streamprune.errors import SettingsError
+from streamprune.model.experts import EXPERTS
 
 MASK_BITS = 8  # in a byte
 
@@ -19,6 +20,15 @@ class Layer:
 
     def __str__(self) -> str:
         return f"{self.pattern}{' permuted' if self.permuted else ''}"
+
+
+def check_experts(layers: Iterable[str]) -> None:
+    """Raise SettingsError for the first of an output's packed layers that is one of several experts'."""
+    if expert := next((name for name in layers if f".{EXPERTS}." in name), None):
+        raise SettingsError(
+            f"layer {expert}: is one expert's, and vLLM computes all experts of a block from one dense tensor; make "
+            "the output dense by `streamprune export`, or load it with transformers"
+        )
 
 
 def merged_layer(name: str, merges: Mapping[str, list[str]], layers: Mapping[str, Layer]) -> Layer | None:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.packed import QUANT_METHOD, parse_entry
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.integrations.merged import Layer, check_cut, merged_layer
+from streamprune.integrations.merged import Layer, check_cut, check_experts, merged_layer
 from streamprune.model.packed_linear import is_permutation
 from streamprune.model.source import open_output
 from streamprune_kernels import all_finite, packed_linear, packed_metadata
@@ -38,13 +38,14 @@ class PackedConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "PackedConfig":
-        """Raises CheckpointError for another version of the format, or a malformed entry."""
+        """Raises CheckpointError for another version of the format, or a malformed entry, SettingsError for experts."""
         if (version := config.get("format_version")) != LAYOUT.version:
             raise CheckpointError(
                 f"the model has packed format {version!s:.40}, and format {LAYOUT.version} is served; compress it "
                 "again, or make it dense by `streamprune export`"
             )
         patterns, _, permuted = parse_entry("config.json", config)
+        check_experts(patterns)
         return cls({name: Layer(pattern, permuted[name] is True) for name, pattern in patterns.items()})
 
     def maybe_update_config(

@@ -72,5 +72,5 @@ TOGETHER = {
     *("apertus", "bamba", "bloom", "cohere", "cohere2", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm"),
     *("glm4", "gpt2", "gpt_neox", "gptj", "granite", "granitemoehybrid", "hunyuan_v1_dense", "lfm2", "ministral3"),
     *("mpt", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2_5_vl_text", "qwen3_5_text"),
-    *("qwen3_vl_text", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+    *("qwen3_next", "qwen3_vl_text", "seed_oss", "smollm3", "stablelm", "starcoder2"),
 }

@@ -88,13 +88,21 @@ def model_config(folder: Path, checkpoint: Checkpoint) -> PretrainedConfig:
     _check(path, values, checkpoint, config_class)
     if values.get("auto_map"):
         logger.warning("%s: names Python code of its own (auto_map); it is not run, transformers' own is", path)
-    config = config_of(path, values)
     for name, inner in _inside(values, config_class).items():
-        _check(path, inner, checkpoint, type(getattr(config, name)), f"{name}: ")
+        _check(path, inner, checkpoint, _class_inside(config_class, name, inner), f"{name}: ")
+    config = config_of(path, values)
     blocks = config.get_text_config().num_hidden_layers
     if blocks > min(MAX_BLOCKS, len(checkpoint.tensors)):  # some classes count a list of kinds
         raise CheckpointError(f"{path}: makes {blocks} blocks, too many for {len(checkpoint.tensors)} tensors")
     return config
+
+
+def _class_inside(config_class: type[PretrainedConfig], name: str, inner: Mapping[str, Any]) -> type[PretrainedConfig]:
+    """The class of a config inside a config: one of its own, or the one that its model_type says."""
+    own, kind = config_class.sub_configs[name], inner.get("model_type")
+    if isinstance(own, type) and issubclass(own, PretrainedConfig):
+        return own
+    return CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else PretrainedConfig
 
 
 def _check(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from streamprune.model.source import Source
 from streamprune.model.stand_in import StandIn
 
 SLOTS = 2  # of streamed blocks: one computes while the next is read
+READINGS = 4  # experts on their way at once, where what is read is not what they compute with
+LEAST_EXPERTS = 2  # that must find room
 RATE_SECONDS = 1.0  # at most, to measure the disk's pace
 
 
@@ -36,9 +38,10 @@ RATE_SECONDS = 1.0  # at most, to measure the disk's pace
 class StoredBlock:
     """A block on disk: its module without weights, and what of its tensors, by the module's names, becomes what.
 
-    stored  the checkpoint's names
-    dtypes  what each is computed in
-    packed  patterns of its packed layers, by full names
+    stored   the checkpoint's names
+    dtypes   what each is computed in
+    packed   patterns of its packed layers, by full names
+    experts  its experts, each as if it were a block; what else is here leaves them out
     """
 
     block: Block
@@ -47,6 +50,7 @@ class StoredBlock:
     stored: dict[str, str]
     dtypes: dict[str, torch.dtype]
     packed: dict[str, NMPattern]
+    experts: tuple["StoredBlock", ...] = ()
 
     @property
     def converted_bytes(self) -> int:
@@ -59,8 +63,12 @@ class StoredBlock:
     @property
     def resident_bytes(self) -> int:
         """Once it is in memory: what was read stays only where some of it is used as it is."""
-        as_it_is = any(self.layout.tensors[name].dtype == self.dtypes[local] for local, name in self.stored.items())
-        return self.converted_bytes + (self.layout.size_bytes if as_it_is else 0)
+        return self.converted_bytes + (self.layout.size_bytes if self.as_it_is else 0)
+
+    @property
+    def as_it_is(self) -> bool:
+        """Whether some of what is read is used as it is."""
+        return any(self.layout.tensors[name].dtype == self.dtypes[local] for local, name in self.stored.items())
 
 
 def stored_blocks(source: Source, arithmetic: Arithmetic) -> list[StoredBlock]:
@@ -69,6 +77,13 @@ def stored_blocks(source: Source, arithmetic: Arithmetic) -> list[StoredBlock]:
 
 
 def _stored_block(source: Source, block: Block, arithmetic: Arithmetic) -> StoredBlock:
+    rest, *parts = block.parts
+    experts = (replace(part, name=f"{block.experts}.{number}") for number, part in enumerate(parts))
+    stored = tuple(_stored_part(source, expert, arithmetic) for expert in experts)
+    return replace(_stored_part(source, rest, arithmetic), experts=stored)
+
+
+def _stored_part(source: Source, block: Block, arithmetic: Arithmetic) -> StoredBlock:
     packed = {name: source.packed[name] for name in block.layers if name in source.packed}
     pruned = {block.layers[name].parameter for name in packed}
     stored = {block.local(name): source.names[name] for name in block.parameters if name not in pruned}
@@ -113,6 +128,14 @@ def needed_bytes(blocks: Sequence[StoredBlock], resident: Sequence[bool], slots:
     room += max((block.converted_bytes for block in streamed), default=0)
     loaded = max((block.layout.size_bytes for block in staying if block.converted_bytes), default=0)
     return sum(block.resident_bytes for block in staying) + max(room, loaded)
+
+
+def expert_bytes(blocks: Sequence[StoredBlock], on_gpu: bool) -> tuple[int, int]:
+    """What an expert takes while it is there, and what reading them takes of the host's memory beside that."""
+    experts = [expert for block in blocks for expert in block.experts]
+    apart = on_gpu or not any(expert.as_it_is for expert in experts)
+    largest = max((expert.layout.size_bytes for expert in experts), default=0)
+    return max((expert.resident_bytes for expert in experts), default=0), apart * READINGS * largest
 
 
 class BlockStream:
@@ -188,11 +211,14 @@ class StreamedBlock(StandIn):
             return functional_call(self.__dict__["block"], tensors, arguments, settings, tie_weights=False)
 
 
-def load_resident(source: Source, block: StoredBlock, reader: Reader, device: torch.device) -> nn.Module:
-    """A block with its weights in memory of its own."""
-    tensors = reader.start(block.layout, aligned_memory(block.layout.size_bytes)).finish()
-    check_block(source, block, tensors)
-    block.module.load_state_dict(computed(block, tensors, device, Buffers()), strict=True, assign=True)
+def load_resident(
+    source: Source, block: StoredBlock, reader: Reader, device: torch.device, with_experts: bool = True
+) -> nn.Module:
+    """A block, with or without its experts, with its weights in memory of its own."""
+    for part in (block, *block.experts) if with_experts else (block,):
+        tensors = reader.start(part.layout, aligned_memory(part.layout.size_bytes)).finish()
+        check_block(source, part, tensors)
+        part.module.load_state_dict(computed(part, tensors, device, Buffers()), strict=False, assign=True)
     return block.module
 
 

@@ -27,6 +27,7 @@ from streamprune.pipeline.run import Run
 from streamprune.pipeline.streams import written_source
 from streamprune.pipeline.validation import InputSample, validated
 from streamprune.pipeline.writing.entries import WrittenPart, moments_record, write_part
+from streamprune.process import return_free_memory
 from streamprune.pruning.statistics import ChannelStatistics
 
 ALL = 1 << 31  # tokens: an expert is given those of one sequence at a time
@@ -64,6 +65,8 @@ def pruned_experts(
             read = next(sources)
             tensors = parameters_of(run.job, read, None)
         yield _ExpertWork(run, part, number, streams, timed).prune(tensors, read.digests)
+        del read, tensors
+        return_free_memory()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,11 +24,14 @@ from streamprune.model.arithmetic import (
     resolve_arithmetic,
     warn_without_kernels,
 )
+from streamprune.model.expert_stream import ExpertStream
 from streamprune.model.hub import folder_of
 from streamprune.model.residency import (
+    LEAST_EXPERTS,
     BlockStream,
     StoredBlock,
     StreamedBlock,
+    expert_bytes,
     load_resident,
     needed_bytes,
     place_blocks,
@@ -52,8 +55,12 @@ class GenerateResult:
     ended                whether a prompt's text ended by itself, before max_new_tokens
     first_token_seconds  from the first pass's start, which reads the prompts, to its end
     tokens_per_second    of all prompts together, after the first pass; None where that was all
-    resident_blocks      of `blocks`; the others were read for every pass
-    pass_bytes           read from disk for each pass, which gives every prompt a token
+    resident_blocks      of `blocks`; the others were read for every pass, as far as they are no experts
+    experts, resident_experts   in all blocks, and for how many there was room; 0 in a model without
+    expert_hit_rate      of the experts that tokens were routed to, the share that was there when a block asked for
+                         them; None where all stay in memory
+    pass_bytes           read from disk for each pass, which gives every prompt a token; where experts are read,
+                         the mean of the passes after the first, unless that was all, as for the hit rate
     disk_bytes_per_second       the pace of the same reading with nothing computed; None where nothing was read
     ceiling_tokens_per_second   what that pace allows, as tokens_per_second
     """
@@ -66,6 +73,9 @@ class GenerateResult:
     tokens_per_second: float | None
     blocks: int
     resident_blocks: int
+    experts: int
+    resident_experts: int
+    expert_hit_rate: float | None
     pass_bytes: int
     disk_bytes_per_second: float | None
     ceiling_tokens_per_second: float | None
@@ -96,10 +106,11 @@ def generate(
     Several run together, so that one reading of the blocks serves all. A `prompt_file` holds one a line. The likeliest
     token is taken; with a `temperature` above 0 tokens are drawn, by `seed`, from the likeliest ones that have the
     share `top_p` together. As many blocks stay in memory as `max_memory` holds ("12GiB"; default: nine tenths of what
-    is available), by an estimate; the others are read from disk for every token while the one before computes. On a GPU
-    the blocks stay in its memory, limited by `max_device_memory`. `on_text` is called with each piece of a single
-    prompt's text. The model is transformers' own, and so are masks, caches and sampling. Raises SettingsError for
-    prompts that are empty or too long, and where the memory does not hold one block.
+    is available), by an estimate; the others are read from disk for every token while the one before computes. Of a
+    mixture of experts those are read that tokens are routed to, into what memory is left beside the rest of the blocks.
+    On a GPU the blocks stay in its memory, limited by `max_device_memory`. `on_text` is called with each piece of a
+    single prompt's text. The model is transformers' own, and so are masks, caches and sampling. Raises SettingsError
+    for prompts that are empty or too long, and where the memory does not hold one block.
 
     >>> result = streamprune.generate(pruned, prompt="The hills", max_new_tokens=8)
     >>> len(result.tokens[0]), result.resident_blocks == result.blocks
@@ -124,13 +135,15 @@ def generate(
     working = working_bytes(source, arithmetic, len(ids), max(map(len, ids)), max_new_tokens)
     follower = TextFollower(tokenizer, ids[0], on_text) if on_text and len(ids) == 1 else None
     watch, settings = _Watch(follower), _sampling(source, max_new_tokens, temperature, top_p)
-    with _placed(source, arithmetic, working, limits, progress) as (ready, stream), torch.random.fork_rng():
+    with _placed(source, arithmetic, working, limits, progress) as (ready, blocks, experts), torch.random.fork_rng():
         torch.manual_seed(seed)
-        watch.others = int(stream is not None)
+        read = [stream for stream in (blocks, experts) if stream is not None]
+        watch.others = int(bool(read))
         tokens = _run(ready, ids, settings, watch, arithmetic)
-        rate = stream.bytes_per_second() if stream else None
+        pass_bytes = sum(stream.pass_bytes for stream in read)
+        rate = read[-1].bytes_per_second() if read else None
     first, *others = [late - early for early, late in itertools.pairwise(watch.times)]
-    pass_bytes, streamed = (stream.pass_bytes, len(stream.blocks)) if stream else (0, 0)
+    in_all = sum(len(block.parts) - 1 for block in source.blocks)
     return GenerateResult(
         prompts=prompts,
         texts=[text_after(tokenizer, *pair) for pair in zip(ids, tokens, strict=True)],
@@ -139,7 +152,10 @@ def generate(
         first_token_seconds=first,
         tokens_per_second=sum(len(new) - 1 for new in tokens) / sum(others) if others else None,
         blocks=len(source.blocks),
-        resident_blocks=len(source.blocks) - streamed,
+        resident_blocks=len(source.blocks) - (len(blocks.blocks) if blocks else 0),
+        experts=in_all,
+        resident_experts=experts.cache.slots if experts else in_all,
+        expert_hit_rate=experts.hit_rate if experts else None,
         pass_bytes=pass_bytes,
         disk_bytes_per_second=rate,
         ceiling_tokens_per_second=len(ids) * rate / pass_bytes if rate else None,
@@ -204,10 +220,18 @@ def _sampling(source: Source, max_new_tokens: int, temperature: float, top_p: fl
     )
 
 
-def placement(
-    blocks: Sequence[StoredBlock], working: int, limits: Limits, on_gpu: bool = False
-) -> tuple[list[bool], int]:
-    """Which blocks stay in memory, and how many others it holds at once.
+class Placement(NamedTuple):
+    """resident: which blocks stay in memory; slots: how many others it holds at once; experts: for how many experts of
+    any block there is room, None where they stay with their blocks.
+    """
+
+    resident: list[bool]
+    slots: int
+    experts: int | None
+
+
+def placement(blocks: Sequence[StoredBlock], working: int, limits: Limits, on_gpu: bool = False) -> Placement:
+    """What stays in memory, and what it holds of all else at once: blocks go before experts.
 
     `working` are bytes that a run takes beside them. Raises SettingsError where not even one block fits.
     """
@@ -215,13 +239,21 @@ def placement(
     others, largest = held_bytes() + LATER_BYTES, max(block.layout.size_bytes for block in blocks)
     limit = (of_device if on_gpu else host) or default_limit(on_gpu)
     taken = working + (0 if on_gpu else others)
-    resident, slots = place_blocks(blocks, limit - taken)
+    experts = [expert for block in blocks for expert in block.experts]
+    one, reading = expert_bytes(blocks, on_gpu)
+    if not experts or needed_bytes([*blocks, *experts], [True] * (len(blocks) + len(experts)), 0) <= limit - taken:
+        one, reading, experts = 0, 0, []
+    least = LEAST_EXPERTS * one + taken + (0 if on_gpu else reading)
+    resident, slots = place_blocks(blocks, limit - least)
     if not all(resident) and not slots:
-        least = taken + max(needed_bytes([block], [False], 1) for block in blocks)
+        least += max(needed_bytes([block], [False], 1) for block in blocks)
         raise _too_little(least, limit, *(("GPU memory", "--max-device-memory") if on_gpu else MEMORY))
-    if on_gpu and host is not None and others + slots * largest > host:
-        raise _too_little(others + slots * largest, host, *MEMORY)
-    return resident, slots
+    if on_gpu and host is not None and others + slots * largest + reading > host:
+        raise _too_little(others + slots * largest + reading, host, *MEMORY)
+    if not experts:
+        return Placement(resident, slots, None)
+    left = limit - least - needed_bytes(blocks, resident, slots)
+    return Placement(resident, slots, min(LEAST_EXPERTS + left // one, len(experts)))
 
 
 def _too_little(least: int, limit: int, what: str, option: str) -> SettingsError:
@@ -234,26 +266,31 @@ def _too_little(least: int, limit: int, what: str, option: str) -> SettingsError
 @contextmanager
 def _placed(
     source: Source, arithmetic: Arithmetic, working: int, limits: Limits, progress: bool
-) -> Iterator[tuple[PreTrainedModel, BlockStream | None]]:
-    """The model, ready to be called, for as long as the context lasts, and what reads its blocks that are not there."""
+) -> Iterator[tuple[PreTrainedModel, BlockStream | None, ExpertStream | None]]:
+    """The model, ready to be called, for as long as the context lasts, and what reads its blocks and its experts that
+    are not there.
+    """
     device, model = arithmetic.device, source.skeleton.model
     blocks = stored_blocks(source, arithmetic)
-    resident, slots = placement(blocks, working, limits, device.type == "cuda")
+    resident, slots, room = placement(blocks, working, limits, device.type == "cuda")
     staying = [block for block, stays in zip(blocks, resident, strict=True) if stays]
     streamed = [block for block, stays in zip(blocks, resident, strict=True) if not stays]
     _load_outside(source, arithmetic)
     with Reader() as reader, ExitStack() as leaving:
         leaving.callback(nn.Module.to, model, "meta")  # the weights would stay until garbage is collected
         for block in tqdm(staying, unit="block", desc="load", disable=None if progress else True, leave=False):
-            model.set_submodule(block.block.name, load_resident(source, block, reader, device))
-        if not streamed:
-            yield model, None
-            return
-        stream = BlockStream(source, streamed, slots, reader, device)
-        leaving.callback(stream.end)
+            model.set_submodule(block.block.name, load_resident(source, block, reader, device, room is None))
+        stream = experts = None
+        if room is not None:
+            experts = ExpertStream(source, blocks, room, reader, device)
+            leaving.callback(experts.end)
+        if streamed:
+            stream = BlockStream(source, streamed, slots, reader, device)
+            leaving.callback(stream.end)
         for number, block in enumerate(streamed):
+            assert stream is not None
             model.set_submodule(block.block.name, StreamedBlock(stream, number))
-        yield model, stream
+        yield model, stream, experts
 
 
 def _load_outside(source: Source, arithmetic: Arithmetic) -> None:

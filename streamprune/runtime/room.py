@@ -14,6 +14,7 @@ from streamprune.process import peak_memory_bytes
 
 SHARE = 0.9  # of what is available: others need some too
 LATER_BYTES = 50_000_000  # of libraries, that they take when they first compute
+OTHER_HEADS = ("qk_head_dim", "v_head_dim")  # latent attention's: what is kept of a token for each head
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
 
@@ -67,8 +68,9 @@ def working_bytes(source: Source, arithmetic: Arithmetic, sequences: int, prompt
     skeleton, itemsize = source.skeleton, arithmetic.dtype.itemsize
     outer = [source.stored(name) for name in skeleton.outer_parameters if name not in skeleton.aside]
     parameters = sum(math.prod(stored.shape) for stored in outer) * itemsize + PIECE_BYTES
-    cache = 2 * skeleton.heads.key_values * skeleton.heads.size * itemsize * (prompt + new) * sequences
-    shapes = [layer.shape for layer in source.blocks[0].layers.values()]
+    channels = max(skeleton.heads.size, *(getattr(skeleton.model.config, name, None) or 0 for name in OTHER_HEADS))
+    cache = 2 * skeleton.heads.key_values * channels * itemsize * (prompt + new) * sequences
+    shapes = {layer.shape for block in source.blocks for layer in block.layers.values()}
     widest, largest = max(max(shape) for shape in shapes), max(math.prod(shape) for shape in shapes)
     activations = 4 * sequences * prompt * (16 * skeleton.hidden_size + 10 * widest + prompt)
     logits = 16 * sequences * skeleton.embedding_shape[0]

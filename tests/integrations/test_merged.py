@@ -5,7 +5,7 @@ import torch
 
 from streamprune.config import NMPattern
 from streamprune.errors import SettingsError
-from streamprune.integrations.merged import Layer, check_cut, merged_layer
+from streamprune.integrations.merged import Layer, check_cut, check_experts, merged_layer
 from streamprune_kernels import pack_mask, pack_values, packed_linear, select_groups
 
 TWO_FOUR, PERMUTED = Layer(NMPattern(2, 4), False), Layer(NMPattern(2, 4), True)
@@ -26,6 +26,12 @@ MERGES = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_up_
 )
 def test_a_layer_is_what_its_parts_are(name: str, layers: dict[str, Layer], expected: Layer | None) -> None:
     assert merged_layer(name, MERGES, layers) == expected
+
+
+def test_experts_are_refused_by_name() -> None:
+    check_experts(["m.0.mlp.shared_experts.up_proj", "m.0.mlp.experts_proj"])
+    with pytest.raises(SettingsError, match=r"^layer m\.0\.mlp\.experts\.0\.w1: is one expert's, and vLLM .*$"):
+        check_experts(["m.0.o_proj", "m.0.mlp.experts.0.w1", "m.0.mlp.experts.1.w1"])
 
 
 @pytest.mark.parametrize(

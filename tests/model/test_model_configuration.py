@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import tiny
 import torch
@@ -277,6 +278,27 @@ def test_what_would_be_another_model_is_refused(
     folder = respell(base("llama"), tmp_path / "model", changes)
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{re.escape(message)}"):
         build_skeleton(folder, open_checkpoint(folder))
+
+
+INSIDE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "blocks": ("text_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    "a tower's blocks": ("vision_config", {"num_hidden_layers": 900}, "num_hidden_layers is 900"),
+    "a dimension": ("text_config", {"hidden_size": 10**6}, "hidden_size is 1000000, beyond the largest dimension"),
+    "no number": ("text_config", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, no positive finite number"),
+    "a method": ("text_config", {"get_text_config": 5}, "get_text_config is not a setting but a name of transformers"),
+    "fp8": ("text_config", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is 'fp8'"),
+}
+
+
+@pytest.mark.parametrize(("part", "changes", "message"), list(INSIDE.values()), ids=list(INSIDE))
+def test_a_config_inside_a_config_is_checked_alike(
+    part: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = families.write_family(tmp_path, "mistral3")
+    config = tiny.read_json(folder / "config.json")
+    tiny.write_json(folder / "config.json", {**config, part: {**config[part], **changes}})
+    with pytest.raises(CheckpointError, match=rf"config\.json: ({part}: )?{re.escape(message)}"):
+        open_dense(folder)
 
 
 def test_code_of_its_own_is_named_once(

@@ -117,10 +117,3 @@ def test_a_forward_that_depends_on_numbers_is_refused(tmp_path: Path) -> None:
     write_odd(tmp_path, "data")
     with pytest.raises(CheckpointError, match=r"config\.json: makes no model \("):
         open_dense(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
-def test_mixtures_of_experts_are_refused_by_name(name: str) -> None:
-    model = empty_model(CONFIG_MAPPING[name](**families.GROUPED))
-    with pytest.raises(UnsupportedModelError, match="mixtures of experts are not supported yet"):
-        discover(model)

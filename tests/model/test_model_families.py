@@ -29,8 +29,9 @@ IDS = TOKENS[:, :12] % 64
 # Every field of these classes is tried in test_model_configuration.py, and what reaches the logits is known there.
 BY_HAND = ("llama", "ministral", "mistral", "opt", "qwen2", "qwen3")
 OTHERS = [name for name in families.FAMILIES if name not in BY_HAND]
-# And those that are only inside others.
-DENSE = [*(name for name in families.FAMILIES if name not in families.MIXTURES), "qwen2_5_vl", "qwen3_vl"]
+# And those that are inside others, or mixtures by default.
+ELSEWHERE = ("qwen2_5_vl", "qwen3_vl", "qwen3_next, dense")
+DENSE = [*(name for name in families.FAMILIES if name not in families.MIXTURES), *ELSEWHERE]
 
 
 def logits(model: PreTrainedModel, tensors: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
@@ -126,6 +127,11 @@ def test_sequences_become_the_same_together_and_alone(name: str, tmp_path: Path)
         together = block.run(states)
         assert torch.equal(together, torch.cat([block.run(one[None]) for one in states]))
         states = together
+
+
+def test_router_logits_that_are_asked_for_change_nothing(tmp_path: Path) -> None:
+    source = open_dense(families.write_family(tmp_path, "mixtral", output_router_logits=True))
+    torch.testing.assert_close(logits_of(source, IDS), logits(families.load(tmp_path)), rtol=1e-4, atol=1e-4)
 
 
 def other_values(config: PretrainedConfig, field: str) -> Iterator[Any]:

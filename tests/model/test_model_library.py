@@ -13,7 +13,6 @@ from torch import nn
 from transformers.utils.logging import get_logger
 
 import streamprune
-from streamprune.errors import UnsupportedModelError
 from streamprune.model.library import (
     CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -21,9 +20,14 @@ from streamprune.model.library import (
     bare_model,
     config_fields,
     empty_model,
+    expert_parts,
+    experts_without_router,
     get_configuration_file,
     goes_on_with_text,
+    is_experts,
     memory_of,
+    merged_while_loading,
+    name_when_saved,
     name_while_loading,
     special_floats,
     tensors_without_numbers,
@@ -117,9 +121,34 @@ def test_names_while_loading() -> None:
     neox = name_while_loading(model_of("gpt_neox"))
     assert neox("embed_out.weight") == "lm_head.weight"
     assert neox("gpt_neox.embed_in.weight") == "gpt_neox.embed_in.weight"
-    mixtral = name_while_loading(empty_model(CONFIG_MAPPING["mixtral"](**families.GROUPED, num_local_experts=2)))
-    with pytest.raises(UnsupportedModelError, match="transformers merges or splits it while loading"):
-        mixtral("model.layers.0.block_sparse_moe.experts.0.w1.weight")
+
+
+def test_experts_are_merged_while_loading_and_have_their_names_when_saved() -> None:
+    mixtral = model_of("mixtral")
+    loaded, merged, saved = (f(mixtral) for f in (name_while_loading, merged_while_loading, name_when_saved))
+    inside, outside = "model.layers.0.mlp.experts.0.w1.weight", "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    assert (loaded(outside), merged(outside), saved(inside)) == (inside, True, outside)
+    assert not merged("model.layers.0.mlp.gate.weight")
+    assert saved("model.norm.weight") == loaded("model.norm.weight") == "model.norm.weight"
+    granite = name_when_saved(model_of("granitemoe"))
+    moe = "model.layers.0.block_sparse_moe"
+    assert granite(f"{moe}.experts.down_proj") == f"{moe}.output_linear.weight"
+    assert name_when_saved(model_of("gpt_neox"))("lm_head.weight") == "embed_out.weight"
+
+
+def test_which_layers_of_an_expert_a_parameter_of_all_is_made_of() -> None:
+    for name, expected in (
+        ("mixtral", (("w1", "w3"), ("w2",))),
+        ("deepseek_v3", (("gate_proj", "up_proj"), ("down_proj",))),
+        ("gpt_oss", ((), ())),
+    ):
+        path = "model.layers.1.mlp.experts"
+        model = model_of(name)
+        assert is_experts(model.get_submodule(path))
+        assert tuple(expert_parts(model, f"{path}.{part}") for part in ("gate_up_proj", "down_proj")) == expected
+    llama4 = model_of("llama4_text").get_submodule("model.layers.1.feed_forward.experts")
+    assert is_experts(llama4)
+    assert experts_without_router(llama4)
 
 
 def test_what_goes_on_with_text() -> None:

@@ -262,7 +262,6 @@ def write_config(folder: Path, source: Path, **changes: Any) -> Path:
         ({"model_type": "clip"}, "this transformers has no causal language model of that name"),
         ({"model_type": "bert"}, "is made for masked or translated text"),
         ({"model_type": "marian"}, "is made for masked or translated text"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixtures of experts are not supported yet"),
     ],
     ids=str,
 )

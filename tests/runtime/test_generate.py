@@ -167,9 +167,9 @@ def test_memory_beside_a_gpu(sources: Callable[[str], Path], monkeypatch: pytest
     monkeypatch.setattr(generation, "held_bytes", lambda: 0)
     monkeypatch.setattr(generation, "LATER_BYTES", 10)
     monkeypatch.setattr(generation, "default_limit", lambda on_gpu: 100 + (3 if on_gpu else 2) * size)
-    assert placement(blocks, 100, (None, None), on_gpu=True) == ([True] * 3, 0)
-    assert placement(blocks, 100, (10 + 2 * size, 100 + 2 * size), on_gpu=True) == ([False] * 3, 2)
-    assert placement(blocks, 90, (None, None)) == ([False] * 3, 2)
+    assert placement(blocks, 100, (None, None), on_gpu=True) == ([True] * 3, 0, None)
+    assert placement(blocks, 100, (10 + 2 * size, 100 + 2 * size), on_gpu=True) == ([False] * 3, 2, None)
+    assert placement(blocks, 90, (None, None)) == ([False] * 3, 2, None)
     refused = {(9 + 2 * size, 100 + 2 * size): "of memory, .* raise --max-memory$",
                (None, 99 + size): "of GPU memory, .* raise --max-device-memory$"}  # fmt: skip
     for limits, message in refused.items():
