@@ -27,7 +27,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
+    MixtralConfig,
     OlmoeConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -44,8 +46,16 @@ LLAMA = {  # LLaMA, arXiv 2302.13971, table 2: hidden, intermediate, heads, bloc
     "llama-65b": (8192, 22016, 64, 80),
 }
 OPT = {"opt-66b": (9216, 36864, 72, 64)}  # OPT, arXiv 2205.01068, table 1
-OLMOE = {"olmoe-1b-7b": (2048, 1024, 16, 16)}  # OLMoE, arXiv 2409.02060, table 1: 64 experts, of which 8 a token
-CLASSES = {**dict.fromkeys(LLAMA, "Llama"), **dict.fromkeys(OPT, "OPT"), **dict.fromkeys(OLMOE, "Olmoe")}
+MIXTURES = {  # and experts, of which so many a token
+    "olmoe-1b-7b": (2048, 1024, 16, 16, 64, 8),  # OLMoE, arXiv 2409.02060, table 1
+    "mixtral-8x7b": (4096, 14336, 32, 32, 8, 2),  # Mixtral, arXiv 2401.04088, table 1
+    "deepseek-v3": (7168, 2048, 128, 61, 256, 8),  # DeepSeek-V3, arXiv 2412.19437, section 4.2
+}
+CLASSES = {
+    **dict.fromkeys(LLAMA, "Llama"),
+    **dict.fromkeys(OPT, "OPT"),
+    **dict(zip(MIXTURES, ("Olmoe", "Mixtral", "DeepseekV3"), strict=True)),
+}
 DEVIATION = 0.02
 DTYPES = {"float16": (torch.float16, "F16"), "bfloat16": (torch.bfloat16, "BF16")}  # and the format's names
 TILE = 1 << 24  # random numbers that are drawn once and repeated: drawing billions would take minutes
@@ -63,9 +73,9 @@ class Deviations(NamedTuple):
 EQUAL = Deviations(DEVIATION, 0.0)
 
 
-def config_like(name: str, blocks: int | None) -> PreTrainedConfig:
-    """The model's config with `blocks` blocks, or as many as it has."""
-    hidden, intermediate, heads, count = (LLAMA | OPT | OLMOE)[name]
+def config_like(name: str, blocks: int | None, experts: int | None = None) -> PreTrainedConfig:
+    """The model's config with `blocks` blocks and `experts` experts in each, or as many as it has."""
+    hidden, intermediate, heads, count, *mixture = (LLAMA | OPT | MIXTURES)[name]
     shared: dict[str, Any] = {
         "num_hidden_layers": blocks or count,
         "num_attention_heads": heads,
@@ -74,29 +84,50 @@ def config_like(name: str, blocks: int | None) -> PreTrainedConfig:
     if name in OPT:
         return OPTConfig(vocab_size=50272, hidden_size=hidden, ffn_dim=intermediate, word_embed_proj_dim=hidden,
                          max_position_embeddings=2048, **shared)  # fmt: skip
-    if name in OLMOE:
-        return OlmoeConfig(vocab_size=50304, hidden_size=hidden, intermediate_size=intermediate, num_experts=64,
-                           num_experts_per_tok=8, max_position_embeddings=4096, **shared)  # fmt: skip
+    if mixture:
+        return mixture_like(name, hidden, intermediate, experts or mixture[0], mixture[1], shared)
     return LlamaConfig(vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate,
                        max_position_embeddings=2048, **shared)  # fmt: skip
+
+
+def mixture_like(
+    name: str, hidden: int, intermediate: int, experts: int, taken: int, shared: dict[str, Any]
+) -> PreTrainedConfig:
+    """Of a mixture of experts; DeepSeek's blocks all have experts here, and small vocabularies spare writing them."""
+    sizes: dict[str, Any] = {"hidden_size": hidden, "num_experts_per_tok": min(taken, experts), **shared}
+    if name == "olmoe-1b-7b":
+        return OlmoeConfig(vocab_size=50304, intermediate_size=intermediate, num_experts=experts,
+                           max_position_embeddings=4096, **sizes)  # fmt: skip
+    if name == "mixtral-8x7b":
+        return MixtralConfig(vocab_size=1024, intermediate_size=intermediate, num_key_value_heads=8,
+                             num_local_experts=experts, max_position_embeddings=2048, **sizes)  # fmt: skip
+    groups: dict[str, Any] = {"n_group": 1, "topk_group": 1}
+    if experts % 8 == 0 and experts > 8:
+        groups = {"n_group": 8, "topk_group": 4}
+    return DeepseekV3Config(vocab_size=1024, moe_intermediate_size=intermediate, n_routed_experts=experts,
+                            first_k_dense_replace=0, max_position_embeddings=2048, **groups, **sizes)  # fmt: skip
 
 
 def shapes_of(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Names and shapes of the tensors that a checkpoint of this model stores, in their order."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    parameters = ((name, parameter.shape) for name, parameter in model.named_parameters())
-    return {name: shape for whole in parameters for name, shape in apart(*whole)}
+    parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
+    stored = {name: buffer.shape for name, buffer in model.named_buffers() if name in model.state_dict()}
+    whole = (parameters | stored).items()
+    return {name: shape for one in whole for name, shape in apart(*one, mixtral=config.model_type == "mixtral")}
 
 
-def apart(name: str, shape: torch.Size) -> Iterator[tuple[str, torch.Size]]:
+def apart(name: str, shape: torch.Size, mixtral: bool) -> Iterator[tuple[str, torch.Size]]:
     """A parameter; or the matrices of each expert, as checkpoints have them, of one that holds all."""
+    name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
     if len(shape) < 3:
         yield name, shape
         return
     path, _, layers = name.rpartition(".")
+    up, down = (("w1", "w3"), ("w2",)) if mixtral else (("gate_proj", "up_proj"), ("down_proj",))
     for expert in range(shape[0]):
-        for layer in ("gate_proj", "up_proj") if layers == "gate_up_proj" else (layers,):
+        for layer in up if layers == "gate_up_proj" else down:
             rows = shape[1] // (2 if layers == "gate_up_proj" else 1)
             yield f"{path}.{expert}.{layer}.weight", torch.Size((rows, shape[2]))
 
@@ -127,7 +158,9 @@ def values(
             start = hash_of(name) % len(tile)
             flat = tile.roll(-start).repeat(-(-count // len(tile)))[:count]
         tensor = flat.view(shapes[name])
-        if name.endswith(".mlp.gate.weight"):  # a router; which experts come first differs between blocks
+        if name.endswith(
+            (".mlp.gate.weight", ".block_sparse_moe.gate.weight")
+        ):  # a router; which experts come first differs between blocks
             ranks = (torch.arange(len(tensor)) * 29 + hash_of(name)) % len(tensor)
             tensor = (tensor * (1 + ranks[:, None]) ** -deviations.skew).to(tile.dtype)
         if "embed_tokens" in name:
@@ -178,9 +211,10 @@ def make_checkpoint(
     shard_bytes: int,
     dtype: str = "float16",
     deviations: Deviations = EQUAL,
+    experts: int | None = None,
 ) -> None:
     """Write the checkpoint; the folder must not exist."""
-    config = config_like(like, blocks)
+    config = config_like(like, blocks, experts)
     shapes = shapes_of(config)
     folder.mkdir(parents=True)
     config.architectures = [f"{CLASSES[like]}ForCausalLM"]
@@ -215,11 +249,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16")
     parser.add_argument("--embeddings", type=float, default=DEVIATION, help="standard deviation (default: 0.02)")
     parser.add_argument("--skew", type=float, default=0.0, help="an expert's row of a router, times (1 + rank)^-SKEW")
+    parser.add_argument("--experts", type=int, help="in each block of a mixture (default: as many as the model has)")
     given = parser.parse_args()
+    if given.experts is not None and given.like not in MIXTURES:
+        sys.exit(f"{given.like} has no experts; leave --experts out")
     if given.folder.exists():
         sys.exit(f"{given.folder} exists; name a new folder")
     deviations = Deviations(given.embeddings, given.skew)
-    make_checkpoint(given.folder, given.like, given.blocks, given.format, given.shard_bytes, given.dtype, deviations)
+    amount = given.blocks, given.format, given.shard_bytes, given.dtype
+    make_checkpoint(given.folder, given.like, *amount, deviations, given.experts)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ made under DIR/bench and kept. The parts:
              model, in memory, on the same tokens, a sequence at a time, without the head; with each stage's share
     depth    peak memory at 6, 12, 24 and 48 blocks of LLaMA-160M's shape, 8 x 256 tokens
     tokens   peak memory and seconds at 8, 32 and 128 x 256 tokens, 6 blocks of that shape
+    experts  peak memory and seconds of a block of DeepSeek-V3's shape with 8 and 32 experts, 4 x 512 tokens, and of
+             Mixtral's with 8, 16 x 512, without refinement and shuffle, over two forward passes of the same block
+             (7 GB are written)
     read     the reader's bytes a second, and those of a whole job that runs no text through the model, over a plain
              sequential read's of the same files, all evicted from the page cache before; and what bounds each stage
 
@@ -41,6 +44,11 @@ from transformers import AutoModelForCausalLM
 import streamprune
 from make_checkpoint import make_checkpoint
 from streamprune.checkpoint.reader import open_checkpoint
+from streamprune.checkpoint.scratch import HiddenStates
+from streamprune.model.arithmetic import Arithmetic
+from streamprune.model.blocks import RunnableBlock, load_block
+from streamprune.model.source import open_dense
+from streamprune.model.streaming import advance, embed, text_inputs
 from streamprune.text.calibration import Calibration, calibration_tokens
 
 RATIO_TOKENS = 32, 1024
@@ -54,6 +62,8 @@ SHAPE = "llama-160m"
 DEPTHS = (6, 12, 24, 48)
 SAMPLES = (8, 32, 128)
 LENGTH = 256
+EXPERT_CASES = (("deepseek-v3", 8, 4), ("deepseek-v3", 32, 4), ("mixtral-8x7b", 8, 16))
+EXPERT_LENGTH = 512
 CHUNK_BYTES = 1 << 24
 
 Rounds = dict[str, list[float]]
@@ -106,11 +116,11 @@ def ratio(
     return {"seconds": seconds, "ratio": {name: value / floor for name, value in medians.items()}, "stages": stages}
 
 
-def job_of(model: Path, out: Path, samples: int) -> dict[str, float]:
+def job_of(model: Path, out: Path, samples: int, length: int = LENGTH, more: Sequence[str] = ()) -> dict[str, float]:
     """Compress in a process of its own; seconds and peak memory."""
     arguments = [sys.executable, "-m", "streamprune", "compress", str(model), "--out", str(out), "--json", "--quiet"]
-    amount = ["--samples", str(samples), "--sequence-length", str(LENGTH), "--dtype", "float32"]
-    done = subprocess.run([*arguments, *amount], capture_output=True, text=True)
+    amount = ["--samples", str(samples), "--sequence-length", str(length), "--dtype", "float32"]
+    done = subprocess.run([*arguments, *amount, *more], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr.strip())
     result = json.loads(done.stdout)
@@ -153,6 +163,48 @@ def depth(directory: Path, rounds: int) -> dict[str, Any]:
 def tokens(directory: Path, rounds: int) -> dict[str, Any]:
     print(f"6 of {SHAPE}'s blocks, default method")
     return jobs(directory, rounds, [(f"{samples} x {LENGTH} tokens", 6, samples) for samples in SAMPLES])
+
+
+def experts(directory: Path, rounds: int) -> dict[str, Any]:
+    """Jobs on blocks with experts, and their time over two streamed forward passes of the dense block."""
+    found: dict[str, Any] = {}
+    rows = []
+    for like, count, samples in EXPERT_CASES:
+        folder = directory / "bench" / f"{like}-{count}"
+        if not folder.exists():
+            make_checkpoint(folder, like, 1, "safetensors", 5_000_000_000, "bfloat16", experts=count)
+        runs, passes = [], []
+        for _ in range(rounds):
+            passes.append(2 * forward_seconds(folder, samples, directory / "bench"))
+            more = ["--no-refine", "--shuffle", "none"]
+            runs.append(job_of(folder, directory / "bench" / "out", samples, EXPERT_LENGTH, more))
+        over = statistics.median(run["seconds"] / two for run, two in zip(runs, passes, strict=True))
+        peak, seconds = (statistics.median(run[key] for run in runs) for key in ("peak_memory_bytes", "seconds"))
+        found[f"{like}, {count} experts"] = {"peak_memory_bytes": peak, "seconds": seconds, "over two passes": over}
+        rows.append((f"{like}, {count} experts", f"{peak / 1e6:.0f}", f"{seconds:.0f}", f"{over:.2f}"))
+    table(("", "peak MB", "seconds", "over two passes"), rows)
+    return found
+
+
+def forward_seconds(folder: Path, samples: int, scratch: Path) -> float:
+    """Of one pass of random tokens through the first block, all of it in memory, hidden states from disk to disk."""
+    source, arithmetic = open_dense(folder), Arithmetic(torch.device("cpu"), torch.float32)
+    skeleton, block = source.skeleton, source.blocks[0]
+    tokens = torch.randint(0, 255, (samples, EXPERT_LENGTH), generator=torch.Generator().manual_seed(0))
+    sizes = samples, EXPERT_LENGTH, skeleton.hidden_size, arithmetic.dtype
+    with tempfile.TemporaryDirectory(dir=scratch) as work:
+        streams = [HiddenStates(Path(work) / name, *sizes) for name in ("in.bin", "out.bin")]
+        arguments = embed(skeleton, text_inputs(source), tokens, arithmetic, streams[0], lambda: None)
+
+        def forward() -> None:
+            module = load_block(source, block, arithmetic)
+            runnable = RunnableBlock(block.name, module, arguments[0])
+            advance(runnable, streams[0], streams[1], arithmetic, lambda: None)
+
+        spent = seconds_of(forward)
+        for stream in streams:
+            stream.close()
+    return spent
 
 
 def read(directory: Path, rounds: int) -> dict[str, Any]:
@@ -284,6 +336,7 @@ PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "ratio": ratio,
     "depth": depth,
     "tokens": tokens,
+    "experts": experts,
     "read": read,
 }
 
