@@ -23,7 +23,8 @@ masked dense one. Each setting of its config class is set to other values, too: 
 the config is refused.
 
 Other causal language models of transformers go through as well, if their blocks are a list of modules with linear
-layers. What their blocks are is found by running the model once on tensors without numbers; permutations are stored.
+layers. What their blocks are is found by running the model once on tensors without numbers, and where permutations fold
+by trying it.
 `streamprune plan MODEL --json` says of each tensor whether it is pruned, copied, or left dense and why. Refused, by
 name and before a job starts: models with an encoder, models whose blocks hand each other more than hidden states, keys
 and values, or depend on the text otherwise than token by token, and those of which less than `--min-coverage` of the
@@ -35,8 +36,10 @@ pruned where they are linear ones that are only called; convolutions and state p
 the text beside hidden states (Gemma 4's per-layer inputs), and keys and values that blocks share, lie in scratch with
 them, which then takes several times the room; `streamprune plan` says how much.
 
-A permutation that is folded costs nothing at run time; one that is stored is a gather of that input. Layers with commas
-between them share an input, and its permutation. Of experts each matrix is named once, expert N's.
+A permutation that is folded costs nothing at run time; one that is stored is a gather of that input. A fold is believed
+where it leaves what a block of the model's own class returns, made small and with random weights
+([method.md](method.md#who-permutes-the-input)). Layers with commas between them share an input, and its permutation. Of
+experts each matrix is named once, expert N's.
 """
 
 

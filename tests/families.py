@@ -222,7 +222,7 @@ def row_of(source: Source, coverage: float) -> str:
     }
     folded, stored = ("; ".join(names for names, folds in groups if folds is wanted) for wanted in (True, False))
     dense = {_named(block, name): None for block in source.blocks for name in block.ungrouped}
-    notes = ["`--shuffle residual`"] * (skeleton.architecture.residual is not None)
+    notes = ["`--shuffle residual`"] * (skeleton.residual is not None)
     notes += ["one sequence at a time"] * (not skeleton.batched)
     notes += [f"dense: {', '.join(dense)}"] * bool(dense)
     cells = f"`{skeleton.model.config.model_type}`", f"{coverage:.1%}", folded, stored, "; ".join(notes)

@@ -1,6 +1,7 @@
 """A causal LM that is in no table: odd names, a fused projection, tuples, positional arguments; and ways to be none.
 
-`odd` of its config says what is wrong with it; "" is nothing.
+`odd` of its config says what is wrong with it, `step` what lies between join and the layers that make its input, and
+`n_experts` how many layers like these there are beside; "" is nothing.
 """
 
 from typing import Any
@@ -19,6 +20,8 @@ class OddConfig(PretrainedConfig):
     breadth: int = 32
     depth: int = 2
     odd: str = ""
+    step: str = ""
+    n_experts: int = 0
 
 
 class Scaled(nn.Linear):
@@ -36,17 +39,41 @@ class Respelled(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+STEPS: dict[str, Any] = {
+    "softmax": lambda x: x.softmax(-1),
+    "softmax of parts": lambda x: x.unflatten(-1, (-1, 8)).softmax(-1).flatten(-2),
+    "sums": lambda x: x.cumsum(-1),
+    "nearly nothing": lambda x: x + 1e-4 * x.cumsum(-1),
+    "nothing comes through": lambda x: 0 * x,
+}
+HALVES = {"halves": lambda x: x.chunk(2, dim=-1), "interleaved": lambda x: (x[..., ::2], x[..., 1::2])}
+
+
+class Expert(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.spread, self.side, self.join = nn.Linear(size, 48), nn.Linear(size, 48), nn.Linear(48, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.join(self.spread(x) * self.side(x))
+        return y
+
+
 class Cell(nn.Module):
     def __init__(self, config: OddConfig) -> None:
         super().__init__()
         size = config.breadth
-        self.odd = config.odd
+        self.odd, self.step = config.odd, config.step
         self.before, self.after = nn.LayerNorm(size), nn.LayerNorm(size)
         self.mix = nn.Linear(size, 3 * size)
         self.gather = Respelled(size, size)
         self.spread, self.side, self.join = nn.Linear(size, 48), nn.Linear(size, 48, bias=False), nn.Linear(48, size)
         self.scaled, self.twice, self.read = Scaled(size, size), nn.Linear(size, size), nn.Linear(size, size)
         self.idle = nn.Linear(size, size)
+        if self.step in HALVES:
+            self.spread = nn.Linear(size, 96)
+        self.norm = {"norm": nn.LayerNorm(48), "bare norm": nn.LayerNorm(48, elementwise_affine=False)}.get(self.step)
+        self.team = nn.ModuleList(Expert(size) for _ in range(config.n_experts))
 
     def forward(
         self, states: torch.Tensor, mask: torch.Tensor, notes: Any = None, *, strength: float = 1.0, left: Any = None
@@ -55,7 +82,9 @@ class Cell(nn.Module):
         weights = (strength * q @ k.transpose(1, 2) * states.shape[-1] ** -0.5 + mask).softmax(dim=-1)
         states = states + self.gather(weights @ v)
         x = self.after(states)
-        states = states + self.join(functional.relu(self.spread(x)) * self.side(x))
+        states = states + self.join(self.inner(x))
+        for place, expert in enumerate(self.team):
+            states = states + (0 if place < 2 else 1) * expert(x * (place + 1))  # two see no token that matters
         x = self.twice(self.twice(self.scaled(x)))
         states = states + 0.1 * functional.linear(x, self.read.weight, self.read.bias)
         if self.odd == "data" and bool(states.sum() > 0):
@@ -67,6 +96,13 @@ class Cell(nn.Module):
         if self.odd == "leaves":
             left["states"] = states
         return states, weights
+
+    def inner(self, x: torch.Tensor) -> Any:
+        if self.step in HALVES:
+            gate, up = HALVES[self.step](self.spread(x))
+            return functional.relu(gate) * up
+        y = functional.relu(self.spread(x)) * self.side(x)
+        return self.norm(y) if self.norm is not None else STEPS.get(self.step, lambda x: x)(y)
 
 
 class OddPreTrained(PreTrainedModel):

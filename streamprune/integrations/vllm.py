@@ -18,13 +18,15 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from streamprune.checkpoint.layout import LAYOUT
 from streamprune.checkpoint.packed import QUANT_METHOD, parse_entry
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, UnsupportedModelError
 from streamprune.integrations.merged import Layer, check_cut, check_experts, merged_layer
 from streamprune.model.packed_linear import is_permutation
 from streamprune.model.source import open_output
 from streamprune_kernels import all_finite, packed_linear, packed_metadata
 
 NOT_LOADED = -1  # no channel
+# Classes of vLLM that do something else with the tensors of these layers than to load them as they are.
+UNSERVED = {"bloom": "query_key_value", "gptj": "qkv_proj"}
 
 
 class PackedConfig(QuantizationConfig):
@@ -49,7 +51,8 @@ class PackedConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: object | None = None, revision: str | None = None
     ) -> None:
-        """Raise CheckpointError unless the model's files hold every parameter, in its shape.
+        """Raise CheckpointError unless the model's files hold every parameter, in its shape, and UnsupportedModelError
+        where vLLM's class of the model does not load packed layers as they are.
 
         vLLM itself leaves a parameter without tensor uninitialised where weights are not plain ones.
         """
@@ -59,7 +62,12 @@ class PackedConfig(QuantizationConfig):
 
             files = ["*.json", LAYOUT.shards]
             folder = Path(snapshot_download(model_name, revision=revision, allow_patterns=files))
-        open_output(folder)
+        model_type = open_output(folder).skeleton.model.config.model_type
+        if layer := UNSERVED.get(model_type):
+            raise UnsupportedModelError(
+                f"{model_name}: vLLM's class of model type {model_type!r} does not load a packed {layer} as it is; "
+                "make the output dense by `streamprune export`"
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Name layers as the model's class in vLLM does."""

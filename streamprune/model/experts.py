@@ -24,7 +24,6 @@ from streamprune.model.library import (
 
 EXPERTS = "experts"  # what transformers calls a module that holds them
 MAX_EXPERTS = 1 << 14  # of a block; the largest models have fewer than 1000
-GATE_CHECKED = 6  # channels on which a gate is shown to be elementwise
 Function = Callable[[torch.Tensor, "Routing"], torch.Tensor]
 
 
@@ -177,22 +176,6 @@ class ExpertLayers(nn.Module):
             raise UnsupportedModelError(f"{type(self.__dict__['own']).__name__} are called in a way that is not known")
         numbers, shares = sorted(values, key=torch.is_floating_point)
         return Routing(numbers.flatten(0, -2), shares.flatten(0, -2))
-
-    def gate_is_elementwise(self) -> bool:
-        """Whether the gate's output permutes as its inputs do: then a permutation folds through it."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(3, GATE_CHECKED * (2 if self.gated else 1), generator=generator, dtype=torch.float64)
-        order = torch.randperm(GATE_CHECKED, generator=generator)
-        with torch.no_grad():
-            return bool(torch.equal(self.gate(x[:, self.up_order(order)]), self.gate(x)[:, order]))
-
-    def up_order(self, order: torch.Tensor) -> torch.Tensor:
-        """Where the inputs of the gate lie, int64 [gate and up], when its outputs lie in `order`."""
-        if not self.gated:
-            return order
-        if self.interleaved:
-            return torch.stack([2 * order, 2 * order + 1], dim=1).flatten()
-        return torch.cat([order, order + len(order)])
 
 
 def _put(own: nn.Module, name: str, number: int, tensor: torch.Tensor) -> None:

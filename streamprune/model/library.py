@@ -60,6 +60,7 @@ __all__ = [
     "name_when_saved",
     "name_while_loading",
     "pass_on",
+    "read_for_all_layers",
     "special_floats",
     "tensors_without_numbers",
     "tied_parameters",
@@ -109,6 +110,11 @@ def goes_on_with_text(config_class: type[PretrainedConfig]) -> bool:
 def layer_configs(config: Any) -> list[Any]:
     """A config for each block where they differ in shape, else the config itself."""
     return [*config.per_layer_config] if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def read_for_all_layers(config: Any) -> None:
+    """Let a config whose blocks differ say what it says of those that are not named apart, where it would refuse."""
+    config.allow_global_per_layer_attribute_access = True
 
 
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:

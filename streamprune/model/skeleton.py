@@ -4,17 +4,18 @@ The modules are transformers' own, on the meta device (real buffers: rotary freq
 """
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from streamprune.checkpoint.reader import Checkpoint, TensorSource
 from streamprune.errors import CheckpointError, UnsupportedModelError
-from streamprune.model.architectures import Architecture, Fold, architecture_of
+from streamprune.model.architectures import RESIDUAL_STREAMS, TOGETHER, ResidualStream
 from streamprune.model.carried import Channels, lay_out_channels
 from streamprune.model.configuration import model_config, one_line, unsupported
 from streamprune.model.discovery import ROUTES, FoundBlock, discover, is_router, shared_weight
@@ -34,6 +35,7 @@ from streamprune.model.library import (
 from streamprune.model.weights import WeightView
 
 MAX_BUFFER_BYTES = 1 << 30  # such as rotary frequencies; a config may ask for any number
+Stored = Callable[[PreTrainedModel], Mapping[str, Any]]  # what a checkpoint has of experts, by names in the model
 
 
 class Heads(NamedTuple):
@@ -46,13 +48,19 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of a block that read one and the same input. The other fields are Fold's, by full names: empty producers
-    are where no permutation folds, and it is stored.
+    """Layers of a block that read one and the same input, and where a permutation of it folds (folding.py).
+
+    producers    layers whose output rows (and bias) are this input, channel by channel, up to what is done to all
+                 alike; none: a permutation is stored
+    per_head     the input is attention's output: a permutation must stay inside heads, and is one for all the query
+                 heads that share a KV head, whose value rows are the producer's
+    times        how often the producer's rows hold the channels, one range after the other (2: gate and up fused)
+    interleaved  or all rows of the first channel, then those of the second
     """
 
     layers: tuple[WeightView, ...]
-    producers: tuple[str, ...]
-    per_head: bool
+    producers: tuple[str, ...] = ()
+    per_head: bool = False
     times: int = 1
     interleaved: bool = False
 
@@ -123,13 +131,14 @@ class Skeleton:
     """A causal LM on the meta device, in evaluation mode.
 
     path is the module of its blocks' list, hidden_size the width of the states that go through them, stream_width that
-    of all that does (streamprune/model/carried.py); `tables` are further embeddings than the first, by their modules.
+    of all that does (streamprune/model/carried.py), residual what lies along these where that is known; `tables` are
+    further embeddings than the first, by their modules.
     `batched`: several sequences may go through a block at once, and become what each would alone. `fused`: tensors that
     hold all experts of a block in the checkpoint, by what they are called while they are loaded.
     """
 
     model: PreTrainedModel
-    architecture: Architecture
+    residual: ResidualStream | None
     path: str
     hidden_size: int
     stream_width: int
@@ -250,35 +259,48 @@ def build_skeleton(folder: Path, checkpoint: Checkpoint) -> Skeleton:
     where = f"{folder}/config.json"
     with warnings_heard() as warnings:
         config = model_config(folder, checkpoint)
-        config.use_cache = False
         try:
-            bare = bare_model(config)
-            if (needed := sum(buffer.numel() * buffer.itemsize for buffer in bare.buffers())) > MAX_BUFFER_BYTES:
-                raise UnsupportedModelError(f"its model has {needed} bytes of buffers")
-            if name := shared_weight(bare):
-                raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
-            model = empty_model(config).eval()
-            experts = replace_experts(model, _while_loading(model, checkpoint))
-            found = discover(model)
+            skeleton = skeleton_of(config, lambda model: _while_loading(model, checkpoint))
         except UnsupportedModelError as error:
             raise unsupported(where, config.model_type, str(error)) from error
         except Exception as error:
             raise CheckpointError(f"{where}: makes no model ({one_line(error)})") from error
     pass_on(where, warnings)
-    text = config.get_text_config()
-    architecture = architecture_of(text.model_type)
-    if text is not config:  # what comes of pictures joins the residual stream
-        architecture = replace(architecture, residual=None)
+    return skeleton
+
+
+def skeleton_of(config: PretrainedConfig, stored: Stored) -> Skeleton:
+    """The skeleton of a config, whose cache is switched off. Raises UnsupportedModelError, and whatever transformers
+    raises for sizes that do not fit each other.
+    """
+    config.use_cache = False
+    bare = bare_model(config)
+    if (needed := sum(buffer.numel() * buffer.itemsize for buffer in bare.buffers())) > MAX_BUFFER_BYTES:
+        raise UnsupportedModelError(f"its model has {needed} bytes of buffers")
+    if name := shared_weight(bare):
+        raise UnsupportedModelError(f"{name}: a block's weight has a second place in the model")
+    model, experts = modules_of(config, stored)
+    found = discover(model)
     path = f"{model.base_model_prefix}.{found.path}"
     modules = [*model.get_submodule(path).children()]
-    blocks = tuple(_block(f"{path}.{i}", i, modules[i], one, architecture) for i, one in enumerate(found.blocks))
+    blocks = tuple(_block(f"{path}.{i}", i, modules[i], one) for i, one in enumerate(found.blocks))
     channels, width = lay_out_channels(found.width, [one.beside for one in found.blocks])
     if width > found.width:
         blocks = tuple(replace(block, channels=part) for block, part in zip(blocks, channels, strict=True))
     tables = tuple(f"{model.base_model_prefix}.{name}" for name in found.tables)
-    batched = found.batched and not experts and architecture.together
+    text = config.get_text_config()
+    residual = RESIDUAL_STREAMS.get(text.model_type) if text is config else None  # what comes of pictures joins it
+    batched = found.batched and not experts and text.model_type in TOGETHER
     fused = fused_tensors(experts)
-    return Skeleton(model, architecture, path, found.width, width, tables, batched, blocks, fused)
+    return Skeleton(model, residual, path, found.width, width, tables, batched, blocks, fused)
+
+
+def modules_of(config: PretrainedConfig, stored: Stored) -> tuple[PreTrainedModel, dict[str, ExpertLayers]]:
+    """The modules of a config as they are run here, parameters on the meta device, in evaluation mode; and those of
+    them that hold experts, by their paths.
+    """
+    model = empty_model(config).eval()
+    return model, replace_experts(model, stored(model))
 
 
 def _while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSource]:
@@ -293,40 +315,28 @@ def _while_loading(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
     }
 
 
-def _block(name: str, index: int, module: nn.Module, found: FoundBlock, architecture: Architecture) -> Block:
+def _block(name: str, index: int, module: nn.Module, found: FoundBlock) -> Block:
     parameters = tuple(f"{name}.{parameter}" for parameter in module.state_dict(keep_vars=True))
-    folds = {fold.layer: fold for fold in architecture.folds}
-    found_groups, of_experts = found.groups, {}
-    if found.experts is not None:
-        layers_of = module.get_submodule(found.experts)
-        assert isinstance(layers_of, ExpertLayers)
-        of_experts = expert_folds(found.experts, layers_of)
-        found_groups += tuple(of_experts)
+    found_groups = found.groups + _groups_of_experts(module, found.experts)
     grouped = {layer for group in found_groups for layer in group}
-    groups = []
-    for layers in found_groups:
-        fold = of_experts[layers] if layers in of_experts else folds.get(layers[0])
-        if fold is None or len(layers) > 1 or not grouped.issuperset(fold.producers):
-            fold = Fold(layers[0], ())
-        producers = tuple(f"{name}.{producer}" for producer in fold.producers)
-        views = tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers)
-        groups.append(LayerGroup(views, producers, fold.per_head, fold.times, fold.interleaved))
+    groups = tuple(
+        LayerGroup(tuple(_view(name, layer, module.get_submodule(layer)) for layer in layers))
+        for layers in found_groups
+    )
     dense = {**found.dense, **_other_matrices(module, grouped | found.dense.keys(), found.experts is not None)}
     ungrouped = {f"{name}.{layer}": reason for layer, reason in dense.items()}
     experts = None if found.experts is None else f"{name}.{found.experts}"
-    return Block(index, name, parameters, tuple(groups), ungrouped, found.returns, experts)
+    return Block(index, name, parameters, groups, ungrouped, found.returns, experts)
 
 
-def expert_folds(path: str, experts: ExpertLayers) -> dict[tuple[str, ...], Fold | None]:
-    """The input groups of every expert, by names inside the block, and where each one's permutation folds."""
-    times = 2 if experts.gated and len(experts.names.up) == 1 else 1
-    folds = experts.gate_is_elementwise()
-    found: dict[tuple[str, ...], Fold | None] = {}
-    for number in range(experts.count):
-        up, down = (tuple(f"{path}.{name}" for name in names) for names in experts.layer_names(number))
-        found[up] = None
-        found[down] = Fold(down[0], up, times=times, interleaved=experts.interleaved) if folds else None
-    return found
+def _groups_of_experts(block: nn.Module, path: str | None) -> tuple[tuple[str, ...], ...]:
+    """The input groups of every expert of a block, by names inside the block; none where it has no such module."""
+    if path is None:
+        return ()
+    experts = block.get_submodule(path)
+    assert isinstance(experts, ExpertLayers)
+    each = (experts.layer_names(number) for number in range(experts.count))
+    return tuple(tuple(f"{path}.{name}" for name in names) for sides in each for names in sides)
 
 
 def _other_matrices(module: nn.Module, linears: set[str], routed: bool) -> dict[str, str]:

@@ -10,6 +10,7 @@ from streamprune.checkpoint.packed import is_packed, open_packed
 from streamprune.checkpoint.reader import Checkpoint, TensorSource, open_checkpoint
 from streamprune.config import NMPattern
 from streamprune.errors import CheckpointError
+from streamprune.model.folding import with_folds
 from streamprune.model.names import check_tied, match_names, output_names, with_experts_apart
 from streamprune.model.skeleton import Block, Skeleton, build_skeleton
 
@@ -86,10 +87,11 @@ def open_output(folder: Path) -> Source:
 
 
 def open_dense(folder: Path) -> Source:
-    """A dense checkpoint. Raises CheckpointError for an output of ours, too."""
+    """A dense checkpoint, its folds found. Raises CheckpointError for an output of ours, too."""
     if is_packed(folder):
         raise CheckpointError(f"{folder}: is already an output of streamprune; give the dense model")
     checkpoint = open_checkpoint(folder)
     skeleton = build_skeleton(folder, checkpoint)
     checkpoint = with_experts_apart(skeleton, checkpoint)
-    return Source(skeleton, checkpoint, match_names(skeleton, checkpoint))
+    names = match_names(skeleton, checkpoint)
+    return Source(with_folds(skeleton), checkpoint, names)

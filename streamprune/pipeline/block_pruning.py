@@ -1,4 +1,4 @@
-"""Pruning one block in memory: scores, permutations, masks, and which tensors a folded permutation reorders."""
+"""Pruning one block in memory: scores, permutations, masks, and what folded permutations reorder."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 
 from streamprune.config import PruneConfig
 from streamprune.errors import numerics_named
+from streamprune.model.folding import FoldedPermutation, folded_permutations
 from streamprune.model.skeleton import Block, Heads, LayerGroup
 from streamprune.model.weights import WeightView
 from streamprune.pruning.group import PrunedGroup, Step, Timed, prune_group
@@ -34,15 +35,6 @@ class PrunedLayer:
     steps: tuple[Step, ...]
     shrinkage: tuple[float, ...]
     weighted_error: float
-
-
-@dataclass(frozen=True)
-class FoldedPermutation:
-    """A permutation that is applied once, to the tensors themselves: place j holds source index permutation[j]."""
-
-    name: str
-    permutation: torch.Tensor
-    reorders: tuple[tuple[str, int], ...]  # (tensor, dimension)
 
 
 @dataclass(frozen=True)
@@ -141,34 +133,6 @@ def moment_unit(group: LayerGroup, heads: Heads, config: PruneConfig) -> int:
 
 def _fold_heads(group: LayerGroup, heads: Heads, config: PruneConfig) -> Heads | None:
     return heads if group.per_head and can_fold(group, heads, config) else None
-
-
-def folded_permutations(
-    block: Block, group: LayerGroup, permutation: torch.Tensor, heads: Heads | None
-) -> list[FoldedPermutation]:
-    """How a permutation int64 [in] of a group's input folds into its producers; `heads`: it stays inside these."""
-    views = [block.layers[name] for name in group.producers]
-    sides = [((view.parameter, 1 - view.input_dim), (f"{view.name}.bias", 0)) for view in views]
-    rows, reader = tuple(side for pair in sides for side in pair), group.layers[0]
-    name, columns = f"{group.name}.input_permutation", ((reader.parameter, reader.input_dim),)
-    of_rows = _of_producer(permutation, group, heads)
-    if of_rows is permutation:
-        return [FoldedPermutation(name, permutation, columns + rows)]
-    producer = f"{group.producers[0]}.output_permutation"
-    return [FoldedPermutation(name, permutation, columns), FoldedPermutation(producer, of_rows, rows)]
-
-
-def _of_producer(permutation: torch.Tensor, group: LayerGroup, heads: Heads | None) -> torch.Tensor:
-    """The permutation of a producer's rows, int64 [rows]: the input's own, unless they are fewer or more."""
-    if heads is not None and heads.queries != heads.key_values:  # value rows are fewer than the inputs that they make
-        permutation = permutation.view(heads.key_values, -1, heads.size)[:, 0] % heads.size
-        starts = heads.size * torch.arange(heads.key_values, device=permutation.device)[:, None]
-        permutation = (permutation + starts).reshape(-1)
-    if group.times > 1:
-        rows = torch.arange(group.times * len(permutation), device=permutation.device)
-        rows = rows.view(-1, group.times).T if group.interleaved else rows.view(group.times, -1)
-        permutation = rows[:, permutation].T.flatten() if group.interleaved else rows[:, permutation].flatten()
-    return permutation
 
 
 def _reordered(tensor: torch.Tensor, rows: torch.Tensor | None, dim: int = 0) -> torch.Tensor:

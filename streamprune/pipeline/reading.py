@@ -9,10 +9,10 @@ import torch
 
 from streamprune.checkpoint.buffers import Buffers
 from streamprune.checkpoint.reader import Empty, new_tensor, tensor_digest
+from streamprune.model.folding import FoldedPermutation
 from streamprune.model.skeleton import Block
 from streamprune.model.source import Source
 from streamprune.pipeline.ahead import ahead
-from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.residual import reordered
 

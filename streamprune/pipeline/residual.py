@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from streamprune.model.blocks import Observer, RunnableBlock, dense_block, layers_observed
+from streamprune.model.folding import FoldedPermutation
 from streamprune.model.streaming import block_inputs, embed, text_inputs
-from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.writing.journal import Journal
 from streamprune.pruning.shuffle import search_permutation
@@ -37,7 +37,7 @@ def residual_permutation(job: Job, journal: Journal, tick: Callable[[], None]) -
 def residual_sides(job: Job) -> tuple[tuple[str, int], ...]:
     """Every parameter with a dimension along the residual stream: (name, dimension)."""
     skeleton = job.source.skeleton
-    table = skeleton.architecture.residual
+    table = skeleton.residual
     assert table is not None  # make_plan refuses it
     sides = [(name, dim) for name, dim in table.outer if name in skeleton.outer_parameters]
     for block in skeleton.blocks:

@@ -10,8 +10,8 @@ import torch
 
 from streamprune.checkpoint.scratch import HiddenStates
 from streamprune.errors import Interrupted
+from streamprune.model.folding import FoldedPermutation
 from streamprune.model.streaming import Runnable, advance
-from streamprune.pipeline.block_pruning import FoldedPermutation
 from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.writing.journal import Journal

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import tiny
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import streamprune
 from streamprune import compress
-from streamprune.errors import CheckpointError, SettingsError
+from streamprune.errors import CheckpointError, SettingsError, UnsupportedModelError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]  # vLLM and its libraries warn on import
 SMOLLM2 = Path(__file__).parents[2] / "demo/smollm2-135m"
@@ -232,6 +233,15 @@ def test_an_output_that_lacks_something_is_refused_in_one_line(
     spoil(folder)
     with pytest.raises(CheckpointError, match=message) as caught:
         plug_in(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gptj"])
+def test_families_whose_classes_reorder_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    source, out = families.write_family(tmp_path / "source", name), tmp_path / "out"
+    compress(source, out, metric="magnitude", shuffle="none", validate=False)
+    with pytest.raises(UnsupportedModelError, match=f"{out}: vLLM's class of model type '{name}'") as caught:
+        plug_in(out)
     assert "\n" not in str(caught.value)
 
 

@@ -9,9 +9,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamprune.checkpoint.reader import open_checkpoint
 from streamprune.config import NMPattern, PruneConfig
-from streamprune.model.skeleton import build_skeleton
+from streamprune.model.source import open_dense
 from streamprune.pipeline.block_pruning import PrunedBlock, prune_block
 from streamprune.pipeline.progress import StageTimes
 from streamprune.pruning.statistics import ChannelStatistics, StatisticsAccumulator
@@ -46,7 +45,7 @@ def statistics_of(model: Any, layers: list[str], config: PruneConfig) -> dict[st
 
 
 def prune_all(folder: Path, config: PruneConfig) -> list[PrunedBlock]:
-    skeleton, tensors = build_skeleton(folder, open_checkpoint(folder)), tiny.read_tensors(folder)
+    skeleton, tensors = open_dense(folder).skeleton, tiny.read_tensors(folder)
     statistics = statistics_of(load(folder), [name for block in skeleton.blocks for name in block.layers], config)
     m, timed = config.pattern.group_size, StageTimes(torch.device("cpu"))
     return [

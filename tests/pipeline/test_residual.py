@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamprune.config import NMPattern, PruneConfig
-from streamprune.pipeline.block_pruning import FoldedPermutation
+from streamprune.model.folding import FoldedPermutation
 from streamprune.pipeline.planning.job import Job, resolve_job
 from streamprune.pipeline.planning.plan import Resources
 from streamprune.pipeline.residual import NAME, reordered, residual_sides, source_order

@@ -144,7 +144,7 @@ def make_plan(
 
     Without validation calibration does not matter. Raises SettingsError where the job cannot fit.
     """
-    if config.residual and source.skeleton.architecture.residual is None:
+    if config.residual and source.skeleton.residual is None:
         kind = source.skeleton.model.config.model_type
         raise SettingsError(f"shuffle residual: is not known of model type {kind!r}; give a --shuffle without residual")
     if not any(block.experts for block in source.blocks):

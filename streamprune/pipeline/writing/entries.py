@@ -13,8 +13,9 @@ from streamprune.checkpoint.packed import packed_tensors
 from streamprune.checkpoint.reader import open_file
 from streamprune.checkpoint.writer import Pieces, Staged, file_digest, stage_safetensors
 from streamprune.errors import KernelFault
+from streamprune.model.folding import FoldedPermutation
 from streamprune.model.skeleton import Block
-from streamprune.pipeline.block_pruning import FoldedPermutation, PrunedBlock, PrunedLayer
+from streamprune.pipeline.block_pruning import PrunedBlock, PrunedLayer
 from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.residual import source_order
 from streamprune.pipeline.run import Run
