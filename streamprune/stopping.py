@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 from streamprune.errors import SettingsError
 
@@ -66,6 +65,6 @@ def time_is_up(seconds: float, clock: Callable[[], float] = time.monotonic) -> C
     return asked
 
 
-def either(*questions: Callable[[], Any]) -> Callable[[], bool]:
-    """A question that is answered by yes where one of several is; each is asked."""
-    return lambda: any([bool(question()) for question in questions])
+def either(*questions: Callable[[], object]) -> Callable[[], bool]:
+    """A question that is answered by yes where one of several is."""
+    return lambda: any(question() for question in questions)
