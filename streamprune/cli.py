@@ -8,12 +8,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import click
 
 import streamprune
-from streamprune.endings import ResultLost, end_on_signals, guard_streams, one_line_errors, stop_on_signals
+from streamprune.endings import STOPS, ResultLost, end_on_signals, guard_streams, one_line_errors, stop_on_signals
+from streamprune.environment import prepare
 from streamprune.errors import EXIT_CODES, OutputError, SettingsError
 from streamprune.options import (
     DEVICE,
@@ -65,6 +67,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of `streamprune`."""
     guard_streams()
+    prepare()
     try:
         cli(prog_name="streamprune")
     except ResultLost as error:
@@ -72,10 +75,13 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[..., Any]], click.Command]:
+def command(
+    show: Callable[[Any], None], *examples: str, signals: Callable[[], AbstractContextManager[Any]] = end_on_signals
+) -> Callable[[Callable[..., Any]], click.Command]:
     """A subcommand: its function returns a dataclass, which is shown as text or, with --json, as one JSON object.
 
-    Errors are one line on standard error and an exit code of their kind.
+    Errors are one line on standard error and an exit code of their kind; signals do what `signals` makes of them, also
+    while the library is imported.
     """
     epilog = "\b\nExamples:\n" + "\n".join(f"  streamprune {example}" for example in examples)
 
@@ -86,9 +92,9 @@ def command(show: Callable[[Any], None], *examples: str) -> Callable[[Callable[.
         @functools.wraps(function)
         def wrapped(as_json: bool, **settings: Any) -> None:
             with one_line_errors():
-                _import(function.__name__)
-                with end_on_signals():
-                    result = function(**settings)
+                with signals() as should_stop:
+                    _import(function.__name__)
+                    result = function(**settings, **({} if should_stop is None else {"should_stop": should_stop}))
                 text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False) if as_json else None
             if text is not None:
                 click.echo(text)
@@ -122,10 +128,11 @@ def _import(name: str) -> None:
     "compress ./opt-66b --out ./pruned --pattern 4:8 --calibration c4-train.00000-of-01024.json.gz --samples 64",
     "compress ./llama --out ./pruned --max-block-error 0.5 --on-excess keep-dense",
     "compress HuggingFaceTB/SmolLM2-135M --out ./pruned",
+    signals=stop_on_signals,
 )
 @click.option("--out", required=True, type=click.Path(), help="Output folder; run the same command again to continue.")
 @JOB
-def compress(quiet: bool, yes: bool, **settings: Any) -> Any:
+def compress(quiet: bool, yes: bool, should_stop: Callable[[], bool], **settings: Any) -> Any:
     """Prune MODEL to packed N:M form.
 
     MODEL is a folder as transformers reads it: config.json, a tokenizer, and weights as safetensors or
@@ -139,9 +146,9 @@ def compress(quiet: bool, yes: bool, **settings: Any) -> Any:
 
     map_large_pieces()
     if settings["restart"] and not yes and streamprune.is_finished(settings["out"]):
-        _ask_to_restart(settings["out"])
-    with stop_on_signals() as should_stop:
-        return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
+        with end_on_signals(STOPS):  # there is nothing to stop while a person is asked
+            _ask_to_restart(settings["out"])
+    return streamprune.compress(progress=not quiet, should_stop=should_stop, **settings)
 
 
 def on_terminal() -> bool:

@@ -9,7 +9,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -154,19 +154,19 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def end_on_signals() -> Iterator[None]:
+def end_on_signals(kinds: Iterable[signal.Signals] = ENDS) -> Iterator[None]:
     """Turn signals that would end the process into exceptions; a second one of the same kind ends it at once."""
 
     def end(number: int, _frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
         raise _Ended(number)
 
-    with _handled(ENDS, end):
+    with _handled(kinds, end):
         yield
 
 
 @contextmanager
-def _handled(kinds: tuple[signal.Signals, ...], handler: Callable[[int, Any], None]) -> Iterator[None]:
+def _handled(kinds: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handle signals for a while; one that was ignored stays ignored, as nohup and background jobs of shells need."""
     heard = [kind for kind in kinds if signal.getsignal(kind) is not signal.SIG_IGN]
     former = {kind: signal.signal(kind, handler) for kind in heard}

@@ -259,6 +259,11 @@ JOB = options(
     DTYPE,
     RESOURCES,
     click.option("--scratch", type=click.Path(), help=f"{SCRATCH_HELP}inside the output folder."),
+    click.option(
+        "--time-budget",
+        help="Stop with exit code 85 before this time is over, such as 3h50m, 90m or 4:00:00 (hours first); the same "
+        "command goes on. Default: none.",
+    ),
     click.option("--restart", is_flag=True, help="Delete what the output folder holds of an earlier job; start over."),
     click.option("--yes", is_flag=True, help="With --restart: delete even a finished job, without asking."),
 )

@@ -310,7 +310,7 @@ FROM_ZERO = {
 TEXTS = {
     "out", "calibration", "pattern", "metric", "shuffle", "fold", "objective", "entropy_range", "amplitude",
     "on_excess", "device", "dtype", "scratch", "source", "tasks", "text", "text_column", "to",
-    "prompt", "prompt_file",
+    "prompt", "prompt_file", "time_budget",
 }  # fmt: skip
 NUMERIC = [
     (name, option.name)

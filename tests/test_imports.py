@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"streamprune": ROOT / "streamprune", "streamprune_kernels": ROOT / "kernels"}
 
-EVERYWHERE = {"errors", "config"}
+EVERYWHERE = {"errors", "config", "stopping"}
 MAY_IMPORT = {
     "streamprune": {"pipeline", "runtime", "model", "integrations"},  # the public names, imported on first use
     "__main__": {"cli"},
-    "cli": {"streamprune", "summaries", "endings", "options", "process"},
+    "cli": {"streamprune", "summaries", "endings", "environment", "options", "process"},
     "endings": {"summaries"},
     "summaries": set(),
     "pipeline": {"text", "model", "pruning", "checkpoint", "process", "streamprune_kernels"},
@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "data": set(),
     "options": set(),
     "process": set(),
+    "environment": set(),
+    "stopping": set(),
     "config": set(),
     "errors": set(),
     "streamprune_kernels": set(),

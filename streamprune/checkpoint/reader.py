@@ -20,6 +20,7 @@ from streamprune.checkpoint.safetensors_header import TensorEntry, read_header
 from streamprune.checkpoint.torch_file import load_bin
 from streamprune.checkpoint.untrusted import MAX_KEY_CHARACTERS, open_regular, parse_json, read_json
 from streamprune.errors import CheckpointError, NumericsError
+from streamprune.stopping import safe_point
 from streamprune_kernels import all_finite
 
 SAFETENSORS_INDEX, BIN_INDEX = INDEX_FILES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -127,6 +128,7 @@ class Checkpoint:
         row_bytes = source.size_bytes // source.shape[0]
         rows = max(1, PIECE_BYTES // row_bytes)
         for first in range(0, source.shape[0], rows):
+            safe_point()
             count = min(rows, source.shape[0] - first)
             if matrix is not None:
                 piece = matrix[first : first + count].clone()
@@ -148,6 +150,7 @@ class Checkpoint:
         result = {}
         with _opened(path) as file:
             for name in sorted(names, key=lambda name: _entry_of(self.tensors[name]).offset_bytes):
+                safe_point()
                 entry = _entry_of(self.tensors[name])
                 tensor = empty(entry.shape, entry.dtype)
                 read_into(file.fileno(), tensor, entry.offset_bytes, path)

@@ -19,6 +19,7 @@ import torch
 from streamprune.checkpoint.reader import byte_view
 from streamprune.checkpoint.safetensors_header import DTYPES
 from streamprune.errors import OutputError
+from streamprune.stopping import safe_point
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -99,6 +100,7 @@ def stage_safetensors(
         for name in order:
             tensor = tensors[name]
             for piece in tensor.make() if isinstance(tensor, Pieces) else (tensor,):
+                safe_point()
                 put(byte_view(piece.cpu().contiguous()))
                 del piece  # before the next one is made
         if file.tell() != 8 + len(text) + offset:

@@ -20,6 +20,7 @@ from streamprune.model.experts import ExpertLayers, Routing
 from streamprune.model.forward import Arguments
 from streamprune.model.skeleton import Block
 from streamprune.model.streaming import Runnable, advance
+from streamprune.stopping import safe_point
 
 Load = Callable[[Block], nn.Module]  # the module of a block's part, with its weights
 
@@ -103,6 +104,7 @@ class ExpertStage:
     def work(self, expert: int, module: nn.Module) -> None:
         """Have an expert, which has its weights in `module`, work on its rows of all sequences."""
         for sequence in range(len(self.routings)):
+            safe_point()
             rows, weights = self.rows_of(sequence, expert)
             if len(rows):
                 self.add(sequence, rows, weights, self.compute(module, self.inputs(sequence, rows)))

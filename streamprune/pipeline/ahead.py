@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from itertools import islice
 from typing import TypeVar
 
@@ -13,7 +14,8 @@ def ahead(items: Iterator[T], count: int, name: str) -> Generator[T, None, None]
     """The items in order, each made in a thread `name` while the one before it is in use; at most `count` wait.
 
     With a count of 0 they are made when they are asked for. What making one raises is raised in its place. Closing it
-    waits for the item that is being made. Nothing here holds an item longer than the one who asked.
+    waits for the item that is being made, up to its next safe point where the job stops. Nothing here holds an item
+    longer than the one who asked.
     """
     if not count:
         yield from items
@@ -23,7 +25,7 @@ def ahead(items: Iterator[T], count: int, name: str) -> Generator[T, None, None]
         try:
             while True:
                 while len(upcoming) <= count:
-                    upcoming.append(worker.submit(lambda: list(islice(items, 1))))
+                    upcoming.append(worker.submit(copy_context().run, lambda: list(islice(items, 1))))
                 found = upcoming.popleft().result()
                 if not found:
                     return

@@ -62,6 +62,7 @@ from streamprune.pipeline.writing.journal import (
     remove_output,
 )
 from streamprune.process import peak_memory_bytes, return_free_memory
+from streamprune.stopping import checked_by, either, parse_seconds, time_is_up
 from streamprune.text.calibration import Calibration
 from streamprune.text.documents import TEXT_COLUMN, check_named
 
@@ -117,6 +118,7 @@ def compress(
     min_coverage: float = MIN_COVERAGE,
     scratch: PathLike | None = None,
     restart: bool = False,
+    time_budget: str | None = None,
     progress: bool = False,
     should_stop: Callable[[], bool] | None = None,
     **settings: Unpack[Settings],
@@ -134,8 +136,10 @@ def compress(
     streamprune.process.map_large_pieces first takes the memory that `plan` foretells.
 
     The same call again goes on after the last finished block; a finished job says so. `restart` throws away what `out`
-    holds, `scratch` is a folder for hidden states. `should_stop` is asked after every sequence; when true, Interrupted
-    is raised, and nothing finished is lost. Raises the errors of streamprune.errors.
+    holds, `scratch` is a folder for hidden states. `should_stop` is asked at every safe point, at least once a
+    sequence, by the thread that reaches it; when true, Interrupted is raised, and nothing finished is lost. So it is
+    where the job would not end within `time_budget` ("3h50m", "4:00:00") from the call. Raises the errors of
+    streamprune.errors.
 
     >>> result = streamprune.compress(model, out, pattern="4:8", samples=4, sequence_length=48)
     >>> result.status, result.packed_bytes / result.dense_bytes
@@ -149,6 +153,8 @@ def compress(
     out, scratch = path_of("out", out), None if scratch is None else path_of("scratch", scratch)
     if not callable(should_stop := should_stop or _never):
         raise SettingsError(f"should_stop {should_stop!r:.40} is no function")
+    if time_budget is not None:
+        should_stop = either(should_stop, time_is_up(parse_seconds(time_budget)))
     if config.validate:
         check_named(calibration)
     model = folder_of("model", model, progress, should_stop)
@@ -163,7 +169,9 @@ def compress(
             result = _already_finished(job, out)
             journal.clear()
             return result
-        return _finish(job, Watch(journal, Progress(progress), should_stop, len(job.source.blocks)), scratch, start)
+        watch = Watch(journal, Progress(progress), should_stop, len(job.source.blocks))
+        with checked_by(watch.stop_if_asked):
+            return _finish(job, watch, scratch, start)
 
 
 def _never() -> bool:
@@ -200,7 +208,8 @@ def _work(job: Job, watch: Watch, scratch: Path, entries: list[JournalEntry]) ->
     with ExitStack() as open_files:
         open_files.callback(watch.progress.close)
         residual = residual_permutation(job, watch.journal, watch.tick) if job.config.residual else None
-        background = open_files.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sync"))
+        background = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        open_files.callback(background.shutdown, cancel_futures=True)
         run = Run(job, watch, scratch, open_files, background, residual)
         given_up = threading.Event()
         open_files.callback(given_up.set)  # before `background` waits for what it works on

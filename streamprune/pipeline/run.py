@@ -34,6 +34,10 @@ class Watch:
     def check(self) -> None:
         """Raise Interrupted when asked to stop, OutputError where the output is another's by now."""
         self.journal.lease.check()
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted when asked to stop. Any thread may call it."""
         if self.should_stop():
             done = self.journal.finished_blocks()
             raise Interrupted(

@@ -19,6 +19,7 @@ from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.reading import parameters_of, read_part
 from streamprune.pipeline.residual import reordered
 from streamprune.pipeline.run import Run
+from streamprune.stopping import safe_point
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def _is_whole(states: HiddenStates) -> bool:
         return False
     try:
         for index in range(len(states)):
+            safe_point()
             states.read(index)
     except CheckpointError:
         return False

@@ -35,6 +35,7 @@ from streamprune.pipeline.validation import BlockErrorSum, InputSample, validate
 from streamprune.pipeline.writing.entries import StagedBlock, digests_of, moments_record, stage_block, write_part
 from streamprune.process import peak_memory_bytes
 from streamprune.pruning.statistics import ChannelStatistics
+from streamprune.stopping import safe_point
 
 
 @dataclass(frozen=True)
@@ -219,5 +220,6 @@ def _kept_dense(work: BlockWork) -> StagedBlock:
         tensors = parameters_of(run.job, read_part(run.job, work.block.parts[0]), run.residual)
         staged = stage_block(run, work.block, PrunedBlock({}, tensors, ()), parts)
     for sequence in range(len(work.dense)):
+        safe_point()
         work.outputs.hidden.write(sequence, work.dense.read(sequence))
     return staged

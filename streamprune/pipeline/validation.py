@@ -19,6 +19,7 @@ from streamprune.pipeline.block_pruning import PrunedBlock, PrunedLayer
 from streamprune.pipeline.planning.job import Job
 from streamprune.pipeline.writing.entries import layer_record
 from streamprune.pruning.selection import relative, stable_sum
+from streamprune.stopping import safe_point
 from streamprune_kernels import all_finite, pack_values, squared_distances, unpack_mask
 
 SAMPLE_TOKENS = 256
@@ -109,6 +110,7 @@ def validated(
     """
     for group in block.groups:
         for name in group.names if group.name in samples else ():
+            safe_point()
             written = module.get_submodule(block.local(name))
             assert isinstance(written, PackedLinear)
             layer, bias, x = pruned.layers[name], pruned.others.get(f"{name}.bias"), samples[group.name].tokens

@@ -19,6 +19,7 @@ from streamprune.pruning.refinement import SHRINKAGE_ROWS, choose_shrinkage, qua
 from streamprune.pruning.selection import relative, select, stable_product, stable_sum
 from streamprune.pruning.shuffle import search_in_heads, search_permutation
 from streamprune.pruning.statistics import ChannelStatistics, SecondMoments
+from streamprune.stopping import safe_point
 from streamprune_kernels import kept_sums, select_weights
 
 Timed = Callable[[str], AbstractContextManager[None]]
@@ -141,6 +142,7 @@ def prune_group(
     for name, own_scores in zip(weights, scores.split(counts), strict=True):
         pieces = []
         for first in range(0, len(own_scores), ROWS_AT_ONCE):
+            safe_point()
             rows = slice(first, first + ROWS_AT_ONCE)
             with timed("select"):
                 linear = _linear(weights[name], rows, statistics, config)
@@ -162,6 +164,7 @@ def _select_alone(
     steps: dict[str, tuple[Step, ...]] = {}
     with timed("select"):
         for name, weight in weights.items():
+            safe_point()
             keep[name], retained = select_weights(weight, factor, config.pattern.kept, config.pattern.group_size)
             check_scores(float(retained.sum()), config)
             steps[name] = (Step("selection", stable_sum(retained), None, None),)

@@ -6,6 +6,7 @@ import sys
 import torch
 
 from streamprune.config import NMPattern
+from streamprune.stopping import safe_point
 from streamprune_kernels import select_groups, weighted_squares
 
 INNER_AT_ONCE = 512
@@ -53,6 +54,7 @@ def stable_product(a: torch.Tensor, b: torch.Tensor, into: torch.Tensor | None =
     """
     product = torch.zeros(a.shape[0], b.shape[1], device=a.device) if into is None else into
     for first in range(0, a.shape[1], INNER_AT_ONCE):
+        safe_point()
         inner = slice(first, first + INNER_AT_ONCE)
         product.addmm_(a[:, inner], b[inner])
     return product

@@ -19,6 +19,7 @@ import torch
 
 from streamprune.config import NMPattern, PruneConfig
 from streamprune.pruning.selection import select, stable_sum
+from streamprune.stopping import safe_point
 from streamprune_kernels import hinge_sums, kept_sums, local_swaps, nth_best
 
 ROWS_AT_ONCE = 2048  # whose kept score is summed
@@ -97,6 +98,7 @@ def assignment_shuffle(scores: torch.Tensor, start: torch.Tensor, pattern: NMPat
         for place in range(pattern.group_size):
             order = torch.randperm(count, generator=generator) if parts > 1 else torch.arange(count)
             for part in order.to(groups.device).tensor_split(parts):
+                safe_point()
                 gain = _gain_of_place(channels_first, groups[part], place, pattern)
                 _, chosen = linear_sum_assignment(gain.numpy(), maximize=True)
                 taken = torch.from_numpy(chosen)
@@ -145,6 +147,7 @@ def _retained(scores: torch.Tensor, permutation: torch.Tensor, pattern: NMPatter
     """The kept score in an order of channels, exact over rows."""
     sums = []
     for rows in scores.split(ROWS_AT_ONCE):
+        safe_point()
         permuted = rows.index_select(1, permutation)
         sums.append(kept_sums(permuted, select(permuted, pattern)))
     return stable_sum(torch.cat(sums))

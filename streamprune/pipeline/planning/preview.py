@@ -24,6 +24,7 @@ from streamprune.model.hub import folder_of
 from streamprune.model.source import Source, open_dense
 from streamprune.pipeline.planning.memory import Limits, Memory
 from streamprune.pipeline.planning.plan import Plan, Resources, check_outside, make_plan
+from streamprune.stopping import parse_seconds
 from streamprune.text.calibration import Calibration
 from streamprune.text.documents import TEXT_COLUMN
 
@@ -86,6 +87,7 @@ def plan(
     min_coverage: float = MIN_COVERAGE,
     scratch: PathLike | None = None,
     restart: bool = False,
+    time_budget: str | None = None,
     progress: bool = False,
     **settings: Unpack[Settings],
 ) -> PlanResult:
@@ -100,6 +102,8 @@ def plan(
     (3, 21)
     """
     check_settings(restart=restart, progress=progress)
+    if time_budget is not None:
+        parse_seconds(time_budget)
     config = config_of(config, settings)
     text = Calibration(calibration, text_column, samples, sequence_length, seed)
     limits = Limits.parse(max_memory, max_device_memory)

@@ -25,6 +25,7 @@ from streamprune.checkpoint.writer import canonical_json, file_digest, write_jso
 from streamprune.config import PathLike, path_of
 from streamprune.errors import CheckpointError, JobMismatchError, OutputError
 from streamprune.pipeline.writing.lease import Lease, leased
+from streamprune.stopping import safe_point
 
 WORK_FOLDER = ".work"
 OUTPUT_PATTERNS = (  # of every version: a restart may find a former one's
@@ -76,6 +77,7 @@ class Journal:
             check_identity(self.out, {"format_version": 1, **recorded}, identity)  # version 1 did not record it
         entries: list[JournalEntry] = []
         while recorded is not None and (entry := self._entry(len(entries))) is not None:
+            safe_point()
             if not all(_is_as_recorded(self.out / name, digest) for name, digest in entry.files.items()):
                 break
             entries.append(entry)
