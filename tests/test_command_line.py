@@ -306,10 +306,11 @@ FROM_ZERO = {
     "correction",
     "max_block_error",
     "min_coverage",
+    "min_expert_tokens",
 }
 TEXTS = {
     "out", "calibration", "pattern", "metric", "shuffle", "fold", "objective", "entropy_range", "amplitude",
-    "on_excess", "device", "dtype", "scratch", "source", "tasks", "text", "text_column", "to",
+    "on_excess", "starved", "device", "dtype", "scratch", "source", "tasks", "text", "text_column", "to",
     "prompt", "prompt_file", "time_budget",
 }  # fmt: skip
 NUMERIC = [

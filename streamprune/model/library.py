@@ -6,6 +6,7 @@ something, it is found there first, and mended here.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import (
     CONFIG_MAPPING,
@@ -71,6 +73,7 @@ __all__ = [
     "wraps_text",
 ]
 logger = logging.getLogger("streamprune")
+LARGE = 1 << 28  # numbers of a tensor; buffers hold fewer
 Memory = tuple[int, int, tuple[int, ...], tuple[int, ...], int]
 
 
@@ -123,6 +126,20 @@ def bare_model(config: PretrainedConfig) -> PreTrainedModel:
         return _with_base_named(auto_class(type(config)).from_config(config, dtype=torch.float32))
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """While open, tensors beyond any buffer's size are made without memory: a system may refuse that of all experts of
+    a block, which accelerate would let go of a moment later.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones):
+            shape = args[0] if args and isinstance(args[0], tuple | list) else args
+            if all(isinstance(length, int) for length in shape) and math.prod(shape) > LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """A causal LM with parameters on the meta device and buffers as they are computed. What shared a parameter may not.
 
@@ -131,7 +148,7 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
         model: PreTrainedModel = auto_class(type(config)).from_config(config, dtype=torch.float32)
     model.tie_weights()
     return _with_base_named(model)
