@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,14 @@ PORT = 17810  # below the ports that Linux gives out by itself
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def slurm() -> Iterator[Slurm]:
     path = f"{os.environ['PATH']}:/usr/sbin"
     if missing := [name for name in NEEDED if shutil.which(name, path=path) is None]:
         if os.environ.get("CI") == "true":
             pytest.fail(f"{', '.join(missing)} not installed; .ci/run installs Slurm")
         pytest.skip(f"{', '.join(missing)} not installed (apt-get install slurmctld slurmd slurm-client munge)")
-    state = tmp_path_factory.mktemp("slurm")
+    state = Path(tempfile.mkdtemp(prefix="slurm-"))
+    state.chmod(0o755)  # munge refuses a socket that others cannot reach, as in pytest's own folders
     with pytest.MonkeyPatch.context() as patch:
         about = {"SP_DIR": str(state), "SP_PORT": str(PORT), "SLURM_CONF": f"{state}/etc/slurm.conf"}
         for name, value in {**about, "OMP_NUM_THREADS": "1"}.items():
@@ -31,4 +33,4 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             assert started.returncode == 0, started.stderr
             yield Slurm(state)
         finally:
-            subprocess.run(["bash", str(CLUSTER), "down"], capture_output=True, timeout=60)
+            subprocess.run(["bash", str(CLUSTER), "down", "--purge"], capture_output=True, timeout=60)
