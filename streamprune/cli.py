@@ -338,14 +338,14 @@ def inspect(quiet: bool, **settings: Any) -> Any:
 @click.option("--print", "print_only", is_flag=True, help="Print the script; submit nothing.")
 @click.option("--index", type=integer, help="Submit nothing: run the job of this index, from 0 on, here and now.")
 @JOB
-@click.pass_context
-def submit(context: click.Context, quiet: bool, yes: bool, **settings: Any) -> Any:
+def submit(quiet: bool, yes: bool, **settings: Any) -> Any:
     """Submit `compress` to Slurm as a job that goes on over time limits, preemptions and lost nodes.
 
     MODEL and the options are those of compress; or MODEL is a TOML file, whose name ends in .toml, of many jobs, which
     become one array. Settings that compress would refuse are refused before anything is submitted. The script has the
     commands themselves: later changes of the file change no job.
     """
+    context = click.get_current_context()
     own = {"model", "slurm", "notice", "max_restarts", "print_only", "index"}
     by_user = click.core.ParameterSource.COMMANDLINE
     given = {name: value for name, value in settings.items() if context.get_parameter_source(name) is by_user}

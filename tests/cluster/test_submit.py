@@ -81,7 +81,7 @@ def test_a_command_says_what_the_settings_say(settings: dict[str, Any]) -> None:
 
 def test_what_compress_refuses_is_refused_before_by_the_same_words(tmp_path: Path) -> None:
     """Every setting, by a value that is never right."""
-    parameters = {option.name for option in cli.commands["compress"].params} - {"quiet", "as_json", "yes", None}
+    parameters = {option.name for option in cli.commands["compress"].params} - {"quiet", "as_json", "yes", "debug"}
     wrong: dict[str, Any] = {name: ["no"] for name in parameters - {"model", "out", "calibration"}}
     wrong |= {"shuffle": "best", "pattern": "2", "correction_stride": 0, "max_memory": "much"}
     assert len(wrong) > 30
