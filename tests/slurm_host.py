@@ -25,7 +25,7 @@ class Slurm:
         """What Slurm says of a job, or of each task of an array by its index."""
         shown = self.run("scontrol", "--oneliner", "show", "job", job).splitlines()
         found = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in shown if line]
-        return sorted(found, key=lambda one: int(one.get("ArrayTaskId", "0")))
+        return sorted(found, key=lambda one: one.get("ArrayTaskId", ""))
 
     def revive(self, node: str) -> None:
         """Start a node's killed daemon again."""
@@ -39,6 +39,7 @@ class Slurm:
             found = self.jobs(job)
             for one in found:
                 if one["JobState"] == "PENDING" and one["Reason"] == "BeginTime":
+                    time.sleep(1.5)  # a credential of the second in which the last one was revoked is revoked too
                     subprocess.run(
                         ["scontrol", "update", f"jobid={one['JobId']}", "StartTime=now"], capture_output=True
                     )

@@ -19,7 +19,7 @@ from streamprune.pipeline.compress import CompressResult
 
 pytestmark = pytest.mark.slurm
 SMALL = {"cpus-per-task": 1, "mem": "1500M", "time": "10"}
-BLOCKS = 24  # many, so that a job can be interrupted often
+BLOCKS = 48  # many, so that a job can be interrupted often
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +105,7 @@ def test_requeued_five_times_and_preempted_once(slurm: Slurm, job: dict[str, Any
     for _ in range(5):
         slurm.wait_for(job_id, "RUNNING")
         process = holder(out, process)
-        time.sleep(draw.uniform(0.0, 1.0))
+        time.sleep(draw.uniform(0.0, 0.6))
         slurm.run("scontrol", "requeue", job_id)
     slurm.wait_for(job_id, "RUNNING")
     holder(out, process)
