@@ -318,7 +318,7 @@ def inspect(quiet: bool, **settings: Any) -> Any:
     show_submission,
     "submit jobs.toml",
     "submit /models/llama-65b --out ./pruned --pattern 4:8 --slurm time=08:00:00 --slurm gres=gpu:1",
-    "submit jobs.toml --print > jobs.sbatch",
+    "submit jobs.toml --print",
 )
 @click.option("--out", type=click.Path(), help="As for compress, for MODEL; a TOML file has an out in each job.")
 @click.option(

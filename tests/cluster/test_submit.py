@@ -61,6 +61,17 @@ def test_a_file_of_two_jobs(file: Path) -> None:
             jobs.arguments(index)
 
 
+def test_the_file_in_the_documents(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
+    (tmp_path / "jobs.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    jobs = read_jobs(tmp_path / "jobs.toml")
+    text = ["--calibration=/data/c4-train.00000-of-01024.json.gz", "--samples=64"]
+    assert [jobs.arguments(index) for index in (0, 1)] == [
+        ["/models/opt-66b", *text, "--out=pruned/opt-66b"],
+        ["/models/llama-65b", *text, "--out=pruned/llama-65b-48", "--pattern=4:8"],
+    ]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
