@@ -317,6 +317,7 @@ NUMERIC = [
     (name, option.name)
     for name, command in cli.commands.items()
     for option in command.params
+    if name != "submit"  # whose settings tests/cluster/test_submit.py holds to those of compress
     if isinstance(option, click.Option) and not option.is_flag and option.name not in TEXTS
 ]
 SENSELESS: list[Any] = [-1, 10**20, math.nan, math.inf, -math.inf, "x", ""]
