@@ -108,7 +108,7 @@ def test_requeued_five_times_and_preempted_once(slurm: Slurm, job: dict[str, Any
         time.sleep(draw.uniform(0.0, 0.6))
         slurm.run("scontrol", "requeue", job_id)
     slurm.wait_for(job_id, "RUNNING")
-    holder(out, process)
+    os.kill(holder(out, process), signal.SIGSTOP)  # it may not end before the urgent job is looked at
     urgent = slurm.run("sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true").strip()
     slurm.wait_for(urgent, "COMPLETED")
     (ended,) = slurm.wait_for(job_id, "COMPLETED", "FAILED")
