@@ -9,7 +9,7 @@ TEXT := demo/text
 PRUNED := demo/pruned
 
 .DEFAULT_GOAL := help
-.PHONY: help setup inputs demo test test-lowest test-vllm verify check docs package torture bench bench-gpu bench-llmcompressor bench-quality clean
+.PHONY: help setup inputs demo test test-lowest test-slurm test-vllm verify check docs package torture bench bench-gpu bench-llmcompressor bench-quality clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -42,6 +42,9 @@ test-lowest:  ## run the suite's core on the lowest versions of everything that 
 	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check -c constraints-lowest.txt -e . pytest hypothesis
 	$(LOWEST)/bin/python -m pytest $(CORE) --ignore=tests/kernels/cuda --ignore=tests/pipeline/test_lease.py \
 	  --deselect tests/pipeline/test_whole_way.py -q
+
+test-slurm: setup  ## run jobs on a real Slurm on loopback (apt-get install slurmctld slurmd slurm-client munge)
+	$(RUN) -m pytest -m slurm tests/slurm
 
 # vLLM wants a torch and a transformers of its own. Wheels for a processor bring three packages built for CUDA, whose
 # import fails without it.

@@ -15,6 +15,8 @@ from streamprune.errors import StreampruneError
 from streamprune.integrations.registration import register
 
 if TYPE_CHECKING:
+    from streamprune.cluster.status import StatusResult, status
+    from streamprune.cluster.submission import SubmitResult, submit
     from streamprune.config import PruneConfig
     from streamprune.integrations.huggingface import load
     from streamprune.model.packed_linear import PackedLinear
@@ -38,7 +40,9 @@ __all__ = [
     "PackedLinear",
     "PlanResult",
     "PruneConfig",
+    "StatusResult",
     "StreampruneError",
+    "SubmitResult",
     "VerifyResult",
     "compress",
     "evaluate",
@@ -48,6 +52,8 @@ __all__ = [
     "is_finished",
     "load",
     "plan",
+    "status",
+    "submit",
     "verify",
 ]
 
@@ -60,6 +66,8 @@ _HOMES = {
     "PackedLinear": "streamprune.model.packed_linear",
     "PlanResult": "streamprune.pipeline.planning.preview",
     "PruneConfig": "streamprune.config",
+    "StatusResult": "streamprune.cluster.status",
+    "SubmitResult": "streamprune.cluster.submission",
     "VerifyResult": "streamprune.runtime.verify",
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
@@ -69,6 +77,8 @@ _HOMES = {
     "is_finished": "streamprune.pipeline.writing.journal",
     "load": "streamprune.integrations.huggingface",
     "plan": "streamprune.pipeline.planning.preview",
+    "status": "streamprune.cluster.status",
+    "submit": "streamprune.cluster.submission",
     "verify": "streamprune.runtime.verify",
 }
 

@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -37,6 +38,8 @@ from streamprune.summaries import (
     show_inspection,
     show_pace,
     show_plan,
+    show_status,
+    show_submission,
     show_text,
     show_texts,
     show_verification,
@@ -316,3 +319,88 @@ def inspect(quiet: bool, **settings: Any) -> Any:
     reasons. docs/method.md defines the errors.
     """
     return streamprune.inspect(progress=not quiet, **settings)
+
+
+@command(
+    show_submission,
+    "submit jobs.toml",
+    "submit /models/llama-65b --out ./pruned --pattern 4:8 --slurm time=08:00:00 --slurm gres=gpu:1",
+    "submit jobs.toml --print",
+)
+@click.option("--out", type=click.Path(), help="As for compress, for MODEL; a TOML file has an out in each job.")
+@click.option(
+    "--slurm", multiple=True, metavar="NAME=VALUE", help="An option of sbatch by its long name, over the file's."
+)
+@click.option(
+    "--notice",
+    type=integer,
+    default=120,
+    show_default=True,
+    help="Seconds before its time limit at which the job is told to stop; more than a sequence, or one block's search "
+    "for shuffles, takes.",
+)
+@click.option(
+    "--max-restarts", type=integer, default=100, show_default=True, help="After so many restarts a job gives up."
+)
+@click.option("--print", "print_only", is_flag=True, help="Print the script; submit nothing.")
+@click.option("--index", type=integer, help="Submit nothing: run the job of this index, from 0 on, here and now.")
+@JOB
+def submit(quiet: bool, yes: bool, **settings: Any) -> Any:
+    """Submit `compress` to Slurm as a job that goes on over time limits, preemptions and lost nodes.
+
+    MODEL and the options are those of compress; or MODEL is a TOML file, whose name ends in .toml, of many jobs, which
+    become one array. Settings that compress would refuse are refused before anything is submitted. The script has the
+    commands themselves: later changes of the file change no job.
+    """
+    context = click.get_current_context()
+    own = {"model", "slurm", "notice", "max_restarts", "print_only", "index"}
+    by_user = click.core.ParameterSource.COMMANDLINE
+    given = {name: value for name, value in settings.items() if context.get_parameter_source(name) is by_user}
+    job = {name: value for name, value in given.items() if name not in own}
+    from_file = settings["model"].endswith(".toml")
+    if from_file and job:
+        raise SettingsError(f"{min(job)} is a setting of one job; write it into {settings['model']}")
+    jobs = settings["model"] if from_file else [{"model": settings["model"], **job}]
+    if settings["index"] is not None:
+        _become(jobs, settings["index"], quiet)
+    options = dict(_option_of(text) for text in settings["slurm"])
+    how = {name: settings[name] for name in ("notice", "max_restarts", "print_only")}
+    return streamprune.submit(jobs, slurm=options, **how)
+
+
+def _option_of(text: str) -> tuple[str, Any]:
+    """An option of sbatch and its value, true where it has none."""
+    name, equals, value = text.partition("=")
+    return name, value if equals else True
+
+
+def _become(jobs: Any, index: Any, quiet: bool) -> NoReturn:
+    """Replace this process by `compress` of one job, so that signals and exit codes are its own."""
+    from streamprune.cluster.jobs import read_jobs
+
+    if not isinstance(index, int):
+        raise SettingsError(f"index {index!r:.40} is no whole number")
+    arguments = [*read_jobs(jobs).arguments(index), *(["--quiet"] if quiet else [])]
+    os.execv(sys.executable, [sys.executable, "-m", "streamprune", "compress", *arguments])
+
+
+WATCH_SECONDS = 5.0
+
+
+@command(show_status, "status ./pruned", "status --watch ./opt-66b ./llama-65b", "status ./opt-66b ./llama-65b --json")
+@click.argument("folders", nargs=-1, required=True, type=click.Path())
+@click.option("--watch", is_flag=True, help="Show it again and again, until each job is finished or has failed.")
+def status(quiet: bool, watch: bool, folders: tuple[str, ...]) -> Any:
+    """Show how far the jobs in output FOLDERS have come.
+
+    Block, percent, rate, time left, host, restarts, last error. All of it is read from the folders: no scheduler is
+    asked, and any host that sees them can tell.
+    """
+    result = streamprune.status(folders)
+    while watch and not result.ended:
+        if not (quiet or click.get_current_context().params["as_json"]):
+            click.clear()
+            show_status(result)
+        time.sleep(WATCH_SECONDS)
+        result = streamprune.status(folders)
+    return result

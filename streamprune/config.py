@@ -82,8 +82,10 @@ NUMBERS = {
     "max_block_error": Bounds(0, 10**6, whole=False, optional=True),
     "min_expert_tokens": Bounds(0, MAX_COUNT),
     "min_coverage": Bounds(0, 1, whole=False),
+    "notice": Bounds(1, 65535),  # Slurm's own limit
+    "max_restarts": Bounds(0, MAX_COUNT),
 }
-FLAGS = frozenset({"progress", "quick", "reconstruct", "refine", "relative", "restart", "validate"})
+FLAGS = frozenset({"print_only", "progress", "quick", "reconstruct", "refine", "relative", "restart", "validate"})
 
 
 def check_settings(**given: Any) -> None:

@@ -1,6 +1,7 @@
 """What the commands print for people: the results of the library's functions, line by line."""
 
 import dataclasses
+import shlex
 from typing import Any
 
 import click
@@ -199,6 +200,41 @@ def show_inspection(result: Any) -> None:
         f"({share:.2%}), and {_size(result.permutation_bytes)} of stored permutations"
     )
     say("kept: retained score after the last step over that of the plain selection")
+
+
+def show_submission(result: Any) -> None:
+    """The script itself where it was not submitted, so that it can be written to a file; or the number Slurm gave."""
+    if result.job_id is None:
+        click.echo(result.script, nl=False)
+    else:
+        many = f", an array of {len(result.outs)}" if len(result.outs) > 1 else ""
+        say(f"submitted job {result.job_id}{many}; streamprune status {shlex.join(result.outs)} shows how far it is")
+
+
+def show_status(result: Any) -> None:
+    """A line for each job, and one for its last error."""
+    width = max([len(job.out) for job in result.jobs] + [6])
+    say(f"{'output':{width}}  {'state':11}  {'block':>9}  {'done':>6}  blocks/h   left  restarts  host")
+    for job in result.jobs:
+        share = f"{job.blocks_done / job.blocks:.1%}" if job.blocks else "-"
+        rate = "-" if job.blocks_per_hour is None else f"{job.blocks_per_hour:.4g}"
+        say(
+            f"{job.out:{width}}  {job.state:11}  {f'{job.blocks_done}/{_known(job.blocks)}':>9}  {share:>6}  {rate:>8}"
+            f"  {_time(job.seconds_left):>5}  {_known(job.restarts):>8}  {_known(job.host)}"
+        )
+        if job.last_error is not None:
+            say(f"  last error: {job.last_error}")
+
+
+def _known(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _time(seconds: float | None) -> str:
+    """Hours and minutes, or seconds where it is less than two minutes."""
+    if seconds is None:
+        return "-"
+    return f"{seconds:.0f}s" if seconds < 120 else f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}"
 
 
 def _not_copied(left_out: dict[str, str]) -> list[str]:

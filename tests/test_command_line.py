@@ -26,7 +26,7 @@ from streamprune.config import CHOICES
 from streamprune.errors import CheckpointError, OutputError, SettingsError
 from streamprune.model.arithmetic import DTYPES
 
-COMMANDS = ["compress", "plan", "verify", "evaluate", "generate", "export", "inspect"]
+COMMANDS = ["compress", "plan", "verify", "evaluate", "generate", "export", "inspect", "submit", "status"]
 
 
 def strict_json(text: str) -> Any:
@@ -64,7 +64,7 @@ def test_help_of_every_command_has_examples(command: str) -> None:
     assert "--json" in result.stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "submit"])
 def test_options_are_the_functions_parameters(name: str) -> None:
     """By the same names and with the same defaults."""
     command = cli.commands[name]
@@ -72,7 +72,7 @@ def test_options_are_the_functions_parameters(name: str) -> None:
     options = command.make_context(name, line).params
     parameters = inspect.signature(getattr(streamprune, name)).parameters
     in_python_alone = {"progress", "should_stop", "config", "on_text"}
-    assert options.keys() - {"quiet", "as_json", "yes"} == parameters.keys() - in_python_alone
+    assert options.keys() - {"quiet", "as_json", "yes", "watch"} == parameters.keys() - in_python_alone
     for key, parameter in parameters.items():
         if key in options and parameter.default is not parameter.empty:
             assert options[key] == parameter.default, key
@@ -97,6 +97,7 @@ def test_choices_are_listed_and_others_refused(command: str, option: click.Optio
     choices = get_args(CHOICES[option.name])
     assert f"--{option.name.replace('_', '-')} [{'|'.join(choices)}]" in run(command, "--help").stdout
     needed = {"compress": ["--out=o"], "evaluate": ["--text=t"], "export": ["--out=o"], "generate": ["--prompt=a"]}
+    needed["submit"] = ["--out=o", "--print"]
     result = run(command, tmp_path / "nowhere", *needed.get(command, []), option.opts[0], "best")
     line = f"streamprune: {option.name} 'best' is none of {', '.join(choices)}\n"
     assert (result.exit_code, result.stdout, result.stderr) == (2, "", line)
@@ -317,6 +318,7 @@ NUMERIC = [
     (name, option.name)
     for name, command in cli.commands.items()
     for option in command.params
+    if name != "submit"  # whose settings tests/cluster/test_submit.py holds to those of compress
     if isinstance(option, click.Option) and not option.is_flag and option.name not in TEXTS
 ]
 SENSELESS: list[Any] = [-1, 10**20, math.nan, math.inf, -math.inf, "x", ""]

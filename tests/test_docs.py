@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LOG = ROOT / "docs" / "benchmarks.md"  # of what was typed then
 CURRENT = [page for page in PAGES if page != LOG]
-OTHERS = {"--help", "--signal", "--parts"}  # click's, sbatch's, bench_gpu.py's
+OTHERS = {"--help", "--parts"}  # click's, sbatch's, bench_gpu.py's
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:

@@ -25,7 +25,9 @@ PUBLIC = {
     "PackedLinear": "streamprune.model.packed_linear",
     "PlanResult": "streamprune.pipeline.planning.preview",
     "PruneConfig": "streamprune.config",
+    "StatusResult": "streamprune.cluster.status",
     "StreampruneError": "streamprune.errors",
+    "SubmitResult": "streamprune.cluster.submission",
     "VerifyResult": "streamprune.runtime.verify",
     "compress": "streamprune.pipeline.compress",
     "evaluate": "streamprune.runtime.evaluate",
@@ -35,9 +37,11 @@ PUBLIC = {
     "is_finished": "streamprune.pipeline.writing.journal",
     "load": "streamprune.integrations.huggingface",
     "plan": "streamprune.pipeline.planning.preview",
+    "status": "streamprune.cluster.status",
+    "submit": "streamprune.cluster.submission",
     "verify": "streamprune.runtime.verify",
 }
-COMMANDS = ["compress", "evaluate", "export", "generate", "inspect", "plan", "verify"]
+COMMANDS = ["compress", "evaluate", "export", "generate", "inspect", "plan", "status", "submit", "verify"]
 
 
 def test_public_names_are_this_list() -> None:

@@ -61,6 +61,7 @@ from streamprune.pipeline.writing.journal import (
     output_leased,
     remove_output,
 )
+from streamprune.pipeline.writing.runs import run_noted
 from streamprune.process import peak_memory_bytes, return_free_memory
 from streamprune.stopping import checked_by, either, parse_seconds, time_is_up
 from streamprune.text.calibration import Calibration
@@ -186,15 +187,16 @@ def _finish(job: Job, watch: Watch, scratch: Path | None, start: float) -> Compr
     earlier = _stages(entries).values()  # without passes stages overlap, and the longest comes nearest to all
     earlier_seconds = sum(earlier) if job.config.validate else max(earlier, default=0.0)
     folder = _scratch_folder(journal, scratch)
-    check_disk(job.plan, len(entries), out, folder)
-    if job.config.validate and job.config.max_block_error is None:
-        watch.progress.note("no --max-block-error: every block is pruned, whatever it costs")
-    entries, manifest = _work(job, watch, folder, entries)
-    if scratch is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-    timings = _timings(entries, earlier_seconds + time.perf_counter() - start)
-    write_json(out / TIMINGS_FILE, timings, journal.temporary)
-    write_manifest(journal, manifest)
+    with run_noted(journal, watch.blocks) as runs:
+        check_disk(job.plan, len(entries), out, folder)
+        if job.config.validate and job.config.max_block_error is None:
+            watch.progress.note("no --max-block-error: every block is pruned, whatever it costs")
+        entries, manifest = _work(job, watch, folder, entries)
+        if scratch is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        timings = _timings(entries, earlier_seconds + time.perf_counter() - start) | {"restarts": runs.restarts}
+        write_json(out / TIMINGS_FILE, timings, journal.temporary)
+        write_manifest(journal, manifest)
     journal.clear()
     return _result("finished", out, job, manifest, record_of(timings, Timings))
 

@@ -285,7 +285,7 @@ INSIDE: dict[str, tuple[str, dict[str, Any], str]] = {
     "a tower's blocks": ("vision_config", {"num_hidden_layers": 900}, "num_hidden_layers is 900"),
     "a dimension": ("text_config", {"hidden_size": 10**6}, "hidden_size is 1000000, beyond the largest dimension"),
     "no number": ("text_config", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, no positive finite number"),
-    "a method": ("text_config", {"get_text_config": 5}, "get_text_config is not a setting but a name of transformers"),
+    "a method": ("text_config", {"get_text_config": 5}, "makes no model"),
     "fp8": ("text_config", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config is 'fp8'"),
 }
 

@@ -3,8 +3,9 @@
 A family is a row of tests/families.py; docs/models.md is the table of what is asserted here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import families
 import odd_model
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamprune
 from streamprune.errors import Interrupted, SettingsError, UnsupportedModelError
+from streamprune.model.residency import StoredBlock
 from streamprune.model.source import open_dense
 from streamprune.pipeline.compress import CompressResult
 from streamprune.runtime import generate as generation
@@ -54,12 +56,17 @@ def check_the_whole_way(source: Path, out: Path, held_out: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def nothing_there(blocks: Sequence[StoredBlock], *_: Any) -> generation.Placement:
+    """No block in memory, and room for two experts where there are any."""
+    return generation.Placement([False] * len(blocks), 2, 2 if any(block.experts for block in blocks) else None)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_from_disk_say_what_the_loaded_model_says(
     name: str, prune: Prune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`generate` with no block in memory, two prompts of unequal length at once, each as transformers continues it."""
-    monkeypatch.setattr(generation, "place_blocks", lambda blocks, _: ([False] * len(blocks), 2))
+    monkeypatch.setattr(generation, "placement", nothing_there)
     out, prompts = tmp_path / "out", ["The hills are", "A walk"]
     prune(families.write_family(tmp_path / "source", name), out, metric="magnitude", shuffle="none", validate=False)
     result = generation.generate(out, prompt=prompts, max_new_tokens=8, dtype="float32")

@@ -5,6 +5,7 @@ OUT/.work/identity.json        what the job is; another identity is refused by n
 OUT/.work/residual.json        the residual stream's permutation, where the job has one
 OUT/.work/block-00003.json     one entry for each finished block, written after its shard is on disk
 OUT/.work/block-00003.safetensors   its folded permutations and input RMS, merged at the end
+OUT/.work/runs.json            how often the job was taken up, its last error; no byte depends on it (runs.py)
 OUT/.work/copied.json          names of files that are, or soon will be, copied into OUT; whether all is being removed
 """
 
@@ -106,12 +107,7 @@ class Journal:
 
     def read(self, path: Path) -> dict[str, Any] | None:
         """What a file of the journal says; None where it is missing or not as it was written."""
-        try:
-            content = read_json(path)
-        except CheckpointError:
-            return None
-        value = content.get("value")
-        return value if isinstance(value, dict) and content.get("sha256") == _sealed(value) else None
+        return read_sealed(path)
 
     def copied(self) -> set[str]:
         """Names of the files that may have been copied into the output."""
@@ -142,6 +138,16 @@ class Journal:
     def clear(self) -> None:
         """Remove the work folder; the job is finished."""
         self.lease.close()
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What a file of a journal says; None where it is missing or not as it was written."""
+    try:
+        content = read_json(path)
+    except CheckpointError:
+        return None
+    value = content.get("value")
+    return value if isinstance(value, dict) and content.get("sha256") == _sealed(value) else None
 
 
 def check_identity(out: Path, recorded: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -145,6 +145,26 @@ def _acquire(work: Path, should_stop: Callable[[], bool]) -> Lease:
         time.sleep(0.2)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Who holds a lease, as one sees that only looks. `seconds` since the last heartbeat, by this host's clock."""
+
+    host: str
+    seconds: float
+    lives: bool  # as far as one can tell: a heartbeat not long ago, and no process of this system that is gone
+
+
+def seen(work: Path) -> Seen | None:
+    """The holder of the lease of the folder `work`; None where nobody holds it. Writes nothing."""
+    for epoch in sorted(work.glob(f"{PREFIX}*"), key=_number, reverse=True)[:1]:
+        with suppress(OSError):
+            holder, changed = _holder(epoch), holder_file(epoch).stat().st_mtime
+            if holder is not None:
+                seconds = max(0.0, time.time() - changed)
+                return Seen(str(holder.get("host")), seconds, seconds < STALE_SECONDS and not _is_dead(holder))
+    return None
+
+
 def _clear(work: Path) -> None:
     """Remove the folder of a job that was finished and could not remove it all."""
     away = work.rename(work.with_name(f"{work.name}-{secrets.token_hex(8)}"))
