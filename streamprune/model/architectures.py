@@ -66,6 +66,9 @@ RESIDUAL_STREAMS: dict[str, ResidualStream] = {
     **dict.fromkeys(("llama", "ministral", "mistral", "qwen2", "qwen3"), _LLAMA),
 }
 
+# In transformers padding changes what these go on with (MiniMax's linear attention, tried with 5.23).
+UNPADDED = {"minimax"}
+
 # Of these tests show that several sequences that go through a block at once become, bit by bit, what each would alone.
 TOGETHER = {
     *RESIDUAL_STREAMS,

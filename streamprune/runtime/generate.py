@@ -16,6 +16,7 @@ from streamprune.checkpoint.spans import Reader
 from streamprune.checkpoint.untrusted import MAX_JSON_BYTES, read_bounded, read_json
 from streamprune.config import Device, Dtype, PathLike, check_settings, parse_bytes, path_of
 from streamprune.errors import CalibrationError, CheckpointError, NumericsError, SettingsError
+from streamprune.model.architectures import UNPADDED
 from streamprune.model.arithmetic import (
     Arithmetic,
     against_overflow,
@@ -189,7 +190,9 @@ def _prompts(prompt: Any, prompt_file: PathLike | None) -> list[str]:
 
 def _check_lengths(source: Source, prompts: list[str], ids: list[list[int]], max_new_tokens: int) -> None:
     vocabulary, _ = source.skeleton.embedding_shape
-    positions = source.skeleton.positions
+    positions, kind = source.skeleton.positions, source.skeleton.text_config.model_type
+    if kind in UNPADDED and len({len(tokens) for tokens in ids}) > 1:
+        raise SettingsError(f"prompts of unequal length change each other with model type {kind!r}; give one at a time")
     for number, (text, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
         if not tokens:
             raise SettingsError(f"prompt {number} ({text!r:.40}) makes no tokens; give another")

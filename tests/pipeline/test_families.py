@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamprune
 from streamprune.errors import Interrupted, SettingsError, UnsupportedModelError
+from streamprune.model.architectures import UNPADDED
 from streamprune.model.residency import StoredBlock
 from streamprune.model.source import open_dense
 from streamprune.pipeline.compress import CompressResult
@@ -69,6 +70,10 @@ def test_blocks_from_disk_say_what_the_loaded_model_says(
     monkeypatch.setattr(generation, "placement", nothing_there)
     out, prompts = tmp_path / "out", ["The hills are", "A walk"]
     prune(families.write_family(tmp_path / "source", name), out, metric="magnitude", shuffle="none", validate=False)
+    if name in UNPADDED:
+        with pytest.raises(SettingsError, match="prompts of unequal length change each other"):
+            generation.generate(out, prompt=prompts, max_new_tokens=8, dtype="float32")
+        prompts = [prompts[0], "A walk in the"[: len(prompts[0])]]
     result = generation.generate(out, prompt=prompts, max_new_tokens=8, dtype="float32")
     assert result.resident_blocks == 0
     model, tokenizer = streamprune.load(out, device="cpu", dtype="float32"), AutoTokenizer.from_pretrained(out)
