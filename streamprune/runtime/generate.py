@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -327,7 +328,9 @@ def _run(
 
     generator: Any = model
     watch.times.append(time.perf_counter())
-    with torch.inference_mode(), threads_left(0):
+    with torch.inference_mode(), threads_left(0), warnings.catch_warnings():
+        # transformers before 5.23 takes the first parameter's device for the model's; a picture tower has no weights
+        warnings.filterwarnings("ignore", "You are calling .generate.. with the `input_ids` being on a device")
         made = generator.generate(rows, attention_mask=mask, generation_config=settings, streamer=watch,
                                   logits_processor=[check])  # fmt: skip
     return [_up_to_end(new, settings.eos_token_id or []) for new in made[:, longest:].tolist()]
