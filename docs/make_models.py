@@ -24,11 +24,10 @@ the config is refused.
 
 Other causal language models of transformers go through as well, if their blocks are a list of modules with linear
 layers. What their blocks are is found by running the model once on tensors without numbers, and where permutations fold
-by trying it.
-`streamprune plan MODEL --json` says of each tensor whether it is pruned, copied, or left dense and why. Refused, by
-name and before a job starts: models with an encoder, models whose blocks hand each other more than hidden states, keys
-and values, or depend on the text otherwise than token by token, and those of which less than `--min-coverage` of the
-blocks' matrices are layers that can be pruned.
+by trying it. `streamprune plan MODEL --json` says of each tensor whether it is pruned, copied, or left dense and why.
+Refused, by name and before a job starts: models with an encoder, models whose blocks hand each other more than hidden
+states, keys and values, or depend on the text otherwise than token by token, and those of which less than
+`--min-coverage` of the blocks' matrices are layers that can be pruned.
 
 Of a model that holds a language model among other parts (with pictures) the language model is pruned; the other parts
 are copied bit by bit, and `AutoModelForImageTextToText` loads the whole, as it loads the source. Recurrent layers are
