@@ -22,6 +22,7 @@ from streamprune.errors import CheckpointError, SettingsError
 from streamprune.pipeline.compress import compress
 from streamprune.pipeline.planning.memory import Limits
 from streamprune.pipeline.planning.plan import Resources
+from streamprune.stopping import parse_seconds
 from streamprune.text.calibration import Calibration
 
 MAX_TOML_BYTES = 1 << 20
@@ -115,6 +116,8 @@ def _check_values(asked: Mapping[str, Any]) -> None:
     Calibration(*(asked[name] for name in ("calibration", "text_column", "samples", "sequence_length", "seed")))
     limits = Limits.parse(asked["max_memory"], asked["max_device_memory"])
     Resources(asked["device"], asked["dtype"], limits, asked["micro_batch"], asked["prefetch"], asked["min_coverage"])
+    if asked["time_budget"] is not None:
+        parse_seconds(asked["time_budget"])
     for name in ("model", "out", "scratch"):
         if asked[name] is not None:
             path_of(name, asked[name])

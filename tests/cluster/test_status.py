@@ -64,7 +64,9 @@ def test_a_job_from_its_start_to_its_end(
     prune("llama", out, should_stop=look)
     assert {one.state for one in looks} == {"running"}
     assert {one.host for one in looks} == {socket.gethostname()}
-    assert {(one.restarts, one.last_error) for one in looks} == {(2, "layer 7: not a number")}
+    assert {one.last_error for one in looks} == {"layer 7: not a number"}
+    assert {one.restarts for one in looks} == {1, 2}, "it is asked before the run is noted, too"
+    assert looks[-1].restarts == 2
     assert [one.blocks_done for one in looks] == sorted(one.blocks_done for one in looks)
     assert {one.blocks_done for one in looks} >= {1, 2}
     assert all(one.seconds_left is not None and one.seconds_left >= 0 for one in looks)

@@ -182,9 +182,9 @@ def test_cut_at_every_write(
             remaining = 1000
         prune("opt", out, **settings)
         assert tiny.digests(out) == expected, f"cut at write {write}"
-    # identity; three a block; outer shard, permutations, statistics, index, config; names of the copies, three of them,
+    # identity, what runs there were; three a block; outer shard, permutations, statistics, index, config; names of the copies, three of them,
     # the card; timings, manifest and its digest
-    assert write == 1 + 3 * 3 + 5 + 5 + 3
+    assert write == 2 + 3 * 3 + 5 + 5 + 3
 
 
 KILLED_AFTER_TWO_BLOCKS = """
