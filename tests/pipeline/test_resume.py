@@ -182,8 +182,8 @@ def test_cut_at_every_write(
             remaining = 1000
         prune("opt", out, **settings)
         assert tiny.digests(out) == expected, f"cut at write {write}"
-    # identity, what runs there were; three a block; outer shard, permutations, statistics, index, config; names of the copies, three of them,
-    # the card; timings, manifest and its digest
+    # identity, what runs there were; three a block; outer shard, permutations, statistics, index, config; names of the
+    # copies, three of them, the card; timings, manifest and its digest
     assert write == 2 + 3 * 3 + 5 + 5 + 3
 
 
