@@ -14,11 +14,18 @@ FOLDERS = {"streamprune": ROOT / "streamprune", "streamprune_kernels": ROOT / "k
 
 EVERYWHERE = {"errors", "config", "stopping"}
 MAY_IMPORT = {
-    "streamprune": {"pipeline", "runtime", "model", "integrations"},  # the public names, imported on first use
+    "streamprune": {
+        "cluster",
+        "pipeline",
+        "runtime",
+        "model",
+        "integrations",
+    },  # the public names, imported on first use
     "__main__": {"cli"},
-    "cli": {"streamprune", "summaries", "endings", "environment", "options", "process"},
+    "cli": {"streamprune", "cluster", "summaries", "endings", "environment", "options", "process"},
     "endings": {"summaries"},
     "summaries": set(),
+    "cluster": {"pipeline", "text", "checkpoint"},
     "pipeline": {"text", "model", "pruning", "checkpoint", "process", "streamprune_kernels"},
     "runtime": {"integrations", "text", "model", "pruning", "checkpoint", "process", "streamprune_kernels"},
     "integrations": {"model", "checkpoint", "streamprune_kernels"},

@@ -67,7 +67,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a model that is no causal LM": ({"model_type": "bert"}, "'bert' is not supported: it is made for masked"),
     "a mixture of experts": ({"model_type": "mixtral"}, "8 experts, and the checkpoint has"),
     "an encoder and a decoder": ({"model_type": "bart"}, "'bart' is not supported: it is made for masked"),
-    "a model with a picture tower": ({"model_type": "gemma3"}, "'gemma3' is not supported: it wraps a language"),
+    "a model with a picture tower": ({"model_type": "gemma3"}, "tensors are missing"),
     "many experts": (
         {"model_type": "mixtral", "num_local_experts": 10**9},
         "num_local_experts is 1000000000, beyond",
