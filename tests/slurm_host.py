@@ -30,7 +30,9 @@ class Slurm:
     def revive(self, node: str) -> None:
         """Start a node's killed daemon again."""
         self.run("/usr/sbin/slurmd", "-N", node)
-        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+        resume = ["scontrol", "update", f"nodename={node}", "state=resume"]
+        subprocess.run(resume, capture_output=True)  # refused where it came back by itself
+        until(lambda: "State=IDLE" in self.run("scontrol", "show", "node", node) or None)
 
     def wait_for(self, job: str, *states: str) -> list[dict[str, str]]:
         """Wait until all of a job is in one of the states; a requeued job is made to start at once."""

@@ -114,9 +114,7 @@ def test_requeued_five_times_and_preempted_once(slurm: Slurm, job: dict[str, Any
     (ended,) = slurm.wait_for(job_id, "COMPLETED", "FAILED")
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "6"), log(job_id)
     assert tiny.digests(out) == expected
-    assert (
-        1 <= streamprune.status([out]).jobs[0].restarts <= 6
-    )  # some were requeued before they had noted that they run
+    assert 1 <= streamprune.status([out]).jobs[0].restarts <= 6  # some were requeued before they had noted themselves
 
 
 @pytest.mark.parametrize("requeue", [1, 0])
