@@ -336,8 +336,7 @@ def inspect(quiet: bool, **settings: Any) -> Any:
     type=integer,
     default=120,
     show_default=True,
-    help="Seconds before its time limit at which the job is told to stop; more than a sequence, or one block's search "
-    "for shuffles, takes.",
+    help="Seconds before its time limit at which the job is told to stop; more than a sequence in a block takes.",
 )
 @click.option(
     "--max-restarts", type=integer, default=100, show_default=True, help="After so many restarts a job gives up."

@@ -75,14 +75,12 @@ class ExpertLayers(nn.Module):
     """Takes an experts module's place; its layers have no weights yet.
 
     function  computes in place of the layers, where a job or a stream has them come one expert at a time
-    routed    while an expert's layers run, the rows of the module's input that they are given
     """
 
     def __init__(self, own: nn.Module, names: ExpertNames) -> None:
         super().__init__()
         self.names = names
         self.function: Function | None = None
-        self.routed: torch.Tensor | None = None
         fused, down = _parameters_of(own)
         transposed = bool(getattr(own, "is_transposed", experts_without_router(own)))
         shapes = [tuple(own.get_parameter(name).shape) for name in (fused, down)]
@@ -161,9 +159,7 @@ class ExpertLayers(nn.Module):
         for number in range(self.count):
             taken, weights = routing.of(number)
             if len(taken):
-                self.routed = taken
                 add_weighted(total, taken, self.compute(self.expert(number), rows[taken]), weights)
-        self.routed = None
         return total.to(rows.dtype)
 
     def _routing(self, rows: torch.Tensor, index: Any = None, weights: Any = None, **named: Any) -> Routing:
